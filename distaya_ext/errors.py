@@ -1,0 +1,25 @@
+"""The errors a user can cause, each tied to the exit code the command line returns for it."""
+
+
+class DistayaError(ValueError):
+    """Base of every error whose message is written for the user: one sentence, with the numbers in it."""
+
+    exit_code = 1
+
+
+class UsageError(DistayaError):
+    """The command, recipe or argument is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(DistayaError):
+    """A model folder, tensor or text that was given cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class GateError(DistayaError):
+    """The result was produced but failed a quality gate the user asked for (exit code 6)."""
+
+    exit_code = 6
