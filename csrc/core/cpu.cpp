@@ -1,0 +1,68 @@
+#include "core/cpu.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+
+#include "core/check.h"
+
+namespace distaya::cpu {
+namespace {
+
+Isa detect() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512bf16");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+}
+
+std::atomic<int>& current() {
+  static std::atomic<int> value = [] {
+    const char* wanted = std::getenv("DISTAYA_ISA");
+    if (!wanted || !*wanted) return static_cast<int>(best_isa());
+    const Isa isa = parse_isa(wanted);
+    check(isa <= best_isa(), "DISTAYA_ISA=", wanted, " but this CPU offers ", name_of(best_isa()));
+    return static_cast<int>(isa);
+  }();
+  return value;
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+}
+
+Isa parse_isa(std::string_view name) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (name == name_of(isa)) return isa;
+  fail("the instruction set '", name, "' must be portable, avx2 or avx512");
+}
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+void set_isa(Isa wanted) {
+  check(wanted <= best_isa(), "this CPU offers ", name_of(best_isa()), ", not ", name_of(wanted));
+  current().store(static_cast<int>(wanted));
+}
+
+void* allocate(size_t bytes) {
+  constexpr size_t kHuge = size_t{2} << 20;
+  const size_t alignment = bytes >= kHuge ? kHuge : 64;
+  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(alignment, rounded ? rounded : alignment);
+  if (!p) throw std::bad_alloc();
+  if (alignment == kHuge) madvise(p, rounded, MADV_HUGEPAGE);  // a hint; failure costs only speed
+  return p;
+}
+
+}  // namespace distaya::cpu

@@ -1,0 +1,22 @@
+// What `distaya doctor` and the benches ask the machine: measured CPU peaks, the state of CUDA.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "core/tensor.h"
+
+namespace distaya::probe {
+
+// Gflop/s of one thread issuing nothing but FMAs on registers, on the instruction set in force:
+// {"fp32": ..., "bf16_dot": ... (0 without AVX512-BF16)}. The ceiling of every fp32 kernel here.
+std::map<std::string, double> peak();
+
+// {"driver": n, "runtime": n, "devices": n, "status": sentence, "device0": name, ...} as text.
+std::map<std::string, std::string> cuda_status();
+
+// Reads four borrowed tensors' shapes: the cheapest possible call, for measuring the border itself.
+int64_t touch(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d);
+
+}  // namespace distaya::probe

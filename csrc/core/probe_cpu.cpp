@@ -1,0 +1,93 @@
+#include "core/probe.h"
+
+#include <chrono>
+
+#define DISTAYA_ISA_FILE "core/probe_cpu.cpp"
+#include "core/foreach_isa.h"
+
+#ifdef DISTAYA_ISA_PASS
+
+namespace distaya::DISTAYA_ISA {
+namespace {
+
+constexpr int kChains = kLanes == 16 ? 16 : 10;  // independent FMAs in flight: latency x ports and spare
+constexpr int64_t kSteps = 400000;
+
+template <class Step>
+double best_rate(double flops_per_step, const Step& run) {
+  double best = 0;
+  for (int trial = 0; trial < 5; ++trial) {  // best, not mean: the ceiling is what noise takes away from
+    const auto start = std::chrono::steady_clock::now();
+    run();
+    const std::chrono::duration<double> s = std::chrono::steady_clock::now() - start;
+    best = std::max(best, flops_per_step * kSteps / s.count() * 1e-9);
+  }
+  return best;
+}
+
+double fp32_peak() {
+  vf acc[kChains];
+  for (int c = 0; c < kChains; ++c) acc[c] = splat(1.0f + c);
+  vf a = splat(0.999999f), b = splat(1e-7f);
+  asm volatile("" : "+m"(a), "+m"(b));  // opaque: the loop must not fold away
+  const double rate = best_rate(2.0 * kLanes * kChains, [&] {
+    for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 16
+      for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
+  });
+  volatile float sink = 0;
+  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc[c]);
+  return rate;
+}
+
+double bf16_peak() {
+#if DISTAYA_LANES == 16
+  __m512 acc[kChains];
+  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_ps(1.0f + c);
+  __m512i ones = _mm512_set1_epi32(0x3f803f80);
+  asm volatile("" : "+m"(ones));
+  const double rate = best_rate(4.0 * kLanes * kChains, [&] {
+    for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 16
+      for (int c = 0; c < kChains; ++c)
+        acc[c] = _mm512_dpbf16_ps(acc[c], (__m512bh)ones, (__m512bh)ones);
+  });
+  volatile float sink = 0;
+  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
+  return rate;
+#else
+  return 0;  // no bf16 dot instruction below AVX512-BF16
+#endif
+}
+
+}  // namespace
+
+std::map<std::string, double> peak() { return {{"fp32", fp32_peak()}, {"bf16_dot", bf16_peak()}}; }
+
+}  // namespace distaya::DISTAYA_ISA
+
+#else
+
+namespace distaya::probe {
+
+std::map<std::string, double> peak() {
+  switch (cpu::isa()) {
+    case cpu::Isa::avx512: return avx512::peak();
+    case cpu::Isa::avx2: return avx2::peak();
+    default: return portable::peak();
+  }
+}
+
+int64_t touch(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d) {
+  return a.numel() + b.numel() + c.numel() + d.numel();
+}
+
+#ifndef DISTAYA_CUDA
+std::map<std::string, std::string> cuda_status() {
+  return {{"status", "this build has no CUDA kernels (no nvcc was found when it was built)"}};
+}
+#endif
+
+}  // namespace distaya::probe
+
+#endif
