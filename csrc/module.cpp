@@ -1,4 +1,5 @@
-// The only file that includes pybind11: the table of contents of `distaya_ext._C`, in pipeline order.
+// The only file that includes pybind11: the table of contents of `distaya_ext._C`, in pipeline
+// order.
 #include <optional>
 
 #include "core/bind.h"
@@ -22,7 +23,8 @@ Stream stream_of(const Tensor& t) {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
-using release_gil = py::call_guard<py::gil_scoped_release>;  // kernels are long; tensors stay borrowed
+using release_gil =
+    py::call_guard<py::gil_scoped_release>;  // kernels are long; tensors stay borrowed
 
 void bind_core(py::module_& m) {
   m.attr("has_cuda") = has_cuda;
@@ -32,8 +34,10 @@ void bind_core(py::module_& m) {
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(cpu::parse_isa(name)); }, "name"_a);
   m.def("threads", [] { return omp_get_max_threads(); }, "Threads of the pool shared with torch");
   m.def("peak", &probe::peak, "Measured one-thread FMA rates in Gflop/s", release_gil());
-  m.def("cuda_status", &probe::cuda_status, "Driver, runtime and devices as the CUDA runtime sees them");
-  m.def("touch", &probe::touch, "a"_a, "b"_a, "c"_a, "d"_a, "Sum of sizes: measures the border's cost");
+  m.def("cuda_status", &probe::cuda_status,
+        "Driver, runtime and devices as the CUDA runtime sees them");
+  m.def("touch", &probe::touch, "a"_a, "b"_a, "c"_a, "d"_a,
+        "Sum of sizes: measures the border's cost");
 }
 
 }  // namespace
@@ -51,5 +55,4 @@ PYBIND11_MODULE(_C, m) {
   // --- mask --------------------------------------------------------------------------------------
 
   // --- obs ---------------------------------------------------------------------------------------
-
 }

@@ -1,5 +1,6 @@
-// The border: a pybind11 caster from torch.Tensor to Tensor over the DLPack C exchange API (torch >= 2.10).
-// Included by module.cpp only. Borrowing one tensor costs tens of nanoseconds and copies nothing.
+// The border: a pybind11 caster from torch.Tensor to Tensor over the DLPack C exchange API (torch
+// >= 2.10). Included by module.cpp only. Borrowing one tensor costs tens of nanoseconds and copies
+// nothing.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,7 +26,8 @@ struct Border {
   static Border open() {
     const pybind11::object type = pybind11::module_::import("torch").attr("Tensor");
     if (!pybind11::hasattr(type, "__dlpack_c_exchange_api__"))
-      throw std::runtime_error("this torch has no DLPack C exchange API; distaya_ext needs torch >= 2.10");
+      throw std::runtime_error(
+          "this torch has no DLPack C exchange API; distaya_ext needs torch >= 2.10");
     const pybind11::object capsule = type.attr("__dlpack_c_exchange_api__");
     Border b;
     b.api = static_cast<const dlpack::ExchangeApi*>(
@@ -55,7 +57,8 @@ inline Dtype dtype_from(dlpack::DataType t) {
     if (code == unsigned_integer && t.bits == 8) return Dtype::u8;
     if (code == boolean && t.bits == 8) return Dtype::boolean;
   }
-  fail("no kernel takes a tensor of DLPack type code ", int(t.code), " with ", int(t.bits), " bits");
+  fail("no kernel takes a tensor of DLPack type code ", int(t.code), " with ", int(t.bits),
+       " bits");
 }
 
 // Fills `out` from a torch.Tensor; throws Error (ValueError) for one that must not be borrowed.
@@ -76,15 +79,17 @@ inline void borrow(PyObject* object, Tensor& out) {
   check(out.on_cuda || device == dlpack::DeviceType::cpu || device == dlpack::DeviceType::cuda_host,
         "a tensor lives on a device (DLPack type ", t.device.type, ") that has no kernels");
   check(has_cuda || !out.on_cuda,
-        "a tensor is on cuda but this build of distaya_ext has no CUDA kernels (see `distaya doctor`)");
+        "a tensor is on cuda but this build of distaya_ext has no CUDA kernels (see `distaya "
+        "doctor`)");
   // A FakeTensor crosses silently with null data; writing through it would crash.
-  check(t.data || out.numel() == 0, "a tensor of ", out.numel(), " elements has no data (fake tensor?)");
+  check(t.data || out.numel() == 0, "a tensor of ", out.numel(),
+        " elements has no data (fake tensor?)");
   out.data = static_cast<char*>(t.data) + t.byte_offset;
 
   PyObject* grad = PyObject_GetAttr(object, border.requires_grad);
   const bool tracked = grad == Py_True;
   Py_XDECREF(grad);
-  check(!tracked, "a tensor (", out.describe(),
+  check(!tracked, "a tensor (", out,
         ") requires grad, which kernels would bypass; pass tensor.detach()");
 }
 

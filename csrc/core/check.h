@@ -21,7 +21,8 @@ template <class... Words>
 
 template <class... Words>
 void check(bool ok, const Words&... words) {
-  if (!ok) [[unlikely]] fail(words...);
+  if (!ok) [[unlikely]]
+    fail(words...);
 }
 
 }  // namespace distaya

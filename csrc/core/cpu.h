@@ -1,4 +1,5 @@
-// CPU services shared by all rooms: which instruction set runs, how work is spread, aligned scratch.
+// CPU services shared by all rooms: which instruction set runs, how work is spread, aligned
+// scratch.
 #pragma once
 
 #include <omp.h>

@@ -33,7 +33,9 @@ class DeviceGuard {
     check_cuda(cudaGetDevice(&before_));
     if (device != before_) check_cuda(cudaSetDevice(device));
   }
+
   ~DeviceGuard() { cudaSetDevice(before_); }
+
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
@@ -44,7 +46,9 @@ class DeviceGuard {
 inline cudaStream_t raw(Stream s) { return static_cast<cudaStream_t>(s); }
 
 template <class T>
-DISTAYA_HD constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+DISTAYA_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
 
 // Grids are 32-bit in x: kernels that may exceed that stride over their work instead.
 inline unsigned grid_of(int64_t blocks, int64_t most = 1 << 30) {
@@ -52,15 +56,20 @@ inline unsigned grid_of(int64_t blocks, int64_t most = 1 << 30) {
 }
 
 __device__ inline float load_float(const float* p) { return *p; }
+
 __device__ inline float load_float(const bf16* p) { return to_float(*p); }
-__device__ inline float load_float(const f16* p) {
-  return __half2float(__ushort_as_half(p->bits));
-}
+
+__device__ inline float load_float(const f16* p) { return __half2float(__ushort_as_half(p->bits)); }
+
 __device__ inline void store_float(float* p, float x) { *p = x; }
+
 __device__ inline void store_float(bf16* p, float x) {
   p->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
-__device__ inline void store_float(f16* p, float x) { p->bits = __half_as_ushort(__float2half_rn(x)); }
+
+__device__ inline void store_float(f16* p, float x) {
+  p->bits = __half_as_ushort(__float2half_rn(x));
+}
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 

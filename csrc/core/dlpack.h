@@ -1,5 +1,6 @@
 // The DLPack 1.x ABI as this package sees it, declared from the public specification so that no
-// framework header is needed. Only what crosses the border: a borrowed tensor and the current stream.
+// framework header is needed. Only what crosses the border: a borrowed tensor and the current
+// stream.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +9,13 @@
 namespace distaya::dlpack {
 
 enum class DeviceType : int32_t { cpu = 1, cuda = 2, cuda_host = 3, cuda_managed = 13 };
-enum class Code : uint8_t { integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4, boolean = 6 };
+enum class Code : uint8_t {
+  integer = 0,
+  unsigned_integer = 1,
+  floating = 2,
+  bfloat = 4,
+  boolean = 6
+};
 
 struct Device {
   int32_t type;

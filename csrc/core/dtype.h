@@ -19,6 +19,7 @@ enum class Dtype : uint8_t { f32, f64, f16, bf16, i64, i32, i8, u8, boolean };
 struct bf16 {
   uint16_t bits;
 };
+
 struct f16 {
   uint16_t bits;
 };
@@ -39,16 +40,25 @@ constexpr const char* name_of(Dtype d) {
 
 template <class T>
 inline constexpr Dtype dtype_of = Dtype::f32;
-template <> inline constexpr Dtype dtype_of<double> = Dtype::f64;
-template <> inline constexpr Dtype dtype_of<f16> = Dtype::f16;
-template <> inline constexpr Dtype dtype_of<bf16> = Dtype::bf16;
-template <> inline constexpr Dtype dtype_of<int64_t> = Dtype::i64;
-template <> inline constexpr Dtype dtype_of<int32_t> = Dtype::i32;
-template <> inline constexpr Dtype dtype_of<int8_t> = Dtype::i8;
-template <> inline constexpr Dtype dtype_of<uint8_t> = Dtype::u8;
-template <> inline constexpr Dtype dtype_of<bool> = Dtype::boolean;
+template <>
+inline constexpr Dtype dtype_of<double> = Dtype::f64;
+template <>
+inline constexpr Dtype dtype_of<f16> = Dtype::f16;
+template <>
+inline constexpr Dtype dtype_of<bf16> = Dtype::bf16;
+template <>
+inline constexpr Dtype dtype_of<int64_t> = Dtype::i64;
+template <>
+inline constexpr Dtype dtype_of<int32_t> = Dtype::i32;
+template <>
+inline constexpr Dtype dtype_of<int8_t> = Dtype::i8;
+template <>
+inline constexpr Dtype dtype_of<uint8_t> = Dtype::u8;
+template <>
+inline constexpr Dtype dtype_of<bool> = Dtype::boolean;
 
-// dispatch<float, f16, bf16>(W.dtype, "W", [&]<class T>() { ... }) calls the body with the matching type.
+// dispatch<float, f16, bf16>(W.dtype, "W", [&]<class T>() { ... }) calls the body with the matching
+// type.
 template <class... Ts, class Body>
 void dispatch(Dtype dtype, const char* name, Body&& body) {
   const bool found = ((dtype == dtype_of<Ts> && (body.template operator()<Ts>(), true)) || ...);
@@ -61,6 +71,7 @@ void dispatch(Dtype dtype, const char* name, Body&& body) {
 
 // Scalar conversions, exact one way and round-to-nearest-even the other.
 DISTAYA_HD inline float to_float(float x) { return x; }
+
 DISTAYA_HD inline float to_float(bf16 x) {
   const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
 #ifdef __CUDA_ARCH__
@@ -83,14 +94,19 @@ inline float to_float(f16 x) {
 
 template <class T>
 T from_float(float x);
+
 template <>
-inline float from_float<float>(float x) { return x; }
+inline float from_float<float>(float x) {
+  return x;
+}
+
 template <>
 inline bf16 from_float<bf16>(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(u >> 16 | 0x40)};  // quiet NaN
   return {static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16)};
 }
+
 template <>
 inline f16 from_float<f16>(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;

@@ -1,5 +1,5 @@
-// Compiles the file named by DISTAYA_ISA_FILE once per instruction set, each time in its own namespace
-// (distaya::avx512, ::avx2, ::portable) inside a target region. A room's _cpu.cpp reads:
+// Compiles the file named by DISTAYA_ISA_FILE once per instruction set, each time in its own
+// namespace (distaya::avx512, ::avx2, ::portable) inside a target region. A room's _cpu.cpp reads:
 //
 //   #define DISTAYA_ISA_FILE "room/room_cpu.cpp"
 //   #include "core/foreach_isa.h"
@@ -9,7 +9,8 @@
 //   namespace distaya { ...dispatch on cpu::isa()... }
 //   #endif
 //
-// A target region (not -mavx512 for the file) keeps AVX-512 copies of std:: inlines out of generic code.
+// A target region (not -mavx512 for the file) keeps AVX-512 copies of std:: inlines out of generic
+// code.
 #ifndef DISTAYA_ISA_PASS
 
 #include <immintrin.h>

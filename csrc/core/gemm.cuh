@@ -25,19 +25,22 @@ template <int kUnused = 0>
 __global__ void __launch_bounds__(256) gemm_kernel(const Gemm g) {
   __shared__ float As[kDepth][kTile + 4];
   __shared__ float Bs[kDepth][kTile + 4];
-  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile, j0 = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile,
+                j0 = static_cast<int64_t>(blockIdx.x) * kTile;
   if (g.upper_only && i0 >= j0 + kTile) return;
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   float acc[4][4] = {};
   for (int64_t p0 = 0; p0 < g.k; p0 += kDepth) {
     for (int t = threadIdx.x; t < kDepth * kTile; t += 256) {
       // Walk the unit-stride direction with consecutive threads, whichever it is.
-      const int a_p = g.a_col == 1 ? t % kDepth : t / kTile, a_i = g.a_col == 1 ? t / kDepth : t % kTile;
-      const int b_p = g.b_col == 1 ? t / kTile : t % kDepth, b_j = g.b_col == 1 ? t % kTile : t / kDepth;
-      As[a_p][a_i] = i0 + a_i < g.m && p0 + a_p < g.k
-                         ? g.A[(i0 + a_i) * g.a_row + (p0 + a_p) * g.a_col] : 0.f;
-      Bs[b_p][b_j] = j0 + b_j < g.n && p0 + b_p < g.k
-                         ? g.B[(p0 + b_p) * g.b_row + (j0 + b_j) * g.b_col] : 0.f;
+      const int a_p = g.a_col == 1 ? t % kDepth : t / kTile,
+                a_i = g.a_col == 1 ? t / kDepth : t % kTile;
+      const int b_p = g.b_col == 1 ? t / kTile : t % kDepth,
+                b_j = g.b_col == 1 ? t % kTile : t / kDepth;
+      As[a_p][a_i] =
+          i0 + a_i < g.m && p0 + a_p < g.k ? g.A[(i0 + a_i) * g.a_row + (p0 + a_p) * g.a_col] : 0.f;
+      Bs[b_p][b_j] =
+          j0 + b_j < g.n && p0 + b_p < g.k ? g.B[(p0 + b_p) * g.b_row + (j0 + b_j) * g.b_col] : 0.f;
     }
     __syncthreads();
 #pragma unroll
@@ -61,7 +64,8 @@ __global__ void __launch_bounds__(256) gemm_kernel(const Gemm g) {
 
 inline void gemm(const Gemm& g, cudaStream_t stream) {
   if (g.m <= 0 || g.n <= 0 || g.k <= 0) return;
-  const dim3 grid(grid_of(ceil_div<int64_t>(g.n, kTile)), grid_of(ceil_div<int64_t>(g.m, kTile), 65535));
+  const dim3 grid(grid_of(ceil_div<int64_t>(g.n, kTile)),
+                  grid_of(ceil_div<int64_t>(g.m, kTile), 65535));
   check(ceil_div<int64_t>(g.m, kTile) <= 65535, "gemm of ", g.m, " rows exceeds the CUDA grid");
   gemm_kernel<><<<grid, 256, 0, stream>>>(g);
   check_launch();

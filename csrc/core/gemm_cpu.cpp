@@ -12,9 +12,9 @@ namespace {
 using cpu::Gemm;
 using cpu::Part;
 
-constexpr int64_t kKC = 384;            // depth of a packed slice: an A tile (12 KB) stays in L1
-constexpr int64_t kMC = kMR * 16;       // rows of A packed by a thread at once (192 KB, half of L2)
-constexpr int64_t kNC = kNR * 64;       // columns of B packed together (4.7 MB, shared L3)
+constexpr int64_t kKC = 384;       // depth of a packed slice: an A tile (12 KB) stays in L1
+constexpr int64_t kMC = kMR * 16;  // rows of A packed by a thread at once (192 KB, half of L2)
+constexpr int64_t kNC = kNR * 64;  // columns of B packed together (4.7 MB, shared L3)
 
 // A[i0.., p0..] -> [tiles of kMR rows][k][kMR], alpha applied, short tiles padded with zeros.
 void pack_a(const Gemm& g, int64_t i0, int64_t m, int64_t p0, int64_t k, float* out) {
@@ -56,7 +56,8 @@ void tile(const Gemm& g, int64_t i, int64_t j, int64_t k, const float* A, const 
 }
 
 // Rows [i0, i0 + m) against all packed columns [j0, j0 + n) of one k slice.
-void stripe(const Gemm& g, int64_t i0, int64_t p0, int64_t k, int64_t j0, int64_t n, const float* B) {
+void stripe(const Gemm& g, int64_t i0, int64_t p0, int64_t k, int64_t j0, int64_t n,
+            const float* B) {
   const int64_t m = std::min(kMC, g.m - i0);
   if (g.part == Part::upper && i0 >= j0 + n) return;
   const auto A = cpu::scratch<float>(kMC * kKC);

@@ -1,6 +1,7 @@
-// The register tile every matrix kernel is built on: C[kMR][kNR] += sum_k A[k][0..kMR) B[k][0..kNR).
-// kNR is three vectors wide so that AVX-512 keeps 24 accumulators, 3 B vectors and a broadcast in its 32
-// registers (AVX2: 12 + 3 + 1 of 16) and every B load feeds kMR FMAs. Read once per instruction set.
+// The register tile every matrix kernel is built on: C[kMR][kNR] += sum_k A[k][0..kMR)
+// B[k][0..kNR). kNR is three vectors wide so that AVX-512 keeps 24 accumulators, 3 B vectors and a
+// broadcast in its 32 registers (AVX2: 12 + 3 + 1 of 16) and every B load feeds kMR FMAs. Read once
+// per instruction set.
 
 namespace distaya::DISTAYA_ISA {
 

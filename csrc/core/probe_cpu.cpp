@@ -1,6 +1,6 @@
-#include "core/probe.h"
-
 #include <chrono>
+
+#include "core/probe.h"
 
 #define DISTAYA_ISA_FILE "core/probe_cpu.cpp"
 #include "core/foreach_isa.h"
@@ -10,13 +10,15 @@
 namespace distaya::DISTAYA_ISA {
 namespace {
 
-constexpr int kChains = kLanes == 16 ? 16 : 10;  // independent FMAs in flight: latency x ports and spare
+constexpr int kChains =
+    kLanes == 16 ? 16 : 10;  // independent FMAs in flight: latency x ports and spare
 constexpr int64_t kSteps = 400000;
 
 template <class Step>
 double best_rate(double flops_per_step, const Step& run) {
   double best = 0;
-  for (int trial = 0; trial < 5; ++trial) {  // best, not mean: the ceiling is what noise takes away from
+  for (int trial = 0; trial < 5;
+       ++trial) {  // best, not mean: the ceiling is what noise takes away from
     const auto start = std::chrono::steady_clock::now();
     run();
     const std::chrono::duration<double> s = std::chrono::steady_clock::now() - start;

@@ -1,6 +1,8 @@
-// Vectors of kLanes floats, written once over GCC vector extensions: 16 lanes (AVX-512), 8 (AVX2) or 4
-// (portable, SSE2 on x86-64). No include guard: foreach_isa.h reads it once per instruction set.
-// +, -, *, / and comparisons are the compiler's own; a comparison yields an integer vector of 0 / -1.
+// Vectors of kLanes floats, written once over GCC vector extensions: 16 lanes (AVX-512), 8 (AVX2)
+// or 4 (portable, SSE2 on x86-64). No include guard: foreach_isa.h reads it once per instruction
+// set.
+// +, -, *, / and comparisons are the compiler's own; a comparison yields an integer vector of 0 /
+// -1.
 
 namespace distaya::DISTAYA_ISA {
 
@@ -18,10 +20,13 @@ typedef float vf_any __attribute__((vector_size(DISTAYA_LANES * 4), aligned(4), 
 typedef uint16_t vh_any __attribute__((vector_size(DISTAYA_LANES * 2), aligned(2), may_alias));
 
 DISTAYA_INLINE vf splat(float x) { return vf{} + x; }
+
 DISTAYA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+
 DISTAYA_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 
 DISTAYA_INLINE vf bits_to_float(vu x) { return (vf)x; }
+
 DISTAYA_INLINE vu float_to_bits(vf x) { return (vu)x; }
 
 // Widening loads of kLanes 16-bit floats: exact.
@@ -29,6 +34,7 @@ DISTAYA_INLINE vf load(const bf16* p) {
   const vh half = *reinterpret_cast<const vh_any*>(p);
   return bits_to_float(__builtin_convertvector(half, vu) << 16);
 }
+
 DISTAYA_INLINE vf load(const f16* p) {
 #if DISTAYA_LANES == 16
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -49,6 +55,7 @@ DISTAYA_INLINE void store(bf16* p, vf x) {
   rounded = ((vu)nan & ((u >> 16) | 0x40u)) | (~(vu)nan & rounded);
   *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(rounded, vh);
 }
+
 DISTAYA_INLINE void store(f16* p, vf x) {
 #if DISTAYA_LANES == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
@@ -66,6 +73,7 @@ DISTAYA_INLINE vf load_n(const T* p, int64_t n) {
   std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
   return load(part);
 }
+
 template <class T>
 DISTAYA_INLINE void store_n(T* p, vf x, int64_t n) {
   T part[kLanes];
@@ -87,11 +95,15 @@ DISTAYA_INLINE vf fma(vf a, vf b, vf c) {
 DISTAYA_INLINE vf select(vi mask, vf yes, vf no) {
   return bits_to_float(((vu)mask & float_to_bits(yes)) | (~(vu)mask & float_to_bits(no)));
 }
+
 DISTAYA_INLINE vf abs(vf x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+
 DISTAYA_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+
 DISTAYA_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
-// Round half to even, as torch.round does. Valid for |x| < 2^22 in the portable form (codes are tiny).
+// Round half to even, as torch.round does. Valid for |x| < 2^22 in the portable form (codes are
+// tiny).
 DISTAYA_INLINE vf round_even(vf x) {
 #if DISTAYA_LANES == 16
   return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -1,9 +1,10 @@
-// Tensor: a borrowed view of somebody else's memory. Kernels and doors see this and nothing of torch.
+// Tensor: a borrowed view of somebody else's memory. Kernels and doors see this and nothing of
+// torch.
 #pragma once
 
 #include <array>
 #include <cstdint>
-#include <string>
+#include <ostream>
 
 #include "core/check.h"
 #include "core/dtype.h"
@@ -12,6 +13,9 @@ namespace distaya {
 
 // An opaque cudaStream_t, so that CPU-only code needs no CUDA header.
 using Stream = void*;
+
+struct Tensor;
+std::ostream& operator<<(std::ostream& out, const Tensor& t);  // "float32 [4, 5] on cpu"
 
 struct Tensor {
   void* data = nullptr;
@@ -28,18 +32,10 @@ struct Tensor {
     return n;
   }
 
-  std::string describe() const {
-    std::ostringstream text;
-    text << name_of(dtype) << " [";
-    for (int i = 0; i < ndim; ++i) text << (i ? ", " : "") << sizes[i];
-    text << "] on " << (on_cuda ? "cuda" : "cpu");
-    return text.str();
-  }
-
   // The sizes as an array to be destructured: auto [rows, cols] = W.shape<2>("W").
   template <int N>
   std::array<int64_t, N> shape(const char* name) const {
-    check(ndim == N, name, " must have ", N, " dimensions but is ", describe());
+    check(ndim == N, name, " must have ", N, " dimensions but is ", *this);
     std::array<int64_t, N> out;
     for (int i = 0; i < N; ++i) out[i] = sizes[i];
     return out;
@@ -55,26 +51,33 @@ struct Tensor {
   }
 
   void need_contiguous(const char* name) const {
-    check(numel() == 0 || contiguous(), name, " (", describe(),
-          ") is not contiguous; pass ", name, ".contiguous()");
+    check(numel() == 0 || contiguous(), name, " (", *this, ") is not contiguous; pass ", name,
+          ".contiguous()");
   }
 
   // Typed pointer; refuses another dtype with a sentence.
   template <class T>
   T* as(const char* name) const {
-    check(dtype == dtype_of<T>, name, " must be ", name_of(dtype_of<T>), " but is ", describe());
+    check(dtype == dtype_of<T>, name, " must be ", name_of(dtype_of<T>), " but is ", *this);
     check(reinterpret_cast<uintptr_t>(data) % sizeof(T) == 0, name, " is not aligned to ",
           sizeof(T), " bytes");
     return static_cast<T*>(data);
   }
 };
 
-inline void same_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  check(a.on_cuda == b.on_cuda && a.device == b.device, a_name, " (", a.describe(), ") and ",
-        b_name, " (", b.describe(), ") are on different devices");
+inline std::ostream& operator<<(std::ostream& out, const Tensor& t) {
+  out << name_of(t.dtype) << " [";
+  for (int i = 0; i < t.ndim; ++i) out << (i ? ", " : "") << t.sizes[i];
+  return out << "] on " << (t.on_cuda ? "cuda" : "cpu");
 }
 
-// torch's current stream of the tensor's device (defined in module.cpp, which knows the exchange API).
+inline void same_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  check(a.on_cuda == b.on_cuda && a.device == b.device, a_name, " (", a, ") and ", b_name, " (", b,
+        ") are on different devices");
+}
+
+// torch's current stream of the tensor's device (defined in module.cpp, which knows the exchange
+// API).
 Stream stream_of(const Tensor& t);
 
 #ifdef DISTAYA_CUDA
