@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-LIB = torch.library.Library("distaya", "DEF")  # a module global: the registration lives as long as it
+LIB = torch.library.Library(
+    "distaya", "DEF"
+)  # a module global: the registration lives as long as it
 
 
 def op(fake: Callable[..., Any] | None = None, mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
