@@ -30,7 +30,7 @@ _CPU_KERNELS = {
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Sections of name -> value: versions, cpu, gpu, kernels. Reads only; starts no CUDA context in torch."""
+    """Sections of name -> value: versions, cpu, gpu, kernels. Starts no CUDA context in torch."""
     return {
         "versions": _versions(),
         "cpu": _cpu(),

@@ -46,8 +46,7 @@ def test_more_than_2_31_elements_are_counted():
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
-    + [torch.int8, torch.uint8, torch.bool],
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool],
 )
 def test_known_dtypes_cross(dtype):
     assert touch(torch.zeros(2, 2, dtype=dtype)) == 64

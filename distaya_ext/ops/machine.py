@@ -1,9 +1,9 @@
-"""What the compiled module knows about this machine: instruction set, threads, CUDA, measured peaks."""
+"""What the compiled module knows about this machine: ISA, threads, CUDA, measured peaks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch  # noqa: F401  (before _C, see distaya_ext/__init__.py)
+import torch
 
 from distaya_ext import _C
 
