@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 
-LIB = torch.library.Library(
-    "distaya", "DEF"
-)  # a module global: the registration lives as long as it
+# A module global: the registration lives as long as this object.
+LIB = torch.library.Library("distaya", "DEF")
 
 
-def op(
-    fake: Callable[..., Any] | None = None, mutates: tuple[str, ...] = ()
-) -> Callable[..., Any]:
+def op(fake: Callable[..., Any] | None = None, mutates: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Register a function as ``torch.ops.distaya.<its name>`` for CPU and CUDA tensors.
 
     fake: shape function for tracing (same arguments; returns meta results). None = returns nothing.
     mutates: names of the arguments written in place.
 
-    The op has no gradient of its own and does not pretend to: a tensor that requires grad is refused
-    at the border, so use ``.detach()`` or wrap the call in a ``torch.autograd.Function``.
+    The op has no gradient of its own and does not pretend to: a tensor that requires grad is
+    refused at the border, so use ``.detach()`` or wrap the call in a ``torch.autograd.Function``.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,10 +44,10 @@ def test_more_than_2_31_elements_are_counted():
     assert touch(huge) == 2**31 + 67
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool],
-)
+KNOWN_DTYPES = "float32 float64 float16 bfloat16 int64 int32 int8 uint8 bool".split()
+
+
+@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in KNOWN_DTYPES])
 def test_known_dtypes_cross(dtype):
     assert touch(torch.zeros(2, 2, dtype=dtype)) == 64
 
