@@ -5,6 +5,7 @@
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
+#include "hessian/hessian.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -49,6 +50,11 @@ PYBIND11_MODULE(_C, m) {
   bind_core(m);
 
   // --- hessian -----------------------------------------------------------------------------------
+  m.def("hessian", &hessian, "H"_a, "X"_a, "weights"_a, "Upper triangle of H += sum w x x^T",
+        release_gil());
+  m.def("column_sq", &column_sq, "s"_a, "X"_a, "weights"_a, "s += sum w x^2", release_gil());
+  m.def("symmetrize", &symmetrize, "H"_a, "Copies the upper triangle of H onto the lower",
+        release_gil());
 
   // --- cholesky ----------------------------------------------------------------------------------
 
