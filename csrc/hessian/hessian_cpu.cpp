@@ -78,13 +78,35 @@ DISTAYA_INLINE vf multiply_add(const float* a, vf b, vf acc) {
   return fma(splat(*a), b, acc);
 }
 
+// Adds weight * part [kMR][kNR] to a tile of H that sticks out of H (rows x cols remain) or crosses
+// the diagonal (columns below row + skew are left alone).
+void promote_edge(const float* part, float weight, float* H, int64_t ldh, int64_t rows,
+                  int64_t cols, int64_t skew) {
+  const vf w = splat(weight);
+  for (int64_t i = 0; i < std::min<int64_t>(rows, kMR); ++i) {
+    const int64_t first = std::max<int64_t>(0, i + skew), last = std::min<int64_t>(cols, kNR);
+    float row[kNR] = {};
+    for (int64_t j = first; j < last; ++j) row[j] = H[i * ldh + j];
+    for (int j = 0; j < kNR; j += kLanes)
+      store(row + j, fma(w, load(part + i * kNR + j), load(row + j)));
+    for (int64_t j = first; j < last; ++j) H[i * ldh + j] = row[j];
+  }
+}
+
 // One register tile: H[i.., j..] += weight * sum over the steps of A[.][0..kMR) B[.][0..kNR), with
-// H already pointing at (i, j). Outside rows x cols and below the diagonal (column < row + skew)
-// nothing is written.
+// H pointing at (i, j). All loops over the
+// tile are unrolled, or the accumulators would live in memory.
 template <bool pairs>
 void tile(int64_t steps, const float* A, const float* B, float weight, float* H, int64_t ldh,
           int64_t rows, int64_t cols, int64_t skew) {
-  vf acc[kMR][kNV] = {};
+  vf acc[kMR][kNV];
+#pragma GCC unroll 8
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kNV; ++v) {
+      acc[i][v] = vf{};
+      __builtin_prefetch(H + i * ldh + v * kLanes);
+    }
 #pragma GCC unroll 4
   for (int64_t s = 0; s < steps; ++s, A += kNR, B += kNR) {
     const vf b0 = load(B), b1 = load(B + kLanes), b2 = load(B + 2 * kLanes);
@@ -95,24 +117,23 @@ void tile(int64_t steps, const float* A, const float* B, float weight, float* H,
       acc[i][2] = multiply_add<pairs>(A + i, b2, acc[i][2]);
     }
   }
-  const vf w = splat(weight);
   if (rows >= kMR && cols >= kNR && skew + kMR <= 1) {
+    const vf w = splat(weight);
+#pragma GCC unroll 8
     for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
       for (int v = 0; v < kNV; ++v) {
         float* h = H + i * ldh + v * kLanes;
         store(h, fma(w, acc[i][v], load(h)));
       }
     return;
   }
-  float part[kNR];
-  for (int64_t i = 0; i < std::min<int64_t>(rows, kMR); ++i) {
-    const int64_t first = std::max<int64_t>(0, i + skew), last = std::min<int64_t>(cols, kNR);
-    std::memset(part, 0, sizeof part);
-    for (int64_t j = first; j < last; ++j) part[j] = H[i * ldh + j];
-    for (int v = 0; v < kNV; ++v)
-      store(part + v * kLanes, fma(w, acc[i][v], load(part + v * kLanes)));
-    for (int64_t j = first; j < last; ++j) H[i * ldh + j] = part[j];
-  }
+  float part[kMR * kNR];
+#pragma GCC unroll 8
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kNV; ++v) store(part + i * kNR + v * kLanes, acc[i][v]);
+  promote_edge(part, weight, H, ldh, rows, cols, skew);
 }
 
 // The square of H at (i0, j0), all runs [r0, r1) of a chunk, packed in A (left) and B (right).
