@@ -1,7 +1,7 @@
 """Scores and masks at the shape of Aya-8B's down projection, next to torch's own way.
 
-Memory-bound work: `GB/s` is bytes read and written once over the fastest round, next to what a plain
-copy of the same matrix reaches (`test_ceiling_copy`). Run with OMP_NUM_THREADS=1 for one thread.
+Memory-bound work: `GB/s` is bytes read and written once over the fastest round, next to what a
+plain copy of the same matrix reaches (`test_ceiling_copy`). For one thread: OMP_NUM_THREADS=1.
 """
 
 import pytest

@@ -16,6 +16,7 @@ constexpr int kThreads = 256;
 __device__ inline int rank_of(const uint32_t* keys, int stride, int m, int i) {
   const uint32_t mine = keys[i * stride];
   int rank = 0;
+#pragma unroll 4  // more would spill on sm_100
   for (int j = 0; j < m; ++j) {
     const uint32_t other = keys[j * stride];
     rank += other > mine || (other == mine && j < i);

@@ -17,6 +17,7 @@ def _fake_score(W: Tensor, method: str, norms: Tensor | None, power: float) -> T
 
 @op(fake=_fake_score)
 def mask_score(W: Tensor, method: str, norms: Tensor | None, power: float) -> Tensor:
+    """Scores by the name of their method; see magnitude, wanda and ria, which call this."""
     S = torch.empty_like(W, dtype=torch.float32)
     work = None
     if method == "ria" and W.ndim == 2:
@@ -33,6 +34,7 @@ def _fake_keep(scores: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
 
 @op(fake=_fake_keep)
 def mask_keep_k(scores: Tensor, k: int, along: str) -> tuple[Tensor, Tensor]:
+    """The mask of keep_k, and int64 [1]: the lowest flat index of a NaN, or -1."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     bad = torch.full((1,), -1, dtype=torch.int64, device=scores.device)
     work = None
@@ -44,6 +46,7 @@ def mask_keep_k(scores: Tensor, k: int, along: str) -> tuple[Tensor, Tensor]:
 
 @op(fake=_fake_keep)
 def mask_keep_nm(scores: Tensor, n: int, m: int, along: str) -> tuple[Tensor, Tensor]:
+    """The mask of keep_nm, and int64 [1]: the lowest flat index of a NaN, or -1."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     bad = torch.full((1,), -1, dtype=torch.int64, device=scores.device)
     _C.mask_keep_nm(scores, n, m, along, mask, bad)
