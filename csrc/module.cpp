@@ -5,6 +5,7 @@
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
+#include "mask/mask.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -53,6 +54,26 @@ PYBIND11_MODULE(_C, m) {
   // --- cholesky ----------------------------------------------------------------------------------
 
   // --- mask --------------------------------------------------------------------------------------
+  m.attr("mask_keep_work") = mask::kKeepWork;
+  m.def("mask_score_work", &mask::score_work, "rows"_a, "cols"_a);
+  m.def(
+      "mask_score",
+      [](const Tensor& W, const std::string& method, const MaybeTensor& norms, double power,
+         const MaybeTensor& work, const Tensor& S) {
+        mask_score(W, method, norms ? &*norms : nullptr, power, work ? &*work : nullptr, S);
+      },
+      "W"_a, "method"_a, "norms"_a, "power"_a, "work"_a, "S"_a,
+      "S = importance of each weight: magnitude, wanda or ria", release_gil());
+  m.def(
+      "mask_keep_k",
+      [](const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
+         const Tensor& bad, const MaybeTensor& work) {
+        mask_keep_k(scores, k, along, mask, bad, work ? &*work : nullptr);
+      },
+      "scores"_a, "k"_a, "along"_a, "mask"_a, "bad"_a, "work"_a,
+      "mask = the k best scores of each row, each column or the matrix", release_gil());
+  m.def("mask_keep_nm", &mask_keep_nm, "scores"_a, "n"_a, "m"_a, "along"_a, "mask"_a, "bad"_a,
+        "mask = the n best of every m consecutive inputs or outputs", release_gil());
 
   // --- obs ---------------------------------------------------------------------------------------
 }
