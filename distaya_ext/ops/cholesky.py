@@ -1,8 +1,8 @@
 """Reversed-order Cholesky H' = R Rᵀ (R upper) of a damped Hessian, and the inverses built on it.
 
 With J the reversal of the order of columns, R = J chol(J H' J) J. The upper factor U with
-H'⁻¹ = Uᵀ U, for which SparseGPT (Frantar & Alistarh 2023, §3.3) and GPTQ (Frantar et al. 2022, §3.3)
-factor, invert and factor again, is R⁻¹: n³/3 flop instead of 4/3 n³ to get R, 2/3 n³ to get U.
+H'⁻¹ = Uᵀ U, for which SparseGPT (Frantar & Alistarh 2023, §3.3) and GPTQ (Frantar et al. 2022,
+§3.3) factor, invert and factor again, is R⁻¹: R costs n³/3 flop, U as much again, that route 4/3 n³.
 """
 
 import math
@@ -21,8 +21,8 @@ class Factor:
     """R with H + damp · mean_diag · I = R Rᵀ, and what happened on the way.
 
     R: fp32 [n, n], upper triangular, zeros below. damp: as given, relative. mean_diag: mean of H's
-    diagonal. floored: pivots that had to be raised (0 = the equation holds as it stands), the first of
-    them in processing order (from the last column to the first) is first_floored, or -1.
+    diagonal. floored: pivots that had to be raised (0 = the equation holds as it stands); the
+    first of them in processing order (from the last column to the first) is first_floored, or -1.
     dead: zeros on H's diagonal (inputs that were never active).
     """
 
@@ -40,8 +40,9 @@ def cholesky_(
 ) -> None:
     """In place: H fp32 [n, n] (upper triangle read) becomes R. Never waits for the device.
 
-    info int64 [4]: floored pivots, first floored column or -1, first column found not finite or -1 (R is
-    then meaningless), dead columns. mean float64 [1]: mean diagonal. work fp32 [_C.cholesky_work].
+    info int64 [4]: floored pivots, first floored column or -1, first column found not finite or -1
+    (R is then meaningless), dead columns. mean float64 [1]: mean diagonal. work fp32
+    [_C.cholesky_work]: scratch.
     """
     _C.cholesky_(H, damp, floor, info, mean, work)
 
@@ -58,24 +59,23 @@ def inverse_(U: Tensor, out: Tensor) -> None:
     _C.inverse(U, out)
 
 
-def cholesky(
-    H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False
-) -> Factor:
+def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False) -> Factor:
     """Factor H + damp · mean(diag H) · I = R Rᵀ with R upper triangular.
 
-    H: fp32 [n, n], contiguous, CPU or CUDA; only its upper triangle is read. overwrite: compute in H's own
-    memory (the returned R is H) instead of a copy. damp, floor: relative to mean(diag H); if no column is
-    alive, 1 stands in for the mean.
+    H: fp32 [n, n], contiguous, CPU or CUDA; only its upper triangle is read. overwrite: compute in
+    H's own memory (the returned R is H) instead of a copy. damp, floor: relative to mean(diag H);
+    if no column is alive, 1 stands in for the mean.
 
-    A pivot below floor · mean(diag H) is raised to it and counted. The factor is then that of H with a
-    locally raised diagonal: R Rᵀ = H' + δ e_j e_jᵀ for such a column j, δ ≥ 0, up to j's couplings with
-    the columns before it, which are dropped: next to so small a pivot they are rounding noise (at most
-    √floor of the diagonal if H is positive semidefinite) and dividing by it would amplify them from
-    column to column. With the usual damp of 0.01 a positive semidefinite H never gets there, however
-    singular it is.
+    A pivot below floor · mean(diag H) is raised to it and counted. The factor is then that of H
+    with a locally raised diagonal: R Rᵀ = H' + δ e_j e_jᵀ for such a column j, δ >= 0, up to j's
+    couplings with the columns before it, which are dropped: next to so small a pivot they are
+    rounding noise (at most √floor of the diagonal if H is positive semidefinite), and dividing by
+    it would amplify them from column to column until they overflow. With the usual damp of 0.01 a
+    positive semidefinite H never gets there, however singular it is.
 
-    Raises InputError (a ValueError) naming the column where NaN or Inf is met, or if the mean diagonal is
-    negative; UsageError for a damp or floor out of range; ValueError for wrong shape, dtype or layout.
+    Raises InputError (a ValueError) naming the column where NaN or Inf is met (a finite H whose
+    factor overflows is told apart, unless it was overwritten) or if the mean diagonal is negative;
+    UsageError for a damp or floor out of range; ValueError for wrong shape, dtype or layout.
     """
     if not (math.isfinite(damp) and damp >= 0):
         raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
@@ -88,21 +88,29 @@ def cholesky(
     cholesky_(R, damp, floor, info, mean, work)
     floored, first, bad, dead = info.tolist()
     if bad >= 0:
+        size = f"H ({H.shape[0]} x {H.shape[0]})"
+        if not overwrite and bool(H.triu().isfinite().all()):
+            raise InputError(
+                f"{size} is too close to singular for damp {damp:g}: its factor overflowed at"
+                f" column {bad}; use a larger damp"
+            )
         raise InputError(
-            f"H ({H.shape[0]} x {H.shape[1]}) is not finite: NaN or Inf in the row or column of"
-            f" input {bad}; check the calibration activations"
+            f"{size} is not finite: NaN or Inf in the row or column of input {bad}; check the"
+            " calibration activations"
         )
     if mean.item() < 0:
-        raise InputError(f"H has a negative mean diagonal ({mean.item():g}): no sum of x xᵀ has that")
+        raise InputError(
+            f"H has a negative mean diagonal ({mean.item():g}): no sum of x xᵀ has that"
+        )
     return Factor(R, damp, floored, first, mean.item(), dead)
 
 
 def inverse_factor(R: Tensor) -> Tensor:
     """U = R⁻¹, upper triangular fp32 [n, n], so that (R Rᵀ)⁻¹ = Uᵀ U.
 
-    U is what SparseGPT and GPTQ call the Cholesky factor of the inverse Hessian. R: fp32 [n, n], contiguous,
-    upper triangular (a strict lower triangle is not read). Raises InputError for a zero or NaN on
-    the diagonal, ValueError for wrong shape, dtype or layout.
+    U is what SparseGPT and GPTQ call the Cholesky factor of the inverse Hessian. R: fp32 [n, n],
+    contiguous, upper triangular (a strict lower triangle is not read). Raises InputError for a zero,
+    NaN or Inf on the diagonal, ValueError for wrong shape, dtype or layout.
     """
     U = torch.empty_like(R)
     inverse_factor_(R, U)
