@@ -2,7 +2,7 @@
 
 With J the reversal of the order of columns, R = J chol(J H' J) J. The upper factor U with
 H'⁻¹ = Uᵀ U, for which SparseGPT (Frantar & Alistarh 2023, §3.3) and GPTQ (Frantar et al. 2022,
-§3.3) factor, invert and factor again, is R⁻¹: R costs n³/3 flop, U as much again, that route 4/3 n³.
+§3.3) factor, invert and factor again, is R⁻¹: n³/3 flop for R and as many for U, not 4/3 n³.
 """
 
 import math
@@ -62,7 +62,7 @@ def inverse_(U: Tensor, out: Tensor) -> None:
 def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False) -> Factor:
     """Factor H + damp · mean(diag H) · I = R Rᵀ with R upper triangular.
 
-    H: fp32 [n, n], contiguous, CPU or CUDA; only its upper triangle is read. overwrite: compute in
+    H: fp32 [n, n], CPU or CUDA; only its upper triangle is read. overwrite: compute in contiguous
     H's own memory (the returned R is H) instead of a copy. damp, floor: relative to mean(diag H);
     if no column is alive, 1 stands in for the mean.
 
@@ -109,7 +109,7 @@ def inverse_factor(R: Tensor) -> Tensor:
     """U = R⁻¹, upper triangular fp32 [n, n], so that (R Rᵀ)⁻¹ = Uᵀ U.
 
     U is what SparseGPT and GPTQ call the Cholesky factor of the inverse Hessian. R: fp32 [n, n],
-    contiguous, upper triangular (a strict lower triangle is not read). Raises InputError for a zero,
+    contiguous; only its upper triangle is read. Raises InputError for a zero,
     NaN or Inf on the diagonal, ValueError for wrong shape, dtype or layout.
     """
     U = torch.empty_like(R)
