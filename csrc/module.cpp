@@ -2,6 +2,7 @@
 // order.
 #include <optional>
 
+#include "cholesky/cholesky.h"
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
@@ -52,6 +53,11 @@ PYBIND11_MODULE(_C, m) {
   // --- hessian -----------------------------------------------------------------------------------
 
   // --- cholesky ----------------------------------------------------------------------------------
+  m.attr("cholesky_work") = kCholeskyWork;
+  m.def("cholesky_", &cholesky_, "H"_a, "damp"_a, "floor"_a, "info"_a, "mean"_a, "work"_a,
+        release_gil());
+  m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
+  m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
   m.attr("mask_keep_work") = mask::kKeepWork;
