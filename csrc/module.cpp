@@ -6,6 +6,7 @@
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
+#include "hessian/hessian.h"
 #include "mask/mask.h"
 
 namespace py = pybind11;
@@ -51,6 +52,11 @@ PYBIND11_MODULE(_C, m) {
   bind_core(m);
 
   // --- hessian -----------------------------------------------------------------------------------
+  m.def("hessian", &hessian, "H"_a, "X"_a, "weights"_a, "Upper triangle of H += sum w x x^T",
+        release_gil());
+  m.def("column_sq", &column_sq, "s"_a, "X"_a, "weights"_a, "s += sum w x^2", release_gil());
+  m.def("symmetrize", &symmetrize, "H"_a, "Copies the upper triangle of H onto the lower",
+        release_gil());
 
   // --- cholesky ----------------------------------------------------------------------------------
   m.attr("cholesky_work") = kCholeskyWork;

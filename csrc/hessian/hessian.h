@@ -1,0 +1,63 @@
+// H += sum_t w_t x_t x_t^T, the second moment of a layer's inputs, from which every later room
+// works (SparseGPT, arXiv 2301.00774, section 3.1; GPTQ, arXiv 2210.17323, section 2). A true SYRK:
+// only elements H[i, j] with j >= i are computed and written, half of the flops of X^T X.
+//
+// Accuracy. Products are summed in fp32 over a run of at most kRun tokens, and each run is then
+// added to H (promotion). With u = 2^-24, T tokens in one call and S = sum_t w_t |x_ti| |x_tj|:
+//   |error of H[i, j]| <= (kRun + ceil(T / kRun) + G + 2) u (|H_before| + S)
+// where G is the number of weight groups (1 without weights); rounding to nearest makes the actual
+// error about the square root of that factor. bf16 and fp16 inputs are never rounded.
+// The AVX512-BF16 path reads inputs below 2^-126 in magnitude as 0 and flushes partial sums below
+// 2^-126 to 0, which adds at most T 2^-126 (1 + max|x|) w to the bound.
+//
+// Order. The tokens of one sum are added in an order that depends on T, the weights and the
+// instruction set only, never on the thread count.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "core/tensor.h"
+
+namespace distaya {
+
+inline constexpr int64_t kRun = 256;  // tokens summed in registers between two promotions
+
+struct Hessian {
+  int64_t T, C;          // tokens, columns (inputs of the layer)
+  Dtype dtype;           // of X: f32, f16 or bf16
+  const void* X;         // [T, C]
+  const float* weights;  // [T], finite, >= 0; a token of weight 0 is not read. Null: all 1
+  float* H;              // [C, C], upper triangle
+  int device;            // CUDA ordinal
+};
+
+struct ColumnSq {  // the diagonal of the same sum, at the cost of reading X once
+  int64_t T, C;
+  Dtype dtype;
+  const void* X;
+  const float* weights;
+  float* s;  // [C]
+  int device;
+};
+
+struct Symmetrize {
+  int64_t C;
+  float* H;  // [C, C]
+  int device;
+};
+
+// Doors: X [T, C], weights [T] or none, H [C, C], s [C]; all on one device.
+void hessian(const Tensor& H, const Tensor& X, const std::optional<Tensor>& weights);
+void column_sq(const Tensor& s, const Tensor& X, const std::optional<Tensor>& weights);
+void symmetrize(const Tensor& H);  // H[j, i] = H[i, j] for j > i
+
+void hessian_cpu(const Hessian& p);
+void column_sq_cpu(const ColumnSq& p);
+void symmetrize_cpu(const Symmetrize& p);
+
+void hessian_cuda(const Hessian& p, Stream stream);
+void column_sq_cuda(const ColumnSq& p, Stream stream);
+void symmetrize_cuda(const Symmetrize& p, Stream stream);
+
+}  // namespace distaya
