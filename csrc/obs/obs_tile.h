@@ -1,6 +1,9 @@
 // Textual part of obs_cpu.cpp: row-major blocks of a matrix <-> tiles [columns][kNR] whose lanes
 // are rows, so that everything the sweep does to a column is a vector operation.
 
+using DISTAYA_ISA::load;  // the overloads below would hide them
+using DISTAYA_ISA::store;
+
 // kLanes bytes as floats 0..255, and back (exact): masks and codes take the same road as weights.
 typedef uint8_t vb __attribute__((vector_size(DISTAYA_LANES)));
 typedef uint8_t vb_any __attribute__((vector_size(DISTAYA_LANES), aligned(1), may_alias));
@@ -12,6 +15,21 @@ DISTAYA_INLINE vf load(const uint8_t* p) {
 
 DISTAYA_INLINE void store(uint8_t* p, vf x) {
   *reinterpret_cast<vb_any*>(p) = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
+}
+
+// load_n and store_n of simd.h, for bytes too.
+template <class T>
+DISTAYA_INLINE vf load_part(const T* p, int64_t n) {
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  return load(part);
+}
+
+template <class T>
+DISTAYA_INLINE void store_part(T* p, vf x, int64_t n) {
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
 // Exchanges the off-diagonal halves of every 2s x 2s sub-matrix held in x.
@@ -57,7 +75,7 @@ void load_tile(const From* src, int64_t ld, int64_t rows, int64_t cols, int64_t 
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; ++i) x[i] = load(from + i * ld);
       } else if (width > 0) {
-        for (int64_t i = 0; i < height; ++i) x[i] = load_n(from + i * ld, width);
+        for (int64_t i = 0; i < height; ++i) x[i] = load_part(from + i * ld, width);
       }
       transpose(x);
       const int64_t n = std::min<int64_t>(kLanes, cols_padded - j);
@@ -80,7 +98,7 @@ void store_tile(const From* tile, int64_t rows, int64_t cols, To* dst, int64_t l
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; ++i) store(to + i * ld, x[i]);
       } else {
-        for (int64_t i = 0; i < height; ++i) store_n(to + i * ld, x[i], width);
+        for (int64_t i = 0; i < height; ++i) store_part(to + i * ld, x[i], width);
       }
     }
 }
