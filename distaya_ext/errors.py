@@ -2,7 +2,7 @@
 
 
 class DistayaError(ValueError):
-    """Base of every error whose message is written for the user: one sentence, with the numbers in it."""
+    """Base of errors written for the user: one sentence, with the numbers in it."""
 
     exit_code = 1
 

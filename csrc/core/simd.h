@@ -1,8 +1,6 @@
 // Vectors of kLanes floats, written once over GCC vector extensions: 16 lanes (AVX-512), 8 (AVX2)
 // or 4 (portable, SSE2 on x86-64). No include guard: foreach_isa.h reads it once per instruction
-// set.
-// +, -, *, / and comparisons are the compiler's own; a comparison yields an integer vector of 0 /
-// -1.
+// set. +, -, *, / and comparisons are the compiler's own; a comparison yields vi lanes of 0 or -1.
 
 namespace distaya::DISTAYA_ISA {
 
@@ -19,7 +17,15 @@ typedef uint16_t vh __attribute__((vector_size(DISTAYA_LANES * 2)));
 typedef float vf_any __attribute__((vector_size(DISTAYA_LANES * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(DISTAYA_LANES * 2), aligned(2), may_alias));
 
-DISTAYA_INLINE vf splat(float x) { return vf{} + x; }
+DISTAYA_INLINE vf splat(float x) {  // not vf{} + x: that adds, and turns -0 into +0
+#if DISTAYA_LANES == 16
+  return (vf)_mm512_set1_ps(x);
+#elif DISTAYA_LANES == 8
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 
 DISTAYA_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 

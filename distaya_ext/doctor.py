@@ -1,0 +1,98 @@
+"""What this installation will run on this machine, as plain data (``distaya doctor`` prints it)."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import distaya_ext
+from distaya_ext.ops import machine
+
+# What a room's CPU kernel multiplies with, by instruction set.
+_CPU_KERNELS = {
+    "avx512": {
+        "hessian (bf16)": "AVX512-BF16 dot products, fp32 promotion",
+        "hessian (fp16, fp32)": "AVX-512 FMA",
+        "cholesky, obs": "AVX-512 FMA, 8x48 register tile",
+        "mask": "AVX-512 scores, radix select",
+    },
+    "avx2": {
+        "hessian (bf16, fp16, fp32)": "AVX2 FMA (bf16 widened to fp32: no bf16 dot instruction)",
+        "cholesky, obs": "AVX2 FMA, 4x24 register tile",
+        "mask": "AVX2 scores, radix select",
+    },
+    "portable": {
+        "all rooms": "portable 4-lane vectors: correct, several times slower than AVX2",
+    },
+}
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Sections of name -> value: versions, cpu, gpu, kernels. Starts no CUDA context in torch."""
+    return {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "kernels": _kernels(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    out = {"distaya_ext": distaya_ext.__version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def _cpu() -> dict[str, str]:
+    peak = machine.peak()
+    bf16 = f"{peak['bf16_dot']:.0f} Gflop/s" if peak["bf16_dot"] else "no such instruction"
+    return {
+        "model": _cpu_model(),
+        "instruction set": f"{machine.isa()} (best here: {machine.best_isa()})",
+        "threads": f"{machine.threads()} (torch: {torch.get_num_threads()})",
+        "OpenMP runtimes": ", ".join(_openmp_runtimes()) or "unknown",
+        "fp32 peak, 1 thread": f"{peak['fp32']:.0f} Gflop/s measured",
+        "bf16 dot peak, 1 thread": bf16,
+    }
+
+
+def _gpu() -> dict[str, str]:
+    status = machine.cuda_status()
+    out = {"status": status.pop("status")}
+    if machine.has_cuda():
+        out["compiled for"] = " ".join(machine.cuda_archs())
+    out["torch's CUDA"] = torch.version.cuda or "none (CPU build of torch)"
+    return out | {key: value for key, value in status.items() if value != "0"}
+
+
+def _kernels() -> dict[str, str]:
+    out = {f"{room} on cpu": how for room, how in _CPU_KERNELS[machine.isa()].items()}
+    usable = machine.has_cuda() and machine.cuda_status()["status"] == "ok"
+    out["all rooms on cuda"] = "CUDA kernels" if usable else "unavailable: " + _gpu()["status"]
+    return out
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _openmp_runtimes() -> list[str]:
+    """File names of the OpenMP runtimes mapped into the process; more than one means two pools."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    names = {Path(line.split()[-1]).name for line in lines if ".so" in line}
+    return sorted(name for name in names if "gomp" in name or "iomp" in name or "libomp" in name)

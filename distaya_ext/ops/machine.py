@@ -1,0 +1,67 @@
+"""What the compiled module knows about this machine: ISA, threads, CUDA, measured peaks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch  # noqa: F401  (before _C: its OpenMP runtime must be the one we share)
+
+from distaya_ext import _C
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def isa() -> str:
+    """Instruction set the CPU kernels run on now: ``portable``, ``avx2`` or ``avx512``."""
+    return _C.isa()
+
+
+def best_isa() -> str:
+    """Best instruction set this CPU offers among those the module was compiled for."""
+    return _C.best_isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels on a lesser instruction set inside the block (tests, comparisons).
+
+    Raises ValueError for an unknown name or a set this CPU lacks. Process-wide, not per thread.
+    """
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+def threads() -> int:
+    """Threads of the OpenMP pool the kernels use; it is torch's (``torch.set_num_threads``)."""
+    return _C.threads()
+
+
+def has_cuda() -> bool:
+    """True when this build carries CUDA kernels (says nothing about a GPU being present)."""
+    return _C.has_cuda
+
+
+def cuda_archs() -> list[str]:
+    """CUDA architectures compiled into this build, e.g. ``["80-real", "90a-real"]``; [] without."""
+    return _C.cuda_archs.split()
+
+
+def cuda_status() -> dict[str, str]:
+    """Driver, runtime and devices as the module's own CUDA runtime sees them; never raises."""
+    return _C.cuda_status()
+
+
+def peak() -> dict[str, float]:
+    """Measured one-thread ceilings on registers alone, in Gflop/s: ``fp32`` and ``bf16_dot``.
+
+    ``bf16_dot`` is 0 where the instruction set has no bf16 dot product. Takes about 0.1 s.
+    """
+    return _C.peak()
+
+
+# touch(a, b, c, d) -> total elements of four tensors: the cost of crossing the border at all. Not
+# wrapped, because a Python frame would be a fifth of what it measures.
+touch = _C.touch

@@ -1,0 +1,52 @@
+"""Shared by all tests: GPU tests run only where a GPU is; every instruction set can be chosen."""
+
+import pytest
+import torch
+
+from distaya_ext.ops import machine
+
+
+def gpu_ready() -> bool:
+    """A GPU that both torch and this build's kernels can use."""
+    return torch.cuda.is_available() and machine.cuda_status()["status"] == "ok"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect (and count as deselected) GPU tests on a machine without a GPU.
+
+    Asking for them by name (``-m cuda``) without a GPU is an error, not a silent success.
+    """
+    if gpu_ready():
+        return
+    if config.option.markexpr == "cuda":
+        raise pytest.UsageError(
+            "pytest -m cuda needs a GPU: torch.cuda.is_available() is "
+            f"{torch.cuda.is_available()} and the kernels say: {machine.cuda_status()['status']}"
+        )
+    kept, dropped = [], []
+    for item in items:
+        (dropped if item.get_closest_marker("cuda") else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this CPU can run, worst first."""
+    return list(machine.ISAS[: machine.ISAS.index(machine.best_isa()) + 1])
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest):
+    """Runs the test once per instruction set this CPU offers."""
+    with machine.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest):
+    """Runs the test with 1 and with 2 threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
