@@ -43,7 +43,8 @@ DISTAYA_INLINE vf load(const bf16* p) {
 
 DISTAYA_INLINE vf load(const f16* p) {
 #if DISTAYA_LANES == 16
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  // maskz: the plain intrinsic trips gcc 12's -Wmaybe-uninitialized inside its own header.
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif DISTAYA_LANES == 8
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -64,7 +65,7 @@ DISTAYA_INLINE void store(bf16* p, vf x) {
 
 DISTAYA_INLINE void store(f16* p, vf x) {
 #if DISTAYA_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
 #elif DISTAYA_LANES == 8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
 #else
@@ -112,7 +113,8 @@ DISTAYA_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 // tiny).
 DISTAYA_INLINE vf round_even(vf x) {
 #if DISTAYA_LANES == 16
-  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x,
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif DISTAYA_LANES == 8
   return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
