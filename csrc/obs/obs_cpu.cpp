@@ -125,10 +125,17 @@ struct Sweep {
     }
     for (int64_t k = 0; k < b.i1; k += kDepth) {
       const int64_t depth = std::min(kDepth, b.i1 - k);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t t = 0; t < b.tiles; ++t)
+      for (int64_t i = 0; i < count; ++i) {
+        const bool last = i + 1 == count;
+        const float* next = last ? E_of(first, k + depth) : E_of(first + i + 1, k);
+        const int64_t share = depth * kNR / b.tiles;
+        for (int64_t t = 0; t < b.tiles; ++t) {
+          for (int64_t at = t * share; at < (t + 1) * share; at += 16)
+            __builtin_prefetch(next + at, 0, 2);
           microkernel(depth, b.P.get() + (t * b.i1 + k) * kMR, E_of(first + i, k),
                       tiles + (i * height + t * kMR) * kNR, kNR);
+        }
+      }
     }
   }
 

@@ -55,7 +55,7 @@ struct Entry {
   int64_t height;
 };
 
-// Scores of a sample spread over the block, sorted: a guess of where the cut lies.
+// Scores of a sample spread over the block: a guess of where the cut lies.
 inline std::vector<float> sample_scores(const Entry& e) {
   const int64_t vectors = e.rows / kLanes * e.cols;  // whole vectors only
   const int64_t step = std::max<int64_t>(1, vectors / 2048) | 1;
@@ -65,7 +65,6 @@ inline std::vector<float> sample_scores(const Entry& e) {
     const float* w = e.T + ((row / kNR) * e.height + j) * kNR + row % kNR;
     for (int l = 0; l < kLanes; ++l) scores.push_back(w[l] * w[l] * e.D[j]);
   }
-  std::sort(scores.begin(), scores.end());
   return scores;
 }
 
@@ -117,16 +116,19 @@ inline Cut find_cut(const Entry& e, int64_t k) {
     std::nth_element(all.begin(), all.begin() + at, all.end());
     return all[static_cast<size_t>(at)];
   };
-  const std::vector<float> sample = sample_scores(e);
+  std::vector<float> sample = sample_scores(e);
+  const auto rank = [&](double at) {  // the sample's score of that rank, 0 or infinity beyond
+    if (at < 0) return 0.f;
+    if (at >= static_cast<double>(sample.size())) return INFINITY;
+    const auto middle = sample.begin() + static_cast<int64_t>(at);
+    std::nth_element(sample.begin(), middle, sample.end());
+    return *middle;
+  };
   if (const auto n = static_cast<double>(sample.size()); n > 0) {
     const double at = n * static_cast<double>(k) / static_cast<double>(e.rows * e.cols);
     const double margin =
         2.5 * std::sqrt(n) / 2 + 8;  // of a sample's rank: 2.5 sigma at the median
-    const auto low = static_cast<int64_t>(std::floor(at - margin));
-    const auto high = static_cast<int64_t>(std::ceil(at + margin));
-    const auto size = static_cast<int64_t>(sample.size());
-    const auto cut = attempt(low < 0 ? 0.f : sample[static_cast<size_t>(low)],
-                             high >= size ? INFINITY : sample[static_cast<size_t>(high)]);
+    const auto cut = attempt(rank(at - margin), rank(at + margin));
     if (cut) return *cut;
   }
   const auto cut = attempt(0.f, INFINITY);

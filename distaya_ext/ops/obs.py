@@ -10,7 +10,6 @@ Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1), GPTQ (Frantar et al. 
 QuIP (Chee et al. 2023, section 3: the feedback form). See csrc/obs/obs.h for every rule.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,58 +18,7 @@ from torch import Tensor
 from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.errors import InputError
-
-_SCALE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_GROUPS = (0, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Quant:
-    """An integer grid: weight = scale * (code - zero), code in 0 .. 2^bits - 1.
-
-    bits       2 to 8
-    group      columns that share a grid: 32, 64, 128, or 0 for the whole row (always taken from the
-               dense weights). A group's grid comes from the weights as they are when the sweep
-               reaches it; static=True takes it from the dense weights, in the original column order.
-    symmetric  zero is 2^(bits-1) and the range is made symmetric, by GPTQ's rule (a group without a
-               negative weight keeps 0 as its low end)
-    scale      "minmax", or "mse": of 80 shrunken ranges the one with the least sum |q - w|^2.4
-    scale_dtype  scales are rounded to it before use (float32, bfloat16, float16)
-
-    The range always contains 0, so a pruned weight is exactly 0 and its code equals the zero.
-    """
-
-    bits: int
-    group: int = 128
-    symmetric: bool = False
-    scale: str = "minmax"
-    scale_dtype: torch.dtype = torch.float32
-    static: bool = False
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise InputError(f"bits must be 2 to 8, not {self.bits}")
-        if self.group not in _GROUPS:
-            raise InputError(f"group must be one of {_GROUPS} (0 = whole row), not {self.group}")
-        if self.scale not in ("minmax", "mse"):
-            raise InputError(f"scale must be 'minmax' or 'mse', not {self.scale!r}")
-        if self.scale_dtype not in _SCALE_DTYPES:
-            raise InputError(
-                f"scale_dtype must be float32, bfloat16 or float16, not {self.scale_dtype}"
-            )
-
-    def width(self, cols: int) -> int:
-        """Columns per grid in a matrix of ``cols`` columns."""
-        return self.group or max(cols, 1)
-
-    def dynamic(self) -> bool:
-        """Whether grids are taken from the current weights during the sweep."""
-        return self.group > 0 and not self.static
-
-    def options(self, cols: int) -> tuple[int, int, bool, bool, str]:
-        """bits, columns per group, symmetric, mse, scale dtype: what the raw ops take."""
-        dtype = _SCALE_DTYPES[self.scale_dtype]
-        return self.bits, self.width(cols), self.symmetric, self.scale == "mse", dtype
+from distaya_ext.quant import Quant
 
 
 class Swept(NamedTuple):
@@ -309,3 +257,82 @@ def obs(
         W, kept = W[:, back], kept[:, back]
         codes = None if codes is None else codes[:, back]
     return ObsResult(W, kept, codes, s.scales, s.zeros, s.loss, perm)
+
+
+class Reference(NamedTuple):
+    """``reference``'s result in float64; clear [rows]: no decision of that row hangs by 1e-5."""
+
+    W: Tensor
+    mask: Tensor
+    codes: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
+    loss: Tensor
+    clear: Tensor
+
+
+def reference(
+    W: Tensor,
+    H: Tensor,
+    *,
+    sparsity: float = 0.0,
+    nm: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    quant: Quant | None = None,
+    reference: bool = False,
+) -> Reference:
+    """The textbook sweep in float64 (Cholesky, inverse, Cholesky; one column at a time).
+
+    W [rows, cols]; H [cols, cols] already damped. Same rules as ``sweep_``; slow, for tests.
+    """
+    dense, W = W.double(), W.double().clone()
+    U = torch.linalg.cholesky(H.double())
+    U = torch.linalg.cholesky(torch.cholesky_inverse(U), upper=True)
+    rows, cols = W.shape
+    keep = torch.ones_like(W, dtype=torch.bool) if mask is None else mask.clone()
+    clear, loss = torch.ones(rows, dtype=torch.bool), W.new_zeros(rows)
+    codes = torch.zeros(rows, cols, dtype=torch.uint8) if quant else None
+    placed: list[tuple[Tensor, Tensor]] = []
+    width = quant.width(cols) if quant else cols
+    for j in range(cols):
+        ahead = torch.arange(j, min(cols, j + 128))
+        score = W[:, ahead] ** 2 / U.diagonal()[ahead] ** 2
+        if sparsity and j % 128 == 0:
+            count = int(rows * (j + len(ahead)) * sparsity) - int(rows * j * sparsity)
+            count = int(score.numel() * sparsity) + 1 if reference else count
+            keep[:, ahead], sure = _keep_but(score.reshape(1, -1), count, rows)
+            clear &= sure
+        elif nm and j % nm[1] == 0:
+            group = score[:, : nm[1]]
+            drop = max(0, group.shape[1] - nm[0])
+            keep[:, ahead[: nm[1]]], sure = _keep_but(group, drop, rows)
+            clear &= sure
+        q = W[:, j] * keep[:, j]
+        if quant:
+            if j % width == 0:
+                now = W if quant.dynamic() else dense
+                *grid, sure = quant.grid(now[:, j : j + width])
+                placed.append((grid[0], grid[1]))
+                clear &= sure
+            scale, zero = placed[-1]
+            code = quant.code(q, scale, zero)
+            for nudge in (1 - 1e-5, 1 + 1e-5):
+                clear &= quant.code(q * nudge, scale, zero) == code
+            codes[:, j] = code.to(torch.uint8)
+            q = scale * (code - zero)
+        error = (W[:, j] - q) / U[j, j]
+        loss += error**2 / 2
+        W[:, j:] -= error[:, None] * U[j, j:]
+        W[:, j] = q
+    scales, zeros = (torch.stack(x, 1) for x in zip(*placed, strict=True)) if quant else (None,) * 2
+    return Reference(W, keep, codes, scales, zeros, loss, clear)
+
+
+def _keep_but(score: Tensor, drop: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Mask of all but the ``drop`` least of each row of score, and whether that was clear."""
+    value, order = score.sort(dim=1, stable=True)
+    keep = torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :drop], False)
+    sure = torch.ones(len(score), dtype=torch.bool)
+    if 0 < drop < score.shape[1]:
+        sure = value[:, drop - 1] < value[:, drop] * (1 - 1e-5)
+    return keep.reshape(rows, -1), sure.expand(rows)
