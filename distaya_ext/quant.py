@@ -16,9 +16,10 @@ class Quant:
     """An integer grid: weight = scale * (code - zero), code in 0 .. 2^bits - 1.
 
     bits       2 to 8
-    group      columns that share a grid: 32, 64, 128, or 0 for the whole row (always taken from the
-               dense weights). A group's grid comes from the weights as they are when the sweep
-               reaches it; static=True takes it from the dense weights, in the original column order.
+    group      columns that share a grid: 32, 64, 128, or 0 for the whole row (always taken from
+               the dense weights). A group's grid comes from the weights as they are when the
+               sweep reaches it; static=True takes it from the dense weights, in the original
+               column order.
     symmetric  zero is 2^(bits-1) and the range is made symmetric, by GPTQ's rule (a group without a
                negative weight keeps 0 as its low end)
     scale      "minmax", or "mse": of 80 shrunken ranges the one with the least sum |q - w|^2.4
@@ -85,12 +86,11 @@ class Quant:
         ]
         least, best = torch.stack([cost.sum(1) for cost in costs]).sort(dim=0, stable=True)
         scale, zero = (torch.stack(x).gather(0, best[:1])[0] for x in zip(*places, strict=True))
-        clear = (best[0] == 0) if len(shrinks) > 1 else torch.ones_like(empty)
-        if len(shrinks) > 1:
-            clear |= least[0] < least[1] * (1 - 1e-4)
-        at = -torch.where(best[0] >= 0, low, low) / (high - low) * (2**self.bits - 1)
-        near = (at - at.floor() - 0.5).abs() < 1e-4
-        return scale, zero, clear & (~near | self.symmetric)
+        at = -low / (high - low) * (2**self.bits - 1)  # the zero before rounding
+        clear = torch.full_like(empty, self.symmetric) | ((at - at.floor() - 0.5).abs() > 1e-4)
+        if self.scale == "mse":
+            clear &= (least[0] < least[1] * (1 - 1e-5)) | (best[0] == 0)
+        return scale, zero, clear
 
     def options(self, cols: int) -> tuple[int, int, bool, bool, str]:
         """bits, columns per group, symmetric, mse, scale dtype: what the raw ops take."""

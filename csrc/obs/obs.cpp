@@ -108,10 +108,7 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
   if (options.grid.bits) quantise(p, options, W, codes, scales, zeros, group_of);
   const int64_t bytes = obs_work(rows, cols, W.on_cuda);
   p.work = operand<uint8_t, 1>(work, "work", {bytes}, W);
-  if (rows == 0 || cols == 0) {
-    check(rows == 0, "W (", W, ") has no columns");
-    return;
-  }
+  if (rows == 0 || cols == 0) return;
   if constexpr (has_cuda)
     if (W.on_cuda) return obs_cuda(p, stream_of(W));
   obs_cpu(p);

@@ -69,7 +69,7 @@ struct Obs {
   float* scales = nullptr;            // [rows, groups] out if dynamic, else in
   float* zeros = nullptr;             // [rows, groups] likewise
 
-  double* loss;  // [rows] out
+  double* loss;  // [rows] out; zeros in
   void* work;    // obs_work_cuda() bytes, 256-aligned; null on the CPU
   int device;    // CUDA ordinal
 };

@@ -1,13 +1,14 @@
 """One blocked OBS sweep that prunes (SparseGPT), rounds (GPTQ) or does both in the same pass.
 
-Given H' = R R^T (R upper, ``ops.cholesky``), the sweep runs left to right over the columns of W and
-lets the weights still to come make up for what was pruned or rounded. No inverse of H is formed:
+Given H' = R R^T (R upper, ``ops.cholesky``), the sweep runs left to right over the columns of W
+and lets the weights still to come make up for what was pruned or rounded, without an inverse of H:
 
     M = R / diag(R), D = diag(R)^2, E = W0 - Q, N = M[b, b]^-1 per block b of 128 columns
-    T = W0[:, b] + E[:, :b] M[:b, b] N;  per column g = w - q, cost 1/2 g^2 D_j, T[:, j:] -= g N[j, j:]
+    T = W0[:, b] + E[:, :b] M[:b, b] N
+    per column g = w - q, cost 1/2 g^2 D_j, T[:, j:] -= g N[j, j:]
 
-Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1), GPTQ (Frantar et al. 2022, algorithm 1),
-QuIP (Chee et al. 2023, section 3: the feedback form). See csrc/obs/obs.h for every rule.
+Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1), GPTQ (Frantar et al. 2022, algorithm
+1), QuIP (Chee et al. 2023, section 3: the feedback form). See csrc/obs/obs.h for every rule.
 """
 
 from typing import NamedTuple
@@ -40,10 +41,10 @@ class ObsResult(NamedTuple):
     scales  [rows, groups]  float32 or None
     zeros   [rows, groups]  float32 (whole numbers) or None
     loss    [rows]          float64, 1/2 (Q - W) H' (Q - W)^T, H' = the damped H, Q in float32
-    perm    [cols]          int64 order in which the columns were swept, or None for the natural one.
-                            W, mask and codes are in the ORIGINAL order. With dynamic groups, group g
-                            covers columns perm[g * group : (g + 1) * group]; static groups and whole
-                            rows keep the original order.
+    perm    [cols]          int64 order of the sweep over the columns, None = the natural one.
+                            W, mask and codes are in the ORIGINAL order. With dynamic groups,
+                            group g covers columns perm[g * group : (g + 1) * group]; static
+                            groups and whole rows keep the original order.
     """
 
     W: Tensor
@@ -127,19 +128,22 @@ def quantize(W: Tensor, quant: Quant) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return Wq, codes, scales, zeros
 
 
-def _selection(sparsity: float, nm: tuple[int, int] | None, mask: Tensor | None) -> str:
-    asked = {"sparsity": sparsity != 0, "nm": nm is not None, "mask": mask is not None}
+def _selection(sparsity, nm, mask, quant) -> str:
+    asked = {"sparsity": bool(sparsity), "nm": nm is not None, "mask": mask is not None}
     if sum(asked.values()) > 1:
         names = " and ".join(name for name, given in asked.items() if given)
         raise InputError(f"{names} were given, but a sweep takes its mask from one of them")
-    return "unstructured" if sparsity else "nm" if nm else "given" if mask is not None else "none"
+    if asked["nm"] or asked["mask"]:
+        return "nm" if asked["nm"] else "given"
+    nothing_else = sparsity is not None and quant is None  # then 0 % is a (void) request of its own
+    return "unstructured" if sparsity or nothing_else else "none"
 
 
 def sweep_(
     W: Tensor,
     R: Tensor,
     *,
-    sparsity: float = 0.0,
+    sparsity: float | None = None,
     nm: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     quant: Quant | None = None,
@@ -159,9 +163,10 @@ def sweep_(
     given_grids, group_of  scales and zeros [rows, groups] to use instead of grids(W) when the grids
              are not dynamic, and int64 [cols], the group of each column
 
-    Nothing is synchronised with the GPU, and NaN is not looked for: ``obs`` does. Raises ValueError.
+    Nothing is synchronised with the GPU, and NaN is not looked for: ``obs`` does that. Raises
+    ValueError for shapes, dtypes, devices and options that do not fit.
     """
-    select = _selection(sparsity, nm, mask)
+    select = _selection(sparsity, nm, mask, quant)
     codes = scales = zeros = None
     options: tuple[int, int, bool, bool, str] = (0, 0, False, False, "float32")
     if quant is not None:
@@ -173,10 +178,10 @@ def sweep_(
             scales, zeros = given_grids or grids(W, quant)
     if mask is None and select != "none":
         mask = torch.empty_like(W, dtype=torch.bool)
-    loss = W.new_empty(W.shape[0], dtype=torch.float64)
+    loss = W.new_zeros(W.shape[0], dtype=torch.float64)
     n, m = nm or (0, 0)
     dynamic = quant is not None and quant.dynamic()
-    obs_(W, R, mask, codes, scales, zeros, group_of, loss, select, float(sparsity), reference,
+    obs_(W, R, mask, codes, scales, zeros, group_of, loss, select, float(sparsity or 0), reference,
          n, m, *options, dynamic)  # fmt: skip
     return Swept(mask, codes, scales, zeros, loss)
 
@@ -218,7 +223,7 @@ def obs(
 ) -> ObsResult:
     """Compress W [rows, cols] (not modified) for inputs with second moments H. See ``sweep_``.
 
-    H        float32 [cols, cols] symmetric (``Hessian.finish()``), or factor = ops.cholesky.cholesky
+    H        float32 [cols, cols] symmetric (``Hessian.finish()``), or factor=cholesky(H)
     order    "activation" sweeps columns by descending diagonal of H (GPTQ's act-order); the result
              comes back in the original order with the permutation
     damp     share of the mean diagonal added to it (ignored with factor=)
@@ -234,21 +239,22 @@ def obs(
     perm = group_of = given = None
     if quant is not None and not quant.group:
         given = grids(W, quant)  # published: whole-row grids precede everything else
-    if H is not None and reference:
-        dead = H.diagonal() == 0
-        H = H + torch.diag(dead.to(H.dtype))
-        W.masked_fill_(dead, 0)
+    if H is not None and reference and (dead := H.diagonal() == 0).any():
+        H = H.clone()
+        H.diagonal()[dead] = 1
+        W[:, dead] = 0
     if quant is not None and quant.group and quant.static:
         given = grids(W, quant)
     if order == "activation":
         perm = torch.argsort(H.diagonal(), descending=True, stable=True)
         W, H = W[:, perm].contiguous(), H[perm][:, perm].contiguous()
-        mask = None if mask is None else mask[:, perm].contiguous()
+        mask = None if mask is None else mask[:, perm]
         if given is not None and quant.group:
             group_of = perm // quant.group
     if factor is None:
         factor = cholesky(H, damp)
-    s = sweep_(W, factor.R, sparsity=sparsity or 0.0, nm=nm, mask=mask, quant=quant,
+    mask = None if mask is None else mask.contiguous()
+    s = sweep_(W, factor.R, sparsity=sparsity, nm=nm, mask=mask, quant=quant,
                reference=reference, given_grids=given, group_of=group_of)  # fmt: skip
     kept = s.mask if s.mask is not None else torch.ones_like(W0, dtype=torch.bool)
     codes = s.codes
