@@ -16,24 +16,24 @@ from distaya_ext.ops.obs import Quant, sweep_
 U32 = 2.0**-24  # unit roundoff of float32
 SHAPES = [(1, 1), (1, 300), (3, 129), (17, 100), (49, 384), (100, 256)]
 MODES = {
-    "half": dict(sparsity=0.5),
-    "70%": dict(sparsity=0.7),
-    "published 50%": dict(sparsity=0.5, reference=True),
-    "2:4": dict(nm=(2, 4)),
-    "4:8": dict(nm=(4, 8)),
-    "1:16": dict(nm=(1, 16)),
-    "5:32": dict(nm=(5, 32)),
-    "2:3": dict(nm=(2, 3)),
-    "int4 row": dict(quant=Quant(4, 0)),
-    "int4 g128": dict(quant=Quant(4, 128)),
-    "int3 g32 symmetric": dict(quant=Quant(3, 32, symmetric=True)),
-    "int2 g64 mse": dict(quant=Quant(2, 64, scale="mse")),
-    "int8 g64 bf16": dict(quant=Quant(8, 64, scale_dtype=torch.bfloat16)),
-    "int4 g32 static f16": dict(quant=Quant(4, 32, static=True, scale_dtype=torch.float16)),
-    "2:4 int4": dict(nm=(2, 4), quant=Quant(4, 128)),
-    "2:3 int4 g32": dict(nm=(2, 3), quant=Quant(4, 32)),
-    "half int4 row": dict(sparsity=0.5, quant=Quant(4, 0)),
-    "half int4 g64": dict(sparsity=0.5, quant=Quant(4, 64)),
+    "half": {"sparsity": 0.5},
+    "70%": {"sparsity": 0.7},
+    "published 50%": {"sparsity": 0.5, "reference": True},
+    "2:4": {"nm": (2, 4)},
+    "4:8": {"nm": (4, 8)},
+    "1:16": {"nm": (1, 16)},
+    "5:32": {"nm": (5, 32)},
+    "2:3": {"nm": (2, 3)},
+    "int4 row": {"quant": Quant(4, 0)},
+    "int4 g128": {"quant": Quant(4, 128)},
+    "int3 g32 symmetric": {"quant": Quant(3, 32, symmetric=True)},
+    "int2 g64 mse": {"quant": Quant(2, 64, scale="mse")},
+    "int8 g64 bf16": {"quant": Quant(8, 64, scale_dtype=torch.bfloat16)},
+    "int4 g32 static f16": {"quant": Quant(4, 32, static=True, scale_dtype=torch.float16)},
+    "2:4 int4": {"nm": (2, 4), "quant": Quant(4, 128)},
+    "2:3 int4 g32": {"nm": (2, 3), "quant": Quant(4, 32)},
+    "half int4 row": {"sparsity": 0.5, "quant": Quant(4, 0)},
+    "half int4 g64": {"sparsity": 0.5, "quant": Quant(4, 64)},
 }
 
 
@@ -77,8 +77,8 @@ def check_weights(W0, Q, R, keep, cols_per_block: int = 128) -> None:
 
     In exact arithmetic (E M)_j = 0 wherever weight j was kept. Computed in fp32, T = W0 + E P with
     P = R U_b, then g N inside the block, each a sum of at most n terms, n = columns so far:
-    |e| <= 3 n u (|W0| + |E| |R| |U_b| + |g| |N_b|) per entry (sum, P and the stored Q), and an error
-    e of one column reaches the later ones of its block through M_bb: |(E M)_j| <= (|e| |M_bb|)_j.
+    |e| <= 3 n u (|W0| + |E| |R| |U_b| + |g| |N_b|) per entry (sum, P and the stored Q). An error e
+    of one column reaches the later ones of its block through M_bb: |(E M)_j| <= (|e| |M_bb|)_j.
     """
     E, R = W0.double() - Q.double(), R.double()
     M = R / R.diagonal()
@@ -148,7 +148,7 @@ def test_exact_count(shape, sparsity, isa):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_ties_go_in_row_major_order(reference, isa):
-    """Equal scores everywhere (H = I, |W| = 1): the first k in row-major order go, or all of them."""
+    """Equal scores everywhere (H = I, |W| = 1): the first k in row-major order go, or all."""
     W = torch.ones(50, 20) * (torch.arange(20) % 2 * 2 - 1)
     got = sweep_(W, torch.eye(20), sparsity=0.31, reference=reference)
     drop = (~got.mask).flatten()
