@@ -8,6 +8,7 @@
 #include "core/probe.h"
 #include "hessian/hessian.h"
 #include "mask/mask.h"
+#include "obs/obs.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -88,4 +89,15 @@ PYBIND11_MODULE(_C, m) {
         "mask = the n best of every m consecutive inputs or outputs", release_gil());
 
   // --- obs ---------------------------------------------------------------------------------------
+  py::class_<GridOptions>(m, "GridOptions")
+      .def(py::init<int64_t, int64_t, bool, bool, std::string>(), "bits"_a = 0, "group"_a = 0,
+           "symmetric"_a = false, "mse"_a = false, "scale_dtype"_a = "float32");
+  py::class_<ObsOptions>(m, "ObsOptions")
+      .def(py::init<std::string, double, bool, int64_t, int64_t, GridOptions, bool>(),
+           "select"_a = "none", "sparsity"_a = 0.0, "reference"_a = false, "n"_a = 0, "m"_a = 0,
+           "grid"_a = GridOptions{}, "dynamic"_a = false);
+  m.def("obs", &obs, "W"_a, "R"_a, "mask"_a, "codes"_a, "scales"_a, "zeros"_a, "group_of"_a,
+        "loss"_a, "work"_a, "options"_a, release_gil());
+  m.def("obs_work", &obs_work, "rows"_a, "cols"_a, "on_cuda"_a);
+  m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
 }

@@ -60,7 +60,7 @@ struct Obs {
                            // null for none
 
   Grid grid;
-  int64_t group = 0;     // columns per grid, 1 <= group <= cols (whole row: group == cols)
+  int64_t group = 0;     // columns per grid, at least 1 (whole row: group == cols)
   int64_t groups = 0;    // columns of scales and zeros
   bool dynamic = false;  // grid of group g from T at column g * group (block_columns % group
                          // == 0); otherwise scales and zeros are inputs
@@ -69,7 +69,7 @@ struct Obs {
   float* scales = nullptr;            // [rows, groups] out if dynamic, else in
   float* zeros = nullptr;             // [rows, groups] likewise
 
-  double* loss;  // [rows] out
+  double* loss;  // [rows] out; zeros in
   void* work;    // obs_work_cuda() bytes, 256-aligned; null on the CPU
   int device;    // CUDA ordinal
 };
@@ -92,7 +92,7 @@ inline constexpr int64_t kObsBlock = 128;  // SparseGPT's and GPTQ's: masks are 
 // Columns per block: 128, or the most below it that whole N:M groups (and grids) divide. 0: none.
 inline int64_t block_columns(const Obs& p) {
   int64_t step = p.select == Select::nm ? p.m : 1;
-  if (p.grid.bits && p.dynamic) step = std::lcm(step, p.group < p.cols ? p.group : 1);
+  if (p.grid.bits && p.dynamic) step = std::lcm(step, p.group);
   return kObsBlock / step * step;
 }
 
@@ -114,24 +114,33 @@ void quantize_cpu(const Quantize& p);
 void quantize_cuda(const Quantize& p, Stream stream);
 
 // The door (obs.cpp): checks, then one of the above.
-struct ObsOptions {  // what the raw op passes beside the tensors
-  std::string select;
+
+struct GridOptions {  // as Python says it
+  int64_t bits = 0, group = 0;
+  bool symmetric = false, mse = false;
+  std::string scale_dtype = "float32";
+};
+
+struct ObsOptions {
+  std::string select = "none";
   double sparsity = 0;
   bool reference = false;
-  int64_t n = 0, m = 0, bits = 0, group = 0;
-  bool symmetric = false, mse = false, dynamic = false;
-  std::string scale_dtype = "float32";
+  int64_t n = 0, m = 0;
+  GridOptions grid;
+  bool dynamic = false;
 };
 
 using MaybeView = std::optional<Tensor>;
 
+// scales and zeros are written if options.dynamic, read otherwise.
 void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeView& codes,
          const MaybeView& scales, const MaybeView& zeros, const MaybeView& group_of,
          const Tensor& loss, const Tensor& work, const ObsOptions& options);
-// Bytes of `work` for that call: 0 on the CPU.
+
+// Bytes of `work` that call needs: 0 on the CPU.
 int64_t obs_work(int64_t rows, int64_t cols, bool on_cuda);
+
 void quantize(const Tensor& W, const MaybeView& codes, const Tensor& scales, const Tensor& zeros,
-              int64_t bits, int64_t group, bool symmetric, bool mse,
-              const std::string& scale_dtype);
+              const GridOptions& options);
 
 }  // namespace distaya
