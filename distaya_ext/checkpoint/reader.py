@@ -42,7 +42,9 @@ class Entry:
 
 
 class Checkpoint:
-    """A model folder whose headers agree with its config; tensors are mapped from disk when asked for."""
+    """A model folder whose headers agree with its config; tensors are mapped from disk when asked
+    for.
+    """
 
     def __init__(self, folder: Path, config: Any, dtype: torch.dtype, entries: dict[str, Entry]):
         self.folder = folder
@@ -57,10 +59,13 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    def read(
+        self, names: Iterable[str], device: str | torch.device = "cpu"
+    ) -> dict[str, torch.Tensor]:
         """Tensors by name, in their stored dtype. On the CPU they are views of the mapped file.
 
-        The first read of a tensor tests it; NaN or infinity raises InputError with its name and row.
+        The first read of a tensor tests it; NaN or infinity raises InputError with its name and
+        row.
         """
         names = list(names)
         tensors: dict[str, torch.Tensor] = {}
@@ -80,7 +85,9 @@ class Checkpoint:
                 finite = torch.isfinite(rows[start : start + step]).all(dim=1)
                 if not bool(finite.all()):
                     row = start + int((~finite).nonzero()[0])
-                    raise InputError(f"weight {name} holds NaN or infinity, first in row {row} of {len(rows)}")
+                    raise InputError(
+                        f"weight {name} holds NaN or infinity, first in row {row} of {len(rows)}"
+                    )
             self._finite.add(name)
         return tensor
 
@@ -88,8 +95,8 @@ class Checkpoint:
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     """Open a local folder or hub id and check all of it short of reading the weights.
 
-    Config, shard names, presence and size of shards, and name, shape and dtype of every tensor against
-    the model that transformers builds from the config. Raises InputError with one sentence.
+    Config, shard names, presence and size of shards, and name, shape and dtype of every tensor
+    against the model that transformers builds from the config. Raises InputError with one sentence.
     """
     folder = locate(model, offline=offline)
     raw = read_config(folder)
@@ -112,14 +119,18 @@ def _config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and its validators raise many kinds here
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"config.json of {folder.name} is not usable: {' '.join(lines)[:300]}") from error
+        raise InputError(
+            f"config.json of {folder.name} is not usable: {' '.join(lines)[:300]}"
+        ) from error
 
 
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name is not None:
         if name not in _CONFIG_DTYPES:
-            raise InputError(f"config.json names dtype {name!r}; one of {', '.join(_CONFIG_DTYPES)} is needed")
+            raise InputError(
+                f"config.json names dtype {name!r}; one of {', '.join(_CONFIG_DTYPES)} is needed"
+            )
         return _CONFIG_DTYPES[name]
     embed = entries.get(f"{architecture.embed}.weight")
     return embed.dtype if embed is not None and embed.dtype is not None else torch.float32
@@ -172,21 +183,28 @@ def _expected_bytes(path: Path) -> int | None:
 
 
 def _compare(expected: dict[str, tuple[int, ...]], entries: dict[str, Entry], tied: bool) -> None:
-    """Refuse missing, unexpected, misshapen and non-float tensors, the counts and first names told."""
+    """Refuse missing, unexpected, misshapen and non-float tensors, naming the first few."""
     optional = {"lm_head.weight"} if tied else set()
     if missing := [name for name in expected if name not in entries and name not in optional]:
         raise InputError(f"the checkpoint lacks {_some(missing)}, which config.json asks for")
     extra = [name for name in entries if name not in expected and not _HARMLESS.search(name)]
     if extra:
-        raise InputError(f"the checkpoint holds {_some(extra)}, which the model of config.json has not")
+        raise InputError(
+            f"the checkpoint holds {_some(extra)}, which the model of config.json has not"
+        )
     for name, shape in expected.items():
         entry = entries.get(name)
         if entry is None:
             continue
         if entry.shape != shape:
-            raise InputError(f"tensor {name} has shape {_shape(entry.shape)}; config.json asks for {_shape(shape)}")
+            raise InputError(
+                f"tensor {name} has shape {_shape(entry.shape)}; config.json asks for "
+                f"{_shape(shape)}"
+            )
         if entry.dtype is None:
-            raise InputError(f"tensor {name} is not stored as one of {', '.join(_DTYPES)}; already quantised?")
+            raise InputError(
+                f"tensor {name} is not stored as one of {', '.join(_DTYPES)}; already quantised?"
+            )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -195,4 +213,6 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _some(names: list[str]) -> str:
     head = ", ".join(names[:3])
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({head}{', ...' if len(names) > 3 else ''})"
+    return (
+        f"{len(names)} tensor{'s' * (len(names) > 1)} ({head}{', ...' if len(names) > 3 else ''})"
+    )

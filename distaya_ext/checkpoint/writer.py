@@ -20,7 +20,7 @@ _NOT_COPIED = ("model.safetensors.index.json", "results.json")
 
 
 class ShardWriter:
-    """Collects tensors and writes one shard whenever shard_bytes are reached; finish() names them."""
+    """Collects tensors, writes a shard whenever shard_bytes are reached; finish() names them."""
 
     def __init__(self, folder: Path, shard_bytes: int = 1 << 30):
         self.folder = folder
@@ -42,11 +42,14 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._shards):05d}.safetensors"
         save_file(self._pending, path, metadata={"format": "pt"})
+        os.chmod(path, self.folder.stat().st_mode & 0o666)  # the library leaves its files private
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> list[Path]:
-        """Write what is left, give the shards their final names and write the index if there are several."""
+        """Write what is left, give the shards their final names and write the index if there are
+        several.
+        """
         if self._pending:
             self._flush()
         count = len(self._shards)
@@ -59,8 +62,13 @@ class ShardWriter:
             os.replace(self.folder / f"part-{i:05d}.safetensors", self.folder / name)
         if count > 1:
             weight_map = {k: names[i] for i, keys in enumerate(self._shards) for k in keys}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self.folder / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n"
+            )
         return [self.folder / name for name in names]
 
 
@@ -87,7 +95,9 @@ class Staging:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def publish(self) -> None:
-        """Put the finished folder in the place of `out`; an older result is kept until that succeeded."""
+        """Put the finished folder in the place of `out`; an older result is kept until that
+        succeeded.
+        """
         if self.out.exists():
             _keep_edited_readme(self.out, self.model)
             os.replace(self.out, self.root / "replaced")
@@ -108,9 +118,13 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"the output folder {out.name} is not empty; choose another or ask to overwrite")
+        raise InputError(
+            f"the output folder {out.name} is not empty; choose another or ask to overwrite"
+        )
     if not _is_ours(out):
-        raise InputError(f"the output folder {out.name} was not written by distaya; it is not overwritten")
+        raise InputError(
+            f"the output folder {out.name} was not written by distaya; it is not overwritten"
+        )
 
 
 def _is_ours(out: Path) -> bool:

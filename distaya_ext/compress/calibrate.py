@@ -44,8 +44,8 @@ def load_calibration(texts: Any, recipe: Any, checkpoint: Checkpoint) -> Calibra
     """Calibration from token windows, or from a folder of texts cut by the model's own tokenizer.
 
     texts: an object with ids and languages (as texts.windows returns), a folder, or None for the
-    folder named in the recipe. Raises InputError for no windows, windows of one token, wrong shapes, and
-    token numbers the embedding does not have.
+    folder named in the recipe. Raises InputError for no windows, windows of one token, wrong
+    shapes, and token numbers the embedding does not have.
     """
     if texts is None:
         texts = recipe.calibration.path
@@ -59,11 +59,14 @@ def load_calibration(texts: Any, recipe: Any, checkpoint: Checkpoint) -> Calibra
             f"got {ids.dtype} {list(ids.shape)} and {len(languages)} languages"
         )
     if ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise InputError(f"the calibration texts give {ids.shape[0]} windows of {ids.shape[1]} tokens; too few")
+        raise InputError(
+            f"the calibration texts give {ids.shape[0]} windows of {ids.shape[1]} tokens; too few"
+        )
     vocab, low, high = checkpoint.config.vocab_size, int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab:
         raise InputError(
-            f"the calibration windows use token {high if high >= vocab else low} but the model's embedding "
+            f"the calibration windows use token {high if high >= vocab else low} but the "
+            f"model's embedding "
             f"has {vocab} rows; the tokenizer is not the model's"
         )
     per_language: dict[str, int] = {}
@@ -96,10 +99,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"the tokenizer of {folder.name} cannot be read: {reason}") from error
 
 
-def check_activations(
-    x: torch.Tensor, chunk: int, where: str, calibration: Calibration
-) -> None:
-    """InputError naming layer and language when x [windows, length, columns] holds NaN or infinity."""
+def check_activations(x: torch.Tensor, chunk: int, where: str, calibration: Calibration) -> None:
+    """InputError naming layer and language when x [windows, length, columns] is not finite."""
     if bool(torch.isfinite(x).all()):
         return
     window = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])

@@ -1,8 +1,8 @@
 """What each decoder layer is called with, recorded from the model's own forward.
 
-The decoder layers of a weightless model are replaced by stand-ins that note their arguments and hand
-the hidden states on. Masks, rotary tables and whatever else a family passes are thus taken verbatim,
-layer by layer, and no model code is written twice.
+The decoder layers of a weightless model are replaced by stand-ins that note their arguments and
+hand the hidden states on. Masks, rotary tables and whatever else a family passes are thus taken
+verbatim, layer by layer, and no model code is written twice.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _StandIn(nn.Module):
 
 
 class Ends:
-    """A weightless model plus its two ends (embedding, final norm, head), read from the checkpoint."""
+    """A weightless model plus its ends (embedding, final norm, head) from the checkpoint."""
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device):
         self.model = model
@@ -87,12 +87,14 @@ class Ends:
                 setattr(module, name, buffer.to(device))
 
     def inputs(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-        """First hidden states [B, L, hidden] for windows ids [B, L], and the call of every layer."""
+        """First hidden states [B, L, hidden] of windows ids [B, L]; the call of every layer."""
         with self._stand_ins() as stand_ins:
             base = self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
             base(input_ids=ids, use_cache=False)
         if any(stand_in.call is None for stand_in in stand_ins):
-            raise InputError("the model's forward does not call all of its decoder layers; it cannot be walked")
+            raise InputError(
+                "the model's forward does not call all of its decoder layers; it cannot be walked"
+            )
         return stand_ins[0].hidden, [stand_in.call for stand_in in stand_ins]
 
     def logits(self, ids: torch.Tensor, hidden: torch.Tensor, keep: int) -> torch.Tensor:
@@ -106,7 +108,9 @@ class Ends:
         parent = self.model.get_submodule(parent_path)
         original = getattr(parent, name)
         count = len(self.layers)
-        stand_ins = [_StandIn(l, last if i == count - 1 else None) for i, l in enumerate(self.layers)]
+        stand_ins = [
+            _StandIn(layer, last if i == count - 1 else None) for i, layer in enumerate(self.layers)
+        ]
         setattr(parent, name, nn.ModuleList(stand_ins))
         try:
             with torch.no_grad():
@@ -125,7 +129,10 @@ class Calls:
     def add(self, calls: list[Call]) -> None:
         """Note the calls of the next chunk; equal ones (same masks, tables, flags) are shared."""
         for index, known in enumerate(self._sets):
-            if all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(known, calls, strict=True)):
+            if all(
+                _same((a.args, a.kwargs), (b.args, b.kwargs))
+                for a, b in zip(known, calls, strict=True)
+            ):
                 self._of_chunk.append(index)
                 return
         self._sets.append(calls)
@@ -152,8 +159,12 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def load_layer(model_layer: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """A living copy of one weightless decoder layer, its weights read from the shards in the run's dtype."""
+def load_layer(
+    model_layer: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device
+) -> nn.Module:
+    """A living copy of one weightless decoder layer, its weights read from the shards in the run's
+    dtype.
+    """
     layer = copy.deepcopy(model_layer)
     names = [f"{prefix}.{name}" for name in layer.state_dict()]
     tensors = checkpoint.read(names, device)

@@ -21,7 +21,7 @@ from ..checkpoint import (
 )
 from ..errors import InputError, UsageError
 from ..models import Stage
-from ..models.skeleton import build_skeleton
+from ..models.skeleton import build_skeleton, is_tied
 from . import events
 from .budget import Budget, activation_bytes
 from .calibrate import Calibration, check_activations, load_calibration
@@ -52,18 +52,22 @@ def compress(
 ) -> Report:
     """Compress a model layer by layer and write it to the folder `out`.
 
-    model: local Hugging Face folder or hub id. recipe: a Recipe. texts: folder of <lang>.txt/.jsonl/
-    .parquet, token windows (as texts.windows returns), or None for the recipe's folder; methods that
-    need no activations (magnitude, rtn, dense) ignore it. on_event receives the records of
-    compress.events. overwrite replaces an older result of ours. device: "cpu" or "cuda".
+    model: local Hugging Face folder or hub id. recipe: a Recipe. texts: folder of
+    <lang>.txt/.jsonl/ .parquet, token windows (as texts.windows returns), or None for the recipe's
+    folder; methods that need no activations (magnitude, rtn, dense) ignore it. on_event receives
+    the records of compress.events. overwrite replaces an older result of ours. device: "cpu" or
+    "cuda".
 
-    Only embeddings and one decoder layer are in memory at a time. `out` appears when it is complete.
-    Raises InputError or UsageError (both ValueError) in one sentence.
+    Only embeddings and one decoder layer are in memory at a time. `out` appears when it is
+    complete. Raises InputError or UsageError (both ValueError) in one sentence.
     """
+    recipe = recipe.model_copy(update={"model": str(model)})
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
     check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
-    run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), _device(device))
+    run = _Run(
+        checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), _device(device)
+    )
     if settings.statistic is not None:
         run.calibration = load_calibration(texts, recipe, checkpoint)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
@@ -117,6 +121,7 @@ class _Run:
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
         self._copy(writer, lambda name: name.startswith(self.architecture.embed + "."))
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
+        self._check_tied(skeleton)
         for index, layer in enumerate(skeleton.get_submodule(self.architecture.layers)):
             self._layer(index, layer, writer)
         ends = (self.architecture.embed + ".", self.architecture.layers + ".")
@@ -137,7 +142,10 @@ class _Run:
         report.tokens_per_language = calibration.tokens_per_language
         self._warn_few_tokens()
         proof = prove(
-            self.checkpoint, calibration.ids[:_PROOF_WINDOWS], self.device, whole=self.budget.proves_whole
+            self.checkpoint,
+            calibration.ids[:_PROOF_WINDOWS],
+            self.device,
+            whole=self.budget.proves_whole,
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
@@ -145,7 +153,11 @@ class _Run:
         self.hidden = Store(scratch if report.spilled else None)
         self.tape = Store(scratch if report.spilled else None)
         self.calls = Calls()
-        ends = Ends(build_skeleton(self.checkpoint.config, self.checkpoint.dtype), self.checkpoint, self.device)
+        ends = Ends(
+            build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
+            self.checkpoint,
+            self.device,
+        )
         for chunk, ids in enumerate(calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.hidden.put(("hidden", chunk), hidden)
@@ -156,10 +168,13 @@ class _Run:
             return
         prefix = self._prefix(0)
         entries = self.checkpoint.entries
-        columns = max(entries[f"{prefix}.{name}.weight"].shape[1] for name in self.architecture.linears())
+        columns = max(
+            entries[f"{prefix}.{name}.weight"].shape[1] for name in self.architecture.linears()
+        )
         if self.calibration.tokens < _TOKENS_PER_COLUMN * columns:
             self._notice(
-                f"{self.calibration.tokens} calibration tokens are few for Hessians of {columns} columns; "
+                f"{self.calibration.tokens} calibration tokens are few for Hessians of "
+                f"{columns} columns; "
                 f"{_TOKENS_PER_COLUMN * columns} or more are advised"
             )
 
@@ -171,6 +186,16 @@ class _Run:
         """Copy tensors unchanged, in the dtype they were stored in."""
         for name in filter(wanted, self.checkpoint.entries):
             writer.add(name, self.checkpoint.read([name])[name])
+
+    def _check_tied(self, skeleton: nn.Module) -> None:
+        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
+        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
+            pair = self.checkpoint.read([embed, head])
+            if not torch.equal(pair[embed], pair[head]):
+                raise InputError(
+                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
+                    f"different ones"
+                )
 
     def _layer(self, index: int, weightless: nn.Module, writer: ShardWriter) -> None:
         start = time.perf_counter()
@@ -187,7 +212,9 @@ class _Run:
             names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
             if names:
                 self._stage(index, layer, walk, stage, names)
-                changed |= {f"{prefix}.{n}.weight": layer.get_submodule(n).weight.data for n in names}
+                changed |= {
+                    f"{prefix}.{n}.weight": layer.get_submodule(n).weight.data for n in names
+                }
             if walk is not None:
                 walk.release(stage)
         self._copy(writer, lambda name: name.startswith(prefix + ".") and name not in changed)
@@ -200,7 +227,7 @@ class _Run:
     def _stage(
         self, index: int, layer: nn.Module, walk: LayerWalk | None, stage: Stage, names: list[str]
     ) -> None:
-        """Gather the statistic of a stage, solve its stack and put the new weights into the layer."""
+        """Gather the statistic of a stage, solve its stack, put the new weights into the layer."""
         start = time.perf_counter()
         weights = [layer.get_submodule(name).weight.data for name in names]
         statistic = None
@@ -220,8 +247,15 @@ class _Run:
         self._account(index, names, weights, solution, time.perf_counter() - start)
 
     def _account(
-        self, index: int, names: list[str], weights: list[torch.Tensor], solution: Solution, seconds: float
+        self,
+        index: int,
+        names: list[str],
+        weights: list[torch.Tensor],
+        solution: Solution,
+        seconds: float,
     ) -> None:
+        self.report.floored += solution.floored
+        self.report.dead += solution.dead
         total, row = solution.W.shape[0], 0
         zeros = (solution.W == 0).sum(dim=1)
         for name, weight in zip(names, weights, strict=True):
@@ -246,7 +280,14 @@ class _Run:
         sparsity = int(zeros.sum()) / solution.W.numel()
         self.on_event(
             events.StageDone(
-                index, tuple(names), loss, relative, sparsity, solution.floored, solution.dead, seconds
+                index,
+                tuple(names),
+                loss,
+                relative,
+                sparsity,
+                solution.floored,
+                solution.dead,
+                seconds,
             )
         )
 
@@ -260,7 +301,9 @@ def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None
 
 def _check_finite(W: torch.Tensor, where: str) -> None:
     if not bool(torch.isfinite(W).all()):
-        raise InputError(f"the compressed weights of {where} are not finite; raise damp or give more texts")
+        raise InputError(
+            f"the compressed weights of {where} are not finite; raise damp or give more texts"
+        )
 
 
 def _write_recipe(recipe: Any, folder: Path) -> None:
@@ -269,4 +312,6 @@ def _write_recipe(recipe: Any, folder: Path) -> None:
     from .. import __version__
 
     body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(f"{MARKER}, version {__version__}\n{body}", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        f"{MARKER}, version {__version__}\n{body}", encoding="utf-8"
+    )

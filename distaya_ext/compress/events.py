@@ -33,7 +33,8 @@ class LayerStart:
 @dataclass(frozen=True)
 class StageDone:
     """The Linears `names` of a layer are compressed. loss is half the squared output error
-    per token; relative_loss divides it by the dense output energy. None where no Hessian was taken."""
+    per token; relative_loss divides it by the dense output energy. None where no Hessian was taken.
+    """
 
     layer: int
     names: tuple[str, ...]

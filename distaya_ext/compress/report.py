@@ -14,15 +14,26 @@ import torch
 
 from .proof import Proof
 
-_COLUMNS = ("module", "shape", "loss", "relative_loss", "sparsity", "bits", "floored", "dead", "seconds")
+_COLUMNS = (
+    "module",
+    "shape",
+    "loss",
+    "relative_loss",
+    "sparsity",
+    "bits",
+    "floored",
+    "dead",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One Linear. loss: half the squared output error per token; relative_loss: over the dense output.
+    """One Linear. loss: half the squared output error per token; relative_loss: over the dense
+    output.
 
-    floored and dead belong to the stage's shared Hessian; seconds is the stage's time, shared by rows.
-    bits is None when the weights were not quantised.
+    floored and dead belong to the stage's shared Hessian; seconds is the stage's time, shared by
+    rows. bits is None when the weights were not quantised.
     """
 
     module: str
@@ -55,6 +66,8 @@ class Report:
     tokens_per_language: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     spilled: bool = False
+    floored: int = 0  # over all stages, each Hessian counted once
+    dead: int = 0
     seconds: float = 0.0
 
     @property
@@ -108,8 +121,8 @@ class Report:
                 "zeros": sum(m.zeros for m in self.modules),
                 "sparsity": self.sparsity,
                 "loss": self.loss,
-                "floored": sum(m.floored for m in self.modules),
-                "dead": sum(m.dead for m in self.modules),
+                "floored": self.floored,
+                "dead": self.dead,
                 "seconds": round(self.seconds, 3),
             },
             "notices": self.notices,
@@ -119,4 +132,13 @@ class Report:
 def _row(m: ModuleReport) -> list[Any]:
     number = [None if v is None else f"{v:.6g}" for v in (m.loss, m.relative_loss)]
     shape = f"{m.rows}x{m.columns}"
-    return [m.module, shape, *number, f"{m.sparsity:.6f}", m.bits, m.floored, m.dead, f"{m.seconds:.4f}"]
+    return [
+        m.module,
+        shape,
+        *number,
+        f"{m.sparsity:.6f}",
+        m.bits,
+        m.floored,
+        m.dead,
+        f"{m.seconds:.4f}",
+    ]

@@ -25,7 +25,7 @@ _MUST_QUANTISE = ("gptq", "rtn")
 
 @dataclass(frozen=True)
 class Settings:
-    """One method with its numbers. nm = (kept, of); bits None = not quantised; group 0 = whole row."""
+    """One method with its numbers. nm = (kept, of); bits None = dense; group 0 = whole row."""
 
     method: str
     sparsity: float | None
@@ -50,7 +50,9 @@ def from_recipe(recipe: Any) -> Settings:
         raise UsageError(f"method {method!r} is unknown; one of {', '.join(_STATISTIC)} is needed")
     nm = _parse_nm(recipe.nm) if recipe.nm else None
     if recipe.sparsity is not None and nm is not None:
-        raise UsageError(f"give a sparsity ({recipe.sparsity}) or a pattern ({recipe.nm}), not both")
+        raise UsageError(
+            f"give a sparsity ({recipe.sparsity}) or a pattern ({recipe.nm}), not both"
+        )
     prunes = recipe.sparsity is not None or nm is not None
     if method in _PRUNES and not prunes:
         raise UsageError(f"method {method} needs a sparsity such as 0.5 or a pattern such as 2:4")
@@ -86,14 +88,17 @@ def _parse_nm(text: str) -> tuple[int, int]:
 def skipped(patterns: Iterable[str], modules: list[str]) -> set[str]:
     """Full module names that a skip pattern (regular expression, searched) matches.
 
-    UsageError for a pattern that does not compile or matches nothing: a typo must not pass silently.
+    UsageError for a pattern that does not compile or matches nothing: a typo must not pass
+    silently.
     """
     found: set[str] = set()
     for pattern in patterns:
         try:
             hits = {name for name in modules if re.search(pattern, name)}
         except re.error as error:
-            raise UsageError(f"skip pattern {pattern!r} is no regular expression: {error}") from error
+            raise UsageError(
+                f"skip pattern {pattern!r} is no regular expression: {error}"
+            ) from error
         if not hits:
             raise UsageError(f"skip pattern {pattern!r} matches none of the {len(modules)} Linears")
         found |= hits

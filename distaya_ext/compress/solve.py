@@ -1,4 +1,6 @@
-"""Maths: one stack of matrices and the statistic of its input in, compressed matrices out. No hooks, no files."""
+"""Maths: one stack of matrices and the statistic of its input in, compressed matrices out. No
+hooks, no files.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ class Statistic:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    loss, energy: fp64 [rows], half the mean squared output error and dense output, or None without a
-    Hessian. floored: pivots lifted in the factorisation. dead: input columns never active.
+    loss, energy: fp64 [rows], half the mean squared output error and dense output, or None without
+    a Hessian. floored: pivots lifted in the factorisation. dead: input columns never active.
     """
 
     W: torch.Tensor
@@ -108,17 +110,22 @@ def output_energy(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     energy = torch.empty(W.shape[0], dtype=torch.float64, device=W.device)
     for start in range(0, W.shape[0], _ENERGY_ROWS):
         rows = W[start : start + _ENERGY_ROWS].float()
-        energy[start : start + _ENERGY_ROWS] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
+        energy[start : start + _ENERGY_ROWS] = (rows @ H).mul_(rows).sum(
+            dim=1, dtype=torch.float64
+        ) / 2
     return energy
 
 
-def _score_and_round(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> torch.Tensor:
+def _score_and_round(
+    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None
+) -> torch.Tensor:
     keep = _keep(W, settings, norms)
     if keep is not None:
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is not None:
         W = obs_op.quantize(W, quantiser(settings))[0]
-        if keep is not None:  # a grid always contains 0, so this changes nothing but the sign of -0.0
+        # A grid always contains 0, so this changes nothing but the sign of -0.0.
+        if keep is not None:
             W = W.masked_fill(~keep, 0.0)
     return W.clone() if keep is None and settings.bits is None else W
 
@@ -144,4 +151,6 @@ def _keep(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> to
 def _check_pattern(W: torch.Tensor, settings: Settings) -> None:
     if settings.nm is not None and W.shape[1] % settings.nm[1]:
         n, m = settings.nm
-        raise UsageError(f"pattern {n}:{m} needs input columns divisible by {m}; this Linear has {W.shape[1]}")
+        raise UsageError(
+            f"pattern {n}:{m} needs input columns divisible by {m}; this Linear has {W.shape[1]}"
+        )

@@ -12,8 +12,9 @@ import torch
 class Store:
     """Keeps tensors (or tuples of tensors and None) under keys.
 
-    folder None keeps them in memory. With a folder every tensor is written to its own file and mapped
-    back privately on get(), so only what is in use is resident; the bits are the same either way.
+    folder None keeps them in memory. With a folder every tensor is written to its own file and
+    mapped back privately on get(), so only what is in use is resident; the bits are the same either
+    way.
     """
 
     def __init__(self, folder: Path | None = None):

@@ -1,11 +1,12 @@
 """The one-forward, truly sequential walk through one decoder layer.
 
 Every Linear runs exactly once per calibration token, already compressed, and its successors see it.
-The layer's forward is run in passes. A pass for stage s ends, for every chunk of windows, at the first
-Linear of s, whose input goes to the statistic of s. Linears that ran in an earlier pass are not run
-again: their outputs were kept and are handed back, and once all Linears of a block (attention, MLP) have
-run, the block's output is kept instead. Only norms, rotary
-embeddings, activation functions and one more attention are recomputed, which yields the same bits. One chunk is alive at a time; the rest is in the Store.
+The layer's forward is run in passes. A pass for stage s ends, for every chunk of windows, at the
+first Linear of s, whose input goes to the statistic of s. Linears that ran in an earlier pass are
+not run again: their outputs were kept and are handed back, and once all Linears of a block
+(attention, MLP) have run, the block's output is kept instead. Only norms, rotary embeddings,
+activation functions and one more attention are recomputed, which yields the same bits. One chunk is
+alive at a time; the rest is in the Store.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ from .store import Store
 Sink = Callable[[int, torch.Tensor], None]
 
 
-class _Boundary(Exception):  # noqa: N818  (control flow, not an error)
+class _Boundary(Exception):
     """Raised inside a layer's forward when it reaches the stage being gathered."""
 
 
 class LayerWalk:
     """Passes over one living decoder layer.
 
-    hidden holds the layer's input of chunk i under key ("hidden", i); finish() replaces it by the output.
+    hidden holds the layer's input of chunk i under key ("hidden", i); finish() replaces it by the
+    output.
     """
 
     def __init__(
-        self, layer: nn.Module, architecture: Architecture, calls: list[Call], hidden: Store, tape: Store
+        self,
+        layer: nn.Module,
+        architecture: Architecture,
+        calls: list[Call],
+        hidden: Store,
+        tape: Store,
     ):
         self.layer = layer
         self.calls = calls
@@ -48,7 +55,7 @@ class LayerWalk:
         self._sink: Sink | None = None
         self._chunk = 0
         self._last = False
-        self._seen: dict[Stage, torch.Tensor] = {}  # input of chunk 0, to prove that the stage shares it
+        self._seen: dict[Stage, torch.Tensor] = {}  # inputs of chunk 0: proof that a stage shares
         self._blocks = architecture.blocks
         for name in self._stage_of:
             self._wrap(name, self._linear)
@@ -56,14 +63,18 @@ class LayerWalk:
             self._wrap(name, self._block)
 
     def gather(self, stage: Stage, sink: Sink) -> None:
-        """Run all chunks up to the stage and give its input [windows, length, columns] to sink(chunk, x)."""
+        """Run all chunks up to the stage and give its input [windows, length, columns] to
+        sink(chunk, x).
+        """
         self._gathering, self._sink = stage, sink
         for chunk in range(len(self.calls)):
             try:
                 self._run(chunk)
             except _Boundary:
                 continue
-            raise InputError(f"the layer never called {stage.names[0]}; its architecture table is wrong")
+            raise InputError(
+                f"the layer never called {stage.names[0]}; its architecture table is wrong"
+            )
         self._gathering = self._sink = None
 
     def release(self, stage: Stage) -> None:
@@ -102,9 +113,13 @@ class LayerWalk:
         if key in self.tape:
             return self.tape.get(key)
         if name not in self._open:
-            raise InputError(f"{name} runs before its stage; the architecture table has the wrong order")
+            raise InputError(
+                f"{name} runs before its stage; the architecture table has the wrong order"
+            )
         if self._chunk == 0 and stage in self._seen and not torch.equal(self._seen[stage], args[0]):
-            raise InputError(f"{name} does not read the input of {stage.names[0]}; the table is wrong")
+            raise InputError(
+                f"{name} does not read the input of {stage.names[0]}; the table is wrong"
+            )
         out = forward(*args, **kwargs)
         self.runs[name] = self.runs.get(name, 0) + 1
         if not self._last:

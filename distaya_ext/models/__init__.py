@@ -26,6 +26,7 @@ def describe(config: Any) -> Architecture:
     if model_type not in _TABLE:
         hint = " (use the text model gemma3_text)" if model_type == "gemma3" else ""
         raise InputError(
-            f"model_type {model_type!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}"
+            f"model_type {model_type!r} is not supported{hint}; "
+            f"supported are {', '.join(SUPPORTED)}"
         )
     return _TABLE[model_type]

@@ -1,4 +1,4 @@
-"""The words of the architecture table: what the driver must know about a family, and nothing more."""
+"""The words of the architecture table: what the driver must know about a family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a family keeps its parts and which Linears of a layer share an input, in execution order.
+    """Where a family keeps its parts and which Linears of a layer share an input, in execution
+    order.
 
     Paths are module paths inside the causal language model. `blocks` are the submodules of a layer
     whose output may be kept and given back as a whole once all their Linears have run.
@@ -41,6 +42,6 @@ O = ("self_attn.o_proj",)  # noqa: E741  (the letter every checkpoint uses)
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
 
-# A parallel block (one norm feeds attention and MLP) has one wide stage; a sequential block has two.
+# A parallel block (one norm feeds attention and MLP) has one wide stage, a sequential one two.
 PARALLEL = (Stage(QKV + GATE_UP), Stage(O), Stage(DOWN))
 SEQUENTIAL = (Stage(QKV), Stage(O), Stage(GATE_UP), Stage(DOWN))

@@ -14,11 +14,13 @@ from .architecture import Architecture
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-    """Causal language model of the config with meta parameters and real buffers (rotary tables, scales).
+    """Causal language model of the config with meta parameters and real buffers (rotary tables,
+    scales).
 
-    Buffers are never stored in checkpoints, so the model's own constructor must compute them; parameters
-    are moved to meta as they are registered and take no memory. layers cuts the model to its first
-    layers. The result is in eval mode and needs no gradient. Raises InputError for an impossible config.
+    Buffers are never stored in checkpoints, so the model's own constructor must compute them;
+    parameters are moved to meta as they are registered and take no memory. layers cuts the model to
+    its first layers. The result is in eval mode and needs no gradient. Raises InputError for an
+    impossible config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -30,9 +32,18 @@ def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -
     hook = register_module_parameter_registration_hook(_to_meta)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"config.json does not describe a model that can be built: {reason}") from error
+        raise InputError(
+            f"config.json does not describe a model that can be built: {reason}"
+        ) from error
     finally:
         hook.remove()
     return model.requires_grad_(False).eval()
@@ -51,7 +62,7 @@ def is_tied(model: nn.Module, architecture: Architecture) -> bool:
 
 
 def check_table(model: nn.Module, architecture: Architecture) -> None:
-    """Refuse a layer whose Linears are not exactly those of the table (the class changed under us)."""
+    """Refuse a layer whose Linears are not exactly those of the table."""
     expected = set(architecture.linears())
     for index, layer in enumerate(model.get_submodule(architecture.layers)):
         found = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
