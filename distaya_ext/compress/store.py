@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ class Store:
     """
 
     def __init__(self, folder: Path | None = None):
-        self.folder = folder
+        # A folder of its own, since several stores may spill side by side.
+        self.folder = Path(tempfile.mkdtemp(dir=folder)) if folder is not None else None
         self._items: dict[Hashable, Any] = {}
         self._files = 0
 
