@@ -80,7 +80,9 @@ def test_index_without_metadata_is_accepted(sharded):
     open_checkpoint(sharded)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".."]
+)
 def test_shard_outside_the_folder(sharded, name):
     edit_json(sharded / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": name}))
     refused(sharded, name)
@@ -161,7 +163,9 @@ def test_header_of_absurd_length(single):
 
 
 def test_missing_tensors(single):
-    edit_tensors(single, lambda t: [t.pop(n) for n in list(t) if n.endswith("layers.1.mlp.up_proj.weight")])
+    edit_tensors(
+        single, lambda t: [t.pop(n) for n in list(t) if n.endswith("layers.1.mlp.up_proj.weight")]
+    )
     refused(single, "lacks 1 tensor", "model.layers.1.mlp.up_proj.weight")
 
 
@@ -176,7 +180,9 @@ def test_wrong_shape(single):
 
 
 def test_wrong_dtype(single):
-    edit_tensors(single, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}))
+    edit_tensors(
+        single, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
+    )
     refused(single, "model.norm.weight", "not stored as one of F32, BF16, F16")
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration, budget, calibrate, compress, events
-from distaya_ext.compress.settings import from_recipe, parse_bytes
+from distaya_ext.compress.settings import from_recipe
 from distaya_ext.compress.solve import Statistic, solve
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError, UsageError
@@ -39,7 +39,9 @@ def recipe_of(key, **more):
 
 
 def weights_of(folder):
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+    return {
+        k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()
+    }
 
 
 def logits_of(model, ids):
@@ -48,7 +50,7 @@ def logits_of(model, ids):
 
 
 def whole_model_walk(folder, settings, calibration):
-    """What compress() must find, obtained the slow way: the whole model, one full forward per stage."""
+    """What compress() must find, the slow way: the whole model, one full forward per stage."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     architecture = describe(model.config)
     for layer in model.get_submodule(architecture.layers):
@@ -154,7 +156,7 @@ def test_spilling_to_disk_changes_no_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 4 * tiny.WINDOW)
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["gemma3_text"], dtype=torch.bfloat16)
     least = budget.least_bytes(open_checkpoint(source))
-    spilled = compress(source, tmp_path / "a", tiny.recipe(max_ram=str(least)), tiny.windows())
+    spilled = compress(source, tmp_path / "a", tiny.recipe(max_ram=f"{least}B"), tiny.windows())
     free = compress(source, tmp_path / "b", tiny.recipe(), tiny.windows())
     assert (spilled.spilled, free.spilled) == (True, False)
     assert (spilled.proof.kind, free.proof.kind) == ("truncated", "whole")
@@ -322,30 +324,10 @@ def test_methods_without_statistics_need_no_texts(tmp_path):
     assert all(2 * m.zeros == m.rows * m.columns for m in report.modules)
 
 
-@pytest.mark.parametrize(
-    ("method", "fields", "words"),
-    [
-        ("sparsegpt", {"sparsity": None}, "needs a sparsity"),
-        ("wanda", {"sparsity": 0.5, "nm": "2:4"}, "not both"),
-        ("gptq", {"bits": 4, "sparsity": 0.5}, "does not prune"),
-        ("rtn", {}, "needs a number of bits"),
-        ("dense", {"bits": 4}, "changes nothing"),
-    ],
-)
-def test_settings_that_contradict_each_other(method, fields, words):
-    fields = {"sparsity": None, "nm": None, "bits": None, **fields}
-    recipe = tiny.recipe("dense").model_copy(update={"method": method, **fields})
-    with pytest.raises(UsageError, match=words):
-        from_recipe(recipe)
-
-
-@pytest.mark.parametrize(
-    ("skip", "words"), [("lm_haed", "matches none of the 21"), ("(", "no regular expression")]
-)
-def test_skip_patterns_that_do_nothing(tmp_path, skip, words):
+def test_skip_pattern_that_matches_nothing(tmp_path):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
-    with pytest.raises(UsageError, match=words):
-        compress(source, tmp_path / "out", tiny.recipe(skip=[skip]), tiny.windows())
+    with pytest.raises(UsageError, match="matches none of the 21"):
+        compress(source, tmp_path / "out", tiny.recipe(skip=["o_porj"]), tiny.windows())
 
 
 def test_pattern_that_does_not_divide_the_columns(tmp_path):
@@ -368,7 +350,7 @@ def test_head_that_contradicts_its_tie(tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="ties lm_head.weight"):
+    with pytest.raises(InputError, match=r"ties lm_head\.weight"):
         compress(source, tmp_path / "out", tiny.recipe("magnitude"), None)
 
 
@@ -382,28 +364,6 @@ def test_interrupted_run_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compress(source, tmp_path / "out", tiny.recipe(), tiny.windows(), on_event=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        (None, None),
-        (5, 5),
-        ("1024", 1024),
-        ("8GiB", 8 << 30),
-        ("2g", 2 << 30),
-        ("500MB", 500_000_000),
-        ("1.5 KiB", 1536),
-    ],
-)
-def test_sizes(text, count):
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "many", "8 Gi B B", "-1GiB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="not understood"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize("spill", [False, True])

@@ -25,11 +25,10 @@ _SIZES = {
 _RUN = """
 import sys
 import tiny
-__import__("standin_plugin")
 from distaya_ext.compress import compress
 
 model, out, limit = sys.argv[1:]
-report = compress(model, out, tiny.recipe("wanda", max_ram=limit), tiny.windows(16, 128, 512))
+report = compress(model, out, tiny.recipe("wanda", max_ram=limit), tiny.windows(8, 32, 512))
 assert report.proof.kind == "truncated" and report.spilled, report
 with open("/proc/self/status") as file:  # ru_maxrss would include the parent's peak
     print(next(line for line in file if line.startswith("VmHWM")).split()[1])
@@ -38,7 +37,7 @@ with open("/proc/self/status") as file:  # ru_maxrss would include the parent's 
 
 def peak_mib(folder: Path, layers: int) -> float:
     source = tiny.make(folder / f"layers{layers}", LlamaConfig(num_hidden_layers=layers, **_SIZES))
-    limit = str(budget.least_bytes(open_checkpoint(source)))
+    limit = f"{budget.least_bytes(open_checkpoint(source))}B"
     command = [sys.executable, "-c", _RUN, str(source), str(folder / f"out{layers}"), limit]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     run = subprocess.run(

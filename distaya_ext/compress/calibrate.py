@@ -11,6 +11,9 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
+from ..recipe import Recipe
+from ..texts import read_texts
+from ..texts import windows as token_windows
 
 CHUNK_TOKENS = 4096  # tokens run at once; fixed, so that results do not depend on the memory given
 
@@ -22,6 +25,7 @@ class Calibration:
     ids: torch.Tensor
     languages: list[str]
     tokens_per_language: dict[str, int] = field(default_factory=dict)
+    limited_by: str | None = None  # the language whose text ran out first
 
     @property
     def tokens(self) -> int:
@@ -40,7 +44,7 @@ class Calibration:
         return self.languages[chunk * self.windows_per_chunk + window]
 
 
-def load_calibration(texts: Any, recipe: Any, checkpoint: Checkpoint) -> Calibration:
+def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Calibration:
     """Calibration from token windows, or from a folder of texts cut by the model's own tokenizer.
 
     texts: an object with ids and languages (as texts.windows returns), a folder, or None for the
@@ -69,18 +73,17 @@ def load_calibration(texts: Any, recipe: Any, checkpoint: Checkpoint) -> Calibra
             f"model's embedding "
             f"has {vocab} rows; the tokenizer is not the model's"
         )
+    limited = getattr(windows, "limited_by", None)
     per_language: dict[str, int] = {}
     for language in languages:
         per_language[language] = per_language.get(language, 0) + ids.shape[1]
-    return Calibration(ids.contiguous(), languages, per_language)
+    return Calibration(ids.contiguous(), languages, per_language, limited)
 
 
-def _cut(folder: Path, recipe: Any, checkpoint: Checkpoint) -> Any:
-    from .. import texts as reader
-
+def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     wanted = recipe.calibration
-    return reader.windows(
-        reader.read_texts(folder),
+    return token_windows(
+        read_texts(folder),
         load_tokenizer(checkpoint.folder),
         tokens=wanted.tokens,
         window=wanted.window,

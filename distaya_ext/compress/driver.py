@@ -22,13 +22,14 @@ from ..checkpoint import (
 from ..errors import InputError, UsageError
 from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
+from ..recipe import Recipe
 from . import events
 from .budget import Budget, activation_bytes
 from .calibrate import Calibration, check_activations, load_calibration
 from .capture import Calls, Ends, load_layer
 from .proof import prove
 from .report import ModuleReport, Report
-from .settings import Settings, from_recipe, parse_bytes, skipped
+from .settings import Settings, from_recipe, skipped
 from .solve import Solution, Statistic, solve
 from .store import Store
 from .walk import LayerWalk
@@ -42,7 +43,7 @@ OnEvent = Callable[[events.Event], None]
 def compress(
     model: str | Path,
     out: str | Path,
-    recipe: Any,
+    recipe: Recipe,
     texts: Any = None,
     *,
     on_event: OnEvent | None = None,
@@ -93,7 +94,7 @@ class _Run:
         self,
         checkpoint: Checkpoint,
         settings: Settings,
-        recipe: Any,
+        recipe: Recipe,
         out: Path,
         on_event: OnEvent,
         device: torch.device,
@@ -102,7 +103,7 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         self.layers = checkpoint.config.num_hidden_layers
-        self.budget = Budget(checkpoint, parse_bytes(recipe.max_ram))
+        self.budget = Budget(checkpoint, recipe.max_ram_bytes)
         self.skip = skipped(recipe.skip, self._modules())
         self.calibration: Calibration | None = None
         self.report = Report(settings.method, self.architecture.model_type, out)
@@ -140,6 +141,10 @@ class _Run:
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
+        if calibration.limited_by is not None:
+            self._notice(
+                f"the texts in {calibration.limited_by} ran out before the tokens asked for"
+            )
         self._warn_few_tokens()
         proof = prove(
             self.checkpoint,
@@ -306,12 +311,9 @@ def _check_finite(W: torch.Tensor, where: str) -> None:
         )
 
 
-def _write_recipe(recipe: Any, folder: Path) -> None:
-    import yaml
-
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
     from .. import __version__
 
-    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(
-        f"{MARKER}, version {__version__}\n{body}", encoding="utf-8"
+        f"{MARKER}, version {__version__}\n{recipe.to_yaml()}", encoding="utf-8"
     )

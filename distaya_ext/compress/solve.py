@@ -87,22 +87,19 @@ def quantiser(settings: Settings) -> obs_op.Quant | None:
 
 
 def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor) -> Solution:
+    """One OBS sweep over the stack; in activation order the busiest inputs come first."""
     _check_pattern(W, settings)
-    diagonal = H.diagonal()
-    dead = int((diagonal == 0).sum())
-    energy = output_energy(W, H)
-    what = {"sparsity": settings.sparsity, "nm": settings.nm, "quant": quantiser(settings)}
+    energy, dead = output_energy(W, H), int((H.diagonal() == 0).sum())
     perm = None
     if settings.order == "activation":
-        result = obs_op.obs(W, H, order="activation", damp=settings.damp, **what)
-        perm = result.perm
-        H = H[perm][:, perm].contiguous() if perm is not None else H
-        floored = cholesky_op.cholesky(H, damp=settings.damp, overwrite=True).floored
-    else:
-        factor = cholesky_op.cholesky(H, damp=settings.damp, overwrite=True)
-        floored = factor.floored
-        result = obs_op.obs(W, factor=factor, damp=settings.damp, **what)
-    return Solution(result.W, result.loss, energy, floored, dead)
+        perm = torch.argsort(H.diagonal(), descending=True, stable=True)
+        W, H = W[:, perm].contiguous(), H[perm][:, perm].contiguous()
+    factor = cholesky_op.cholesky(H, damp=settings.damp, overwrite=True)
+    result = obs_op.obs(
+        W, factor=factor, sparsity=settings.sparsity, nm=settings.nm, quant=quantiser(settings)
+    )
+    Q = result.W if perm is None else result.W[:, torch.argsort(perm)]
+    return Solution(Q, result.loss, energy, factor.floored, dead)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:

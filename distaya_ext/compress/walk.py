@@ -88,6 +88,8 @@ class LayerWalk:
             self.hidden.put(("hidden", chunk), self._run(chunk))
             for name in [*self._stage_of, *self._blocks]:
                 self.tape.drop((name, chunk))
+        for name in [*self._stage_of, *self._blocks]:
+            del self.layer.get_submodule(name).forward  # a cycle would outlive the layer
 
     def _run(self, chunk: int) -> torch.Tensor:
         self._chunk = chunk
