@@ -170,8 +170,8 @@ def test_missing_tensors(single):
 
 
 def test_unexpected_tensor(single):
-    edit_tensors(single, lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}))
-    refused(single, "model.layers.9.mlp.up_proj.weight", "has not")
+    edit_tensors(single, lambda t: t.update({"model.layers.1.mlp.extra.weight": torch.zeros(2)}))
+    refused(single, "model.layers.1.mlp.extra.weight", "has not")
 
 
 def test_wrong_shape(single):
@@ -243,7 +243,9 @@ def test_config_that_is_no_json_object(single, text):
         ("dtype", "int8", "int8"),
         ("hidden_size", "wide", "not usable"),
         ("num_attention_heads", 0, "config.json"),
-        ("num_hidden_layers", 2, "model.layers.2."),
+        ("num_hidden_layers", 2, "asks for 2 decoder layers; the checkpoint holds 3"),
+        ("num_hidden_layers", 0, "asks for 0 decoder layers"),
+        ("num_hidden_layers", 10**9, "asks for 1000000000 decoder layers"),
         ("vocab_size", 98, "asks for 98x64"),
     ],
 )

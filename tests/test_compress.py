@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration, budget, calibrate, compress, events
@@ -269,14 +269,28 @@ def test_dead_columns_keep_their_weights(tmp_path):
     assert (W - Q).abs().max() < 0.02 * W.abs().max()
 
 
-def test_activations_that_overflow_name_layer_and_language(tmp_path):
+def test_model_that_overflows_is_refused_before_the_work(tmp_path):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
-    tensors["model.embed_tokens.weight"][5] = 0.5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="own logits"):
+    with pytest.raises(InputError, match=r"own logits are not finite .* overflow in float32"):
         compress(source, tmp_path / "out", tiny.recipe(), tiny.windows())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_activations_that_overflow_name_layer_and_language(tmp_path):
+    """Only one token of one language is too large, so the proof on the first windows passes."""
+    config = CohereConfig(**{**tiny.FAMILIES["cohere"].to_dict(), "tie_word_embeddings": False})
+    source = tiny.make(tmp_path / "source", config)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = 3e38
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    calibration = tiny.windows(8)
+    calibration.ids[calibration.ids == 5] = 6
+    calibration.ids[7, 3] = 5
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj .* language 'fr'"):
+        compress(source, tmp_path / "out", tiny.recipe(), calibration)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

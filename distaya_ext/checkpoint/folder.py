@@ -49,13 +49,13 @@ def locate(model: str | Path, *, offline: bool = False) -> Path:
 
 
 def _download(repo: str, offline: bool) -> Path:
-    import huggingface_hub as hub
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    local = offline or hub.constants.HF_HUB_OFFLINE
+    local = offline or constants.HF_HUB_OFFLINE
     try:
         return Path(
-            hub.snapshot_download(
+            snapshot_download(
                 repo, allow_patterns=_FETCH, ignore_patterns=_SKIP, local_files_only=local
             )
         )

@@ -103,6 +103,7 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     weight_map = read_index(folder)
     entries = _headers(folder, weight_map)
     config = _config(folder)
+    _check_depth(config, entries)
     dtype = _dtype(raw, entries, describe(raw))
     skeleton = build_skeleton(config, dtype)
     check_table(skeleton, describe(config))
@@ -122,6 +123,18 @@ def _config(folder: Path) -> Any:
         raise InputError(
             f"config.json of {folder.name} is not usable: {' '.join(lines)[:300]}"
         ) from error
+
+
+def _check_depth(config: Any, entries: dict[str, Entry]) -> None:
+    """Refuse a wrong number of layers before a model of that depth is built."""
+    start = f"{describe(config).layers}."
+    names = (name[len(start) :].partition(".")[0] for name in entries if name.startswith(start))
+    held = len({name for name in names if name.isdecimal()})
+    asked = config.num_hidden_layers
+    if asked != held or not held:
+        raise InputError(
+            f"config.json asks for {asked} decoder layers; the checkpoint holds {held}"
+        )
 
 
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:

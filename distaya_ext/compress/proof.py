@@ -46,6 +46,11 @@ def prove(checkpoint: Checkpoint, ids: torch.Tensor, device: torch.device, *, wh
     )
     replayed = _replay(checkpoint, ids, device, layers, keep)
     own = _own(checkpoint, ids, device, None if whole else layers, keep)
+    if not bool(torch.isfinite(own).all()):
+        raise InputError(
+            f"the model's own logits are not finite over its first {layers} layers; "
+            f"its weights overflow in {str(checkpoint.dtype).removeprefix('torch.')}"
+        )
     diff = float((replayed - own).abs().max())
     tolerance = _ULPS * torch.finfo(checkpoint.dtype).eps * float(own.abs().max())
     proof = Proof("whole" if whole else "truncated", layers, ids.shape[0], keep, diff, tolerance)
