@@ -48,7 +48,7 @@ class LanguageResult:
     @property
     def ppl(self) -> float:
         """exp(nll)."""
-        return math.exp(self.nll)
+        return math.exp(min(self.nll, 700.0))
 
 
 @dataclass(frozen=True)

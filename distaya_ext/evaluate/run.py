@@ -160,7 +160,7 @@ def _language(
         base_bits_per_byte=base_nll * to_bits,
         dnll=dnll,
         dnll_interval=interval(delta, own.tokens),
-        ppl_ratio=math.exp(dnll),
+        ppl_ratio=math.exp(min(dnll, 700.0)),
         kl=float(own.kl.sum() / tokens),
         kl_p99=float(np.quantile(own.kl_tokens, 0.99)),
         agreement=float(own.same.sum() / tokens),
