@@ -101,4 +101,4 @@ app.command("doctor")(doctor)
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(prog_name="distaya")

@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 
 LIMITS = (
     "Perplexity, KL and agreement measure how the model changed on this text; they do not replace human "
-    "evaluation, which found losses ten times those of automatic metrics (Marchisio et al. 2024)."
+    "evaluation: for Japanese it once found a loss of 16 % where automatic metrics saw 1.7 % (Marchisio et al. 2024)."
 )
 
 
