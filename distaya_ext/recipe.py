@@ -81,6 +81,20 @@ class Recipe(_Strict):
     skip: list[str] = []
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _patterns(cls, fields: Any) -> Any:
+        """`sparsity: "2:4"` means nm, and an unquoted 2:4 is the number 124 to YAML 1.1 (base 60)."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
+        share = fields.get("sparsity")
+        if isinstance(share, str) and ":" in share:
+            if fields.get("nm") is not None:
+                raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
+            fields |= {"sparsity": None, "nm": share}
+        return fields
+
     @field_validator("nm")
     @classmethod
     def _nm(cls, value: str | None) -> str | None:
@@ -215,6 +229,11 @@ def parse_sparsity(text: str) -> dict[str, Any]:
     return {"sparsity": share}
 
 
+def _from_base_60(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    return f"{value // 60}:{value % 60}" if whole else value
+
+
 def _place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or "not understood"
@@ -226,14 +245,13 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        known = CalibrationSpec if first["loc"][0] == "calibration" and len(first["loc"]) > 1 else model
-        near = difflib.get_close_matches(key, known.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known.model_fields)}"
+        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "missing":
         return f"the recipe lacks {name!r}"
     if first["type"] == "value_error":  # our own sentences
-        return str(first["ctx"]["error"])
+        inner = str(first["ctx"]["error"])
+        return f"calibration: {inner}" if name == "calibration" else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} {first['input']!r} is not usable: {reason}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import InputError
+from .errors import InputError, UsageError
 
 MAX_LINE_BYTES = 100_000_000
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -59,7 +59,7 @@ def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise InputError(f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files")
-    files = [p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES and not p.name.startswith(".")]
+    files = [p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")]
     if not files:
         raise InputError(f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file")
     texts: dict[str, list[str]] = {}
@@ -228,16 +228,18 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'") from error
+    row = 0
     try:
         file = pq.ParquetFile(path)
         column = file.schema_arrow.field("text").type if "text" in file.schema_arrow.names else None
         if column is None or not (pa.types.is_string(column) or pa.types.is_large_string(column)):
             found = "none" if column is None else f"one of type {column}"
             raise InputError(f'{path} needs a string column "text" and has {found}')
-        row = 0
         for batch in file.iter_batches(columns=["text"]):
             for text in batch.column(0).to_pylist():
                 row += 1
