@@ -229,9 +229,8 @@ def sweep(
             q[drop[:, j]] = 0
             if bits:
                 ahead = slice(i1 + j, i1 + j + group)
-                grids.enter(
-                    i1 + j, W[:, ahead] if stale else _current(W, W1, Err1, U, i1, j, ahead)
-                )
+                seen = W[:, ahead] if stale else _current(W, W1, Err1, U, i1, j, ahead)
+                grids.enter(i1 + j, seen)
                 q, code = grids.round(i1 + j, q)
                 codes[:, i1 + j] = code.to(torch.uint8)
             Q1[:, j] = q
