@@ -8,7 +8,7 @@ import torch
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import textbook, tuned  # noqa: E402
+from bench import harness, textbook, tuned  # noqa: E402
 
 MODES = {
     "half": {"sparsity": 0.5},
@@ -195,3 +195,34 @@ def test_tuned_hessian_is_the_upper_triangle():
     H = torch.zeros(700, 700)
     tuned.hessian_(H, X, panel=256)
     torch.testing.assert_close(H.triu(), (X.t() @ X).triu(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_waited_for_a_core_is_flagged():
+    quiet = harness.Sample(wall=1.0, cpu=0.98, queue=0.01, threads=1)
+    assert not quiet.contended
+    assert harness.Sample(wall=1.3, cpu=1.0, queue=None, threads=1).contended
+    assert harness.Sample(wall=1.0, cpu=1.9, queue=0.3, threads=2).contended
+    serial = harness.Sample(wall=1.0, cpu=1.1, queue=0.02, threads=2)
+    assert not serial.contended
+    got = harness.summary([quiet, harness.Sample(9.0, 1.0, 8.0, 1), quiet])
+    assert (got.wall, got.runs, got.contended, got.trusted) == (1.0, 3, 1, True)
+    assert not harness.summary([harness.Sample(9.0, 1.0, 8.0, 1)]).trusted
+
+
+def test_compare_alternates_and_prepares_outside_the_clock():
+    seen = []
+    slow = harness.Contender("a", lambda x: seen.append(x), lambda: ("a",), runs=2)
+    once = harness.Contender("b", lambda x: seen.append(x), lambda: ("b",), runs=1)
+    before = torch.get_num_threads()
+    got = harness.compare([slow, once], before, warm=False, extra=0)
+    assert seen == ["a", "b", "a"]
+    assert got["a"].runs == 2 and got["b"].runs == 1
+
+
+def test_table_writer_replaces_only_its_own_part(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("top\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nend\n")
+    harness.write_table(path, "x", "| new |")
+    assert path.read_text() == "top\n<!-- bench:x -->\n| new |\n<!-- /bench:x -->\nend\n"
+    with pytest.raises(ValueError, match="exactly one <!-- bench:y -->"):
+        harness.write_table(path, "y", "| new |")
