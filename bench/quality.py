@@ -11,6 +11,7 @@ through the compressed layer that feeds the next. It never imports the extension
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -157,10 +158,8 @@ def first_inputs(model, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Tensor
 
     handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     for batch in ids.split(BATCH):
-        try:
+        with contextlib.suppress(_Stop):
             model(input_ids=batch, use_cache=False)
-        except _Stop:
-            pass
     handle.remove()
     return hidden, calls
 

@@ -8,7 +8,7 @@ import torch
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import harness, textbook, tuned  # noqa: E402
+from bench import harness, textbook, tuned
 
 MODES = {
     "half": {"sparsity": 0.5},
@@ -107,7 +107,7 @@ def test_tuned_equals_textbook_on_odd_shapes(mode, rows, cols):
 
 
 def test_dead_columns_and_ties_keep_exactly_two_of_four():
-    W, H, X = problem(rows=9, cols=64)
+    W, _, X = problem(rows=9, cols=64)
     X = X.clone()
     X[:, [3, 8, 9, 10, 11]] = 0  # the second group is dead as a whole: four equal scores
     hessian = textbook.Hessian(64, torch.float64)
