@@ -91,11 +91,16 @@ def queue_seconds() -> float | None:
     return total / 1e9 if total else None
 
 
-def sample(run: Callable, inputs: Sequence, threads: int) -> Sample:
+def sample(run: Callable, inputs: Sequence, threads: int, kept: list | None = None) -> Sample:
+    """One timed run; its return value goes into `kept`, whose old content is dropped first."""
+    if kept is not None:
+        kept.clear()
     queue, cpu, wall = queue_seconds(), time.process_time(), time.perf_counter()
-    run(*inputs)
+    value = run(*inputs)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     after = queue_seconds()
+    if kept is not None:
+        kept.append(value)
     waited = None if queue is None or after is None else max(0.0, after - queue)
     return Sample(wall, cpu, waited, threads)
 
@@ -113,16 +118,25 @@ def summary(samples: Sequence[Sample]) -> Timing:
 
 
 def compare(
-    contenders: Sequence[Contender], threads: int, *, warm: bool = True, extra: int = 2
+    contenders: Sequence[Contender],
+    threads: int,
+    *,
+    warm: bool = True,
+    extra: int = 2,
+    results: dict[str, list] | None = None,
 ) -> dict[str, Timing]:
     """Time contenders in turn, `runs` times each; contended runs are repeated up to `extra` times.
 
     warm: one untimed run first, for contenders that run more than once (page faults, JIT caches).
+    results: receives [last return value] per name, so that a bench can check what it timed.
     """
     import torch
 
     torch.set_num_threads(threads)
     samples: dict[str, list[Sample]] = {c.name: [] for c in contenders}
+    kept: dict[str, list] = {} if results is None else results
+    for c in contenders:
+        kept[c.name] = []
     if warm:
         for c in contenders:
             if c.runs > 1:
@@ -130,12 +144,12 @@ def compare(
     for turn in range(max(c.runs for c in contenders)):
         for c in contenders:
             if turn < c.runs:
-                samples[c.name].append(sample(c.run, c.prepare(), threads))
+                samples[c.name].append(sample(c.run, c.prepare(), threads, kept[c.name]))
     for c in contenders:
         for _ in range(extra if c.runs > 1 else 0):
             if sum(s.contended for s in samples[c.name]) <= c.runs // 2:
                 break
-            samples[c.name].append(sample(c.run, c.prepare(), threads))
+            samples[c.name].append(sample(c.run, c.prepare(), threads, kept[c.name]))
     return {name: summary(s) for name, s in samples.items()}
 
 

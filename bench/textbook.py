@@ -266,20 +266,14 @@ def gptq(W: Tensor, H: Tensor, bits: int, **options) -> Result:
 def rtn(W: Tensor, bits: int, group: int = 0, symmetric: bool = False, mse: bool = False) -> Result:
     """Round to nearest on the same grids, no Hessian. loss is left at zero."""
     W = W.float()
-    width = group or W.shape[1]
-    values, codes, scales, zeros = [], [], [], []
-    for part in W.split(width, dim=1):
+    parts = []
+    for part in W.split(group or W.shape[1], dim=1):
         scale, zero = grid(part, bits, symmetric, mse)
         value, code = round_to(part, scale, zero, bits)
-        values.append(value)
-        codes.append(code.to(torch.uint8))
-        scales.append(scale)
-        zeros.append(zero)
+        parts.append((value, code.to(torch.uint8), scale, zero))
+    value, code, scale, zero = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     keep = torch.ones_like(W, dtype=torch.bool)
-    loss = W.new_zeros(W.shape[0])
-    parts = (torch.cat(p, dim=1) for p in (values, codes, scales, zeros))
-    value, code, scale, zero = parts
-    return Result(value, keep, code, scale, zero, loss)
+    return Result(value, keep, code, scale, zero, W.new_zeros(W.shape[0]))
 
 
 def magnitude(W: Tensor, sparsity: float = 0.0, nm: tuple[int, int] | None = None) -> Tensor:
