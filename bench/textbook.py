@@ -24,7 +24,7 @@ from torch import Tensor
 class Result(NamedTuple):
     """What a sweep returns.
 
-    W      [rows, cols]    the compressed weights, dtype of the arithmetic
+    W      [rows, cols]    the compressed weights
     mask   [rows, cols]    bool, True = kept (all True when only quantising)
     codes  [rows, cols]    uint8 or None; weight = scale * (code - zero)
     scales [rows, groups]  or None, one column per group of inputs (one group = whole row)
@@ -62,7 +62,7 @@ class Hessian:
 
     def column_norms(self) -> Tensor:
         """||X_j||_2 up to one common factor, [cols]: what Wanda multiplies |W| by."""
-        return self.H.diagonal().clamp(min=0).sqrt()
+        return self.H.diagonal().sqrt()
 
 
 def fix_dead(W: Tensor, H: Tensor) -> None:
@@ -88,9 +88,7 @@ def grid(x: Tensor, bits: int, symmetric: bool = False, mse: bool = False):
     the range to 1 - i/100 (i < 80) of itself where that lowers sum |q - x|^2.4 (GPTQ's search).
     """
     top = 2**bits - 1
-    nothing = x.new_zeros(x.shape[0])
-    low = torch.minimum(x.amin(1), nothing)
-    high = torch.maximum(x.amax(1), nothing)
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     if symmetric:
         high = torch.maximum(low.abs(), high)
         low = torch.where(low < 0, -high, low)
@@ -105,7 +103,7 @@ def grid(x: Tensor, bits: int, symmetric: bool = False, mse: bool = False):
 
     scale, zero = place(low, high)
     if mse:
-        best = torch.full_like(nothing, float("inf"))
+        best = torch.full_like(low, float("inf"))
         for i in range(80):
             shrink = 1 - i / 100
             s, z = place(shrink * low, shrink * high)
@@ -134,8 +132,7 @@ class _Grids:
         if bits and group == 0:
             self.groups = [grid(dense, *self.options)]
         elif bits and static:
-            parts = W.split(group, dim=1)
-            self.groups = [grid(part, *self.options) for part in parts]
+            self.groups = [grid(part, *self.options) for part in W.split(group, dim=1)]
 
     def enter(self, j: int, weights: Tensor) -> None:
         """At the first column of a dynamic group: take its grid from `weights`."""
@@ -143,11 +140,8 @@ class _Grids:
             self.groups.append(grid(weights, *self.options))
 
     def round(self, j: int, q: Tensor):
-        if self.group:
-            j = int(self.perm[j]) if self.perm is not None else j
-            scale, zero = self.groups[j // self.group]
-        else:
-            scale, zero = self.groups[0]
+        j = j if self.perm is None else int(self.perm[j])
+        scale, zero = self.groups[j // self.group if self.group else 0]
         return round_to(q, scale[:, 0], zero[:, 0], self.bits)
 
     def stacked(self):
