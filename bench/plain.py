@@ -50,12 +50,12 @@ def read_folder(folder: Path) -> dict[str, list[str]]:
 
 
 def windows(texts: list[str], tokenizer, length: int, limit: int | None = None) -> Tensor:
-    """[N, length] int64: the texts joined by the end token, cut, the rest dropped."""
+    """[N, length] int64: BOS text EOS, BOS text EOS ... as one stream, cut; the rest is dropped."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False).input_ids
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
+        ids += begin + tokenizer(text, add_special_tokens=False).input_ids + end
         if limit and len(ids) >= limit * length:
             break
     count = min(len(ids) // length, limit or len(ids))
@@ -64,19 +64,22 @@ def windows(texts: list[str], tokenizer, length: int, limit: int | None = None) 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Calibration windows: ids int64 [N, length] and the language of each."""
+    """Token windows: ids int64 [N, length] and the language of each."""
 
     ids: Tensor
     languages: list[str]
 
+    def of(self, language: str) -> Tensor:
+        return self.ids[torch.tensor([other == language for other in self.languages])]
+
 
 def balanced(texts: dict[str, list[str]], tokenizer, total: int, length: int) -> Drawn:
-    """`total` calibration windows, languages in turn until there are enough."""
+    """`total` windows, the first of each language, the second of each ... until there are enough."""
     share = -(-total // len(texts))
     pool = {lang: windows(texts[lang], tokenizer, length, share) for lang in texts}
     turns = [(w[i], lang) for i in range(share) for lang, w in pool.items() if i < len(w)]
     if len(turns) < total:
-        raise SystemExit(f"{total} calibration windows asked, the texts give {len(turns)}")
+        raise SystemExit(f"{total} windows asked, the texts give {len(turns)}")
     ids, languages = zip(*turns[:total], strict=True)
     return Drawn(torch.stack(ids), list(languages))
 

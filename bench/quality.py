@@ -99,10 +99,12 @@ def run(args, say: Callable[[str], None]) -> list[Outcome]:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    test = {
-        lang: windows(texts, tokenizer, args.window, args.limit)
-        for lang, texts in read_folder(args.test).items()
-    }
+    texts = read_folder(args.test)
+    if args.test_windows:
+        drawn = balanced(texts, tokenizer, args.test_windows, args.window)
+        test = {lang: drawn.of(lang) for lang in texts}
+    else:
+        test = {lang: windows(texts[lang], tokenizer, args.window) for lang in texts}
     calibration = balanced(
         read_folder(args.calibration), tokenizer, args.calibration_windows, args.window
     )
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, default=texts / "evaluation")
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--limit", type=int, help="test windows per language (default: all)")
+    parser.add_argument("--test-windows", type=int, help="languages in turn (default: all)")
     parser.add_argument("--group", type=int, default=128, help="int4 group, 0 = whole row")
     parser.add_argument("--sides", nargs="+", default=["textbook", "ours"])
     parser.add_argument("--only", nargs="+", help="parts of row names")
