@@ -74,7 +74,7 @@ class Drawn:
 
 
 def balanced(texts: dict[str, list[str]], tokenizer, total: int, length: int) -> Drawn:
-    """`total` windows, the first of each language, the second of each ... until there are enough."""
+    """`total` windows: the first of each language, then the second of each, and so on."""
     share = -(-total // len(texts))
     pool = {lang: windows(texts[lang], tokenizer, length, share) for lang in texts}
     turns = [(w[i], lang) for i in range(share) for lang, w in pool.items() if i < len(w)]

@@ -8,7 +8,7 @@ import torch
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import harness, textbook, tuned
+from bench import cases, harness, speed, textbook, tuned
 
 MODES = {
     "half": {"sparsity": 0.5},
@@ -226,3 +226,39 @@ def test_table_writer_replaces_only_its_own_part(tmp_path):
     assert path.read_text() == "top\n<!-- bench:x -->\n| new |\n<!-- /bench:x -->\nend\n"
     with pytest.raises(ValueError, match="exactly one <!-- bench:y -->"):
         harness.write_table(path, "y", "| new |")
+
+
+@pytest.mark.parametrize("name", [n for n in cases.cases(True, False) if "Hessian" not in n])
+def test_speed_rows_time_the_same_problem(name):
+    """Both rulers of a row must end with the same loss (sweeps) or the same factor."""
+    case = cases.cases(quick=True, ours=False)[name]()
+    got = {c.name: c.run(*c.prepare()) for c in case.contenders}
+    slow, fast = got["textbook"], got["tuned"]
+    if isinstance(slow, torch.Tensor):  # U against R = U^-1
+        eye = torch.eye(slow.shape[0])
+        torch.testing.assert_close(slow @ fast, eye, rtol=0, atol=5e-3)
+        return
+    if not isinstance(slow, float):
+        slow, fast = (float(result.loss.double().sum()) for result in (slow, fast))
+    assert fast == pytest.approx(slow, rel=2e-3)
+    assert case.fp32 > 0
+
+
+def timing(wall, threads=1, contended=0):
+    return harness.Timing(wall, wall, 3, contended, threads)
+
+
+def test_speed_table_and_verdict():
+    def row(threads, ours, contended=0):
+        times = (timing(6.0, threads), timing(2.5, threads), timing(ours, threads, contended))
+        return speed.Row("sweep", threads, False, *times, 160.0, 240.0, (6.0, 2.5), "")
+
+    text = speed.table([row(1, 1.0), row(2, 0.5)])
+    one, two = (line for line in text.splitlines() if line.startswith("| sweep"))
+    assert one == "| sweep | 6.00 s | 2.50 s | 1.00 s | 6.0 | 2.5 | 160 | 240 |"
+    assert two.endswith("| 500 ms | 12.0 | 5.0 | 320 | 240 | 2.00 |")
+    assert "bars met" in speed.tell(row(1, 1.0))
+    assert "BELOW 6x and 2.5x" in speed.tell(row(1, 1.25))
+    spoilt = row(1, 1.0, contended=3)
+    assert not spoilt.trusted and "CONTENDED" in speed.tell(spoilt)
+    assert "sweep (contended)" in speed.table([spoilt])
