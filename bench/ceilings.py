@@ -2,9 +2,9 @@
 
     python bench/ceilings.py [--threads 1,2]
 
-fp32 FMA and bf16 dot peaks come from the extension's own register-only loops
-(distaya_ext.doctor.peak), the rest from torch: MKL sgemm, oneDNN fp32 and bf16 products, a sum that
-only reads memory. GFLOP/s and GB/s.
+fp32 FMA and bf16 dot peaks come from the extension's own register-only loops (one thread, times
+the threads), the rest from torch: MKL sgemm, oneDNN fp32 and bf16 products, a sum that only reads
+memory. GFLOP/s and GB/s.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def measure(threads: int, n: int = 2048, runs: int = 3) -> Ceilings:
 
     return Ceilings(
         threads=threads,
-        fp32_peak=peak.get("fp32_gflops"),
-        bf16_peak=peak.get("bf16_gflops"),
+        fp32_peak=peak.get("fp32"),
+        bf16_peak=peak.get("bf16_dot"),
         sgemm=rate(flop, lambda: torch.mm(A, B, out=out)),
         onednn_fp32=_onednn(A, B, lambda run: rate(flop, run)),
         bf16_mm=rate(flop, lambda: torch.mm(*low)),
@@ -72,12 +72,12 @@ def measure(threads: int, n: int = 2048, runs: int = 3) -> Ceilings:
 
 
 def _peak(threads: int) -> dict[str, float]:
-    """distaya_ext.doctor.peak() per thread, times threads; {} where the extension is not built."""
+    """The extension's measured one-thread peaks times threads; {} where it is not built."""
     try:
-        from distaya_ext.doctor import peak
+        from distaya_ext.ops.machine import peak
     except ImportError:
         return {}
-    return {name: value * threads for name, value in peak().items() if value}
+    return {name: rate * threads for name, rate in peak().items() if rate}
 
 
 def _onednn(A, B, rate) -> float | None:
