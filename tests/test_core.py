@@ -45,16 +45,6 @@ def test_more_than_2_31_elements_are_counted():
 
 
 KNOWN_DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8"]
-    "float32",
-    "float64",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int8",
-    "uint8",
-    "bool",
-]
 
 
 @pytest.mark.parametrize("dtype", [getattr(torch, name) for name in [*KNOWN_DTYPES, "bool"]])

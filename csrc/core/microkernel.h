@@ -1,13 +1,13 @@
 // The register tile every matrix kernel is built on: C[kMR][kNR] (+)= sum_k A[k][0..kMR)
 // B[k][0..kNR). AVX-512: 8 x 3 vectors, so 24 accumulators, 3 of B and a broadcast fill 28 of 32
-// registers. With 16 registers (AVX2, SSE) a 6 x 2 tile leaves one to spare; 4 x 3 would use all
-// 16 and spill an accumulator, whose trip through memory halves the rate. Read once per
+// registers; AVX2: 4 x 3 fills its 16; SSE, whose FMA takes a scratch register more, 4 x 2. kMR
+// divides kNR: the hessian room takes its left operand from a slice of the right one. Read once per
 // instruction set.
 
 namespace distaya::DISTAYA_ISA {
 
-inline constexpr int kMR = kLanes == 16 ? 8 : 6;  // rows of the tile: operand broadcast from A
-inline constexpr int kNV = kLanes == 16 ? 3 : 2;  // vectors per row
+inline constexpr int kMR = kLanes == 16 ? 8 : 4;  // rows of the tile: operand broadcast from A
+inline constexpr int kNV = kLanes == 4 ? 2 : 3;   // vectors per row
 inline constexpr int kNR = kNV * kLanes;          // columns of the tile
 
 // A: [k][kMR] packed, B: [k][kNR] packed, C: kMR rows of kNR floats, row stride ldc. C is asked for
