@@ -4,14 +4,14 @@
 //
 // Accuracy. Products are summed in fp32 over a run of at most kRun tokens, and each run is then
 // added to H (promotion). With u = 2^-24, T tokens in one call and S = sum_t w_t |x_ti| |x_tj|:
-//   |error of H[i, j]| <= (kRun + ceil(T / kRun) + G + 2) u (|H_before| + S)
-// where G is the number of weight groups (1 without weights); rounding to nearest makes the actual
-// error about the square root of that factor. bf16 and fp16 inputs are never rounded.
-// The AVX512-BF16 path reads inputs below 2^-126 in magnitude as 0 and flushes partial sums below
-// 2^-126 to 0, which adds at most T 2^-126 (1 + max|x|) w to the bound.
+//   |error of H[i, j]| <= (kRun + runs + 4) u (|H_before| + S),  runs <= T / kRun + G + 1
+// where G is the number of different weights; as rounding to nearest is fair, the actual error grows
+// like the square root of that factor. bf16 and fp16 inputs enter the products unrounded.
+// The AVX512-BF16 path takes inputs below 2^-126 for 0 and flushes partial sums below 2^-126 to 0:
+// at most 2^-126 sum_t w_t (1 + |x_ti| + |x_tj|) more.
 //
 // Order. The tokens of one sum are added in an order that depends on T, the weights and the
-// instruction set only, never on the thread count.
+// instruction set (or device) only, never on the number of threads.
 #pragma once
 
 #include <cstdint>

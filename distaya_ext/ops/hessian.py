@@ -1,0 +1,159 @@
+"""The second moment of a layer's inputs, H = sum_t w_t x_t x_t^T, and its diagonal.
+
+What SparseGPT (arXiv 2301.00774, section 3) and GPTQ (arXiv 2210.17323, section 2) call the
+Hessian, without their factor 2, which changes no mask and no code. Only the upper triangle is
+computed. Sums are fp32, promoted every 256 tokens: csrc/hessian/hessian.h states the bound.
+
+A token weight of 0 leaves the token out exactly, whatever it holds (padding). On the CPU weights
+must be finite and >= 0 or the call is refused; on CUDA a raw op does not look, since that would
+stall the stream: there a NaN weight gives NaN and a negative one counts as it is. ``Hessian``
+checks them on both, on CUDA when the result is asked for. NaN and Inf in X propagate into H, where
+the Cholesky factorisation names the column.
+"""
+
+import torch
+from torch import Tensor
+
+from distaya_ext import _C
+from distaya_ext._op import op
+
+
+@op(mutates=("H",))
+def hessian_syrk_(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
+    """See hessian_."""
+    _C.hessian(H, X, weights)
+
+
+@op(mutates=("s",))
+def hessian_column_sq_(s: Tensor, X: Tensor, weights: Tensor | None) -> None:
+    """See column_sq_."""
+    _C.column_sq(s, X, weights)
+
+
+@op(mutates=("H",))
+def hessian_symmetrize_(H: Tensor) -> None:
+    """See symmetrize_."""
+    _C.symmetrize(H)
+
+
+def hessian_(H: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
+    """Upper triangle of H += sum_t w_t x_t x_t^T; below the diagonal H is left alone.
+
+    H: fp32 [C, C]. X: bf16, fp16 or fp32 [T, C]. weights: fp32 [T], finite and >= 0, or None for
+    all 1. All contiguous, on one device. Raises ValueError for anything else.
+    """
+    hessian_syrk_(H, X, weights)
+
+
+def symmetrize_(H: Tensor) -> None:
+    """Copy the upper triangle of H, fp32 [C, C] contiguous, onto the lower. Raises ValueError."""
+    hessian_symmetrize_(H)
+
+
+def column_sq_(s: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
+    """s_j += sum_t w_t x_tj^2: the diagonal of H alone, all that Wanda (arXiv 2306.11695) needs.
+
+    s: fp32 [C]. X: bf16, fp16 or fp32 [T, C]. weights: fp32 [T], finite and >= 0, or None for all
+    1. All contiguous, on one device. Raises ValueError for anything else.
+    """
+    hessian_column_sq_(s, X, weights)
+
+
+class Hessian:
+    """Accumulates H over the calibration tokens of one layer input.
+
+    H: fp32 [columns, columns], upper triangle of the sum so far, not divided by anything.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        self.H = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._plain = 0  # tokens added without weights
+        # fp64 on the device, so that adding weights never waits for it: tokens of weight > 0, sum
+        # of weights, number of weights that are negative, NaN or infinite.
+        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        self._finished = False
+
+    @torch.no_grad()
+    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens X [..., columns] (bf16, fp16 or fp32) with weights fp32 [...] or None = 1.
+
+        X and weights may have any strides (a copy is made where they are not contiguous). Raises
+        ValueError after finish(), and as hessian_ does.
+        """
+        if self._finished:
+            raise ValueError("this Hessian was finished and takes no more tokens; make a new one")
+        if X.ndim == 0 or X.shape[-1] != self.H.shape[1]:
+            raise ValueError(
+                f"X of shape {list(X.shape)} must have {self.H.shape[1]} columns, as H has"
+            )
+        if weights is not None and weights.shape != X.shape[:-1]:
+            raise ValueError(
+                f"weights of shape {list(weights.shape)} do not match X of shape {list(X.shape)}"
+            )
+        columns = X.shape[-1]
+        tokens = X.shape[:-1].numel()
+        flat = X.detach().reshape(tokens, columns).contiguous()
+        if weights is None:
+            hessian_(self.H, flat)
+            self._plain += tokens
+            return
+        w = weights.detach().reshape(tokens).contiguous()
+        hessian_(self.H, flat, w)
+        bad = ~((w >= 0) & w.isfinite())
+        self._counts += torch.stack([(w > 0).sum().double(), w.double().sum(), bad.sum().double()])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens added, those of weight 0 not counted."""
+        return self._plain + int(self._checked()[0])
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights added; a token without weight counts 1."""
+        return self._plain + self._checked()[1]
+
+    def column_norms(self) -> Tensor:
+        """fp32 [columns]: sqrt(H_jj / weight), the root mean square of each input.
+
+        Raises ValueError when no token of positive weight was added.
+        """
+        diagonal = self.H.diagonal()
+        return (diagonal if self._finished else diagonal / self._divisor()).sqrt()
+
+    def finish(self) -> Tensor:
+        """The full symmetric H / weight, fp32 [columns, columns], in the memory of the sum.
+
+        Afterwards add() is refused, and ``H`` is that same tensor. Raises ValueError when no token
+        of positive weight was added, or a weight was negative, NaN or infinite.
+        """
+        if not self._finished:
+            self.H.div_(self._divisor())
+            symmetrize_(self.H)
+            self._finished = True
+        return self.H
+
+    def _divisor(self) -> float:
+        weight = self.weight
+        if not weight > 0:
+            raise ValueError(
+                f"no token of positive weight was added to the Hessian of {len(self.H)} columns"
+            )
+        return weight
+
+    def _checked(self) -> list[float]:
+        """The counts, on the host; refuses what the raw op could not refuse on CUDA."""
+        counts = self._counts.tolist()
+        if counts[2]:
+            raise ValueError(
+                f"{int(counts[2])} token weights were negative, NaN or infinite; they must be "
+                "finite and not negative"
+            )
+        return counts
+
+
+def reference(H: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What hessian_ leaves in H, as fp64 [C, C]: plain torch in double precision."""
+    x = X.double()
+    w = x.new_ones(len(x)) if weights is None else weights.double()
+    x = x[w != 0] * w[w != 0].sqrt()[:, None]
+    return H.double() + (x.t() @ x).triu()
