@@ -3,6 +3,7 @@
 // entry GEMM into a transposed tile (128 x kNR floats, in L1/L2) and the column loop on that tile;
 // only an unstructured mask needs all panels' tiles at once, in between.
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -50,54 +51,38 @@ void invert_block(const Obs& p, int64_t i1, int64_t n, double* U) {
   }
 }
 
-// P_b = R[:i1, b] U_b -> [tiles][i1][kMR].
-void pack_panel_factor(const Obs& p, Block& b, const float* U) {
+// P_b = R[:i1, b] U_b -> [tiles][i1][kMR]; rows: scratch [i1][kHeight].
+void pack_panel_factor(const Obs& p, const Block& b, const float* U, float* rows, float* P) {
   constexpr int64_t kChunk = 512;
-  b.P = scratch<float>(b.tiles * b.i1 * kMR);
-  const auto rows = scratch<float>(b.i1 * kObsBlock);
-  std::memset(rows.get(), 0, sizeof(float) * static_cast<size_t>(b.i1 * kObsBlock));
-  cpu::gemm({.m = b.i1,
-             .n = b.cols,
-             .k = b.cols,
-             .alpha = 1,
-             .A = p.R + b.i1,
-             .a_row = p.cols,
-             .a_col = 1,
-             .B = U,
-             .b_row = kObsBlock,
-             .b_col = 1,
-             .C = rows.get(),
-             .ldc = kObsBlock});
+  std::memset(rows, 0, sizeof(float) * static_cast<size_t>(b.i1 * kHeight));
+  cpu::Gemm g{};
+  g.m = b.i1, g.n = g.k = b.cols, g.alpha = 1;
+  g.A = p.R + b.i1, g.a_row = p.cols, g.a_col = 1;
+  g.B = U, g.b_row = kObsBlock, g.b_col = 1;
+  g.C = rows, g.ldc = kHeight;
+  cpu::gemm(g);
   cpu::parallel_for((b.i1 + kChunk - 1) / kChunk, [&](int64_t chunk) {
     const int64_t end = std::min(b.i1, (chunk + 1) * kChunk);
-    for (int64_t k = chunk * kChunk; k < end; ++k)
-      for (int64_t t = 0; t < b.tiles; ++t)
-        std::memcpy(b.P.get() + (t * b.i1 + k) * kMR, rows.get() + k * kObsBlock + t * kMR,
-                    sizeof(float) * kMR);
+    for (int64_t t = 0; t < b.tiles; ++t)
+      for (int64_t k = chunk * kChunk; k < end; ++k)
+        std::memcpy(P + (t * b.i1 + k) * kMR, rows + k * kHeight + t * kMR, sizeof(float) * kMR);
   });
 }
 
-Block open_block(const Obs& p, int64_t i1, int64_t cols) {
-  Block b;
-  b.i1 = i1;
-  b.cols = cols;
-  b.tiles = (cols + kMR - 1) / kMR;
+// N_b and D of a block, U_b = N_b / r in float.
+void invert(const Obs& p, Block& b, float* U32) {
   const auto U = scratch<double>(kObsBlock * kObsBlock);
-  const auto U32 = scratch<float>(kObsBlock * kObsBlock);
   std::fill(U.get(), U.get() + kObsBlock * kObsBlock, 0.0);
-  invert_block(p, i1, b.cols, U.get());
-  b.N = scratch<float>(b.tiles * kObsBlock * kMR);
-  std::fill(b.N.get(), b.N.get() + b.tiles * kObsBlock * kMR, 0.f);
+  invert_block(p, b.i1, b.cols, U.get());
+  std::memset(b.N, 0, sizeof b.N);
   for (int64_t k = 0; k < b.cols; ++k) {
-    const double r = p.R[(i1 + k) * p.cols + i1 + k];
+    const double r = p.R[(b.i1 + k) * p.cols + b.i1 + k];
     b.D[k] = static_cast<float>(r * r);
     for (int64_t j = k; j < b.cols; ++j)
       b.N[((j / kMR) * kObsBlock + k) * kMR + j % kMR] =
           static_cast<float>(-r * U[k * kObsBlock + j]);
   }
   for (int64_t i = 0; i < kObsBlock * kObsBlock; ++i) U32[i] = static_cast<float>(U[i]);
-  pack_panel_factor(p, b, U32.get());
-  return b;
 }
 
 // The sweep's state over blocks and how one block runs.
@@ -132,7 +117,7 @@ struct Sweep {
         for (int64_t t = 0; t < b.tiles; ++t) {
           for (int64_t at = t * share; at < (t + 1) * share; at += 16)
             __builtin_prefetch(next + at, 0, 2);
-          microkernel(depth, b.P.get() + (t * b.i1 + k) * kMR, E_of(first + i, k),
+          microkernel(depth, b.P + (t * b.i1 + k) * kMR, E_of(first + i, k),
                       tiles + (i * height + t * kMR) * kNR, kNR);
         }
       }
@@ -195,10 +180,17 @@ struct Sweep {
   void run() const {
     std::fill(p.loss, p.loss + p.rows, 0.0);
     const bool global = p.select == Select::unstructured;
-    const auto tiles = scratch<float>(global ? panels * kObsBlock * kNR : 0);
+    const auto tiles = scratch<float>(global ? panels * kHeight * kNR : 0);
+    const auto P = scratch<float>(2 * p.cols * kHeight), U = scratch<float>(kObsBlock * kObsBlock);
+    const auto block = std::make_unique<Block>();
+    Block& b = *block;
     const int64_t width = block_columns(p);
-    for (int64_t i1 = 0; i1 < p.cols; i1 += width) {
-      const Block b = open_block(p, i1, std::min(width, p.cols - i1));
+    for (b.i1 = 0; b.i1 < p.cols; b.i1 += width) {
+      b.cols = std::min(width, p.cols - b.i1);
+      b.tiles = (b.cols + kMR - 1) / kMR;
+      b.P = P.get();
+      invert(p, b, U.get());
+      pack_panel_factor(p, b, U.get(), P.get() + p.cols * kHeight, P.get());
       if (global)
         unstructured_block(b, tiles.get());
       else

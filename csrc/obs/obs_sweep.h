@@ -4,14 +4,15 @@
 // updated at once; the others lag behind and are brought up to date, tile by tile, by the same
 // microkernel as the panel GEMM (T[tile] -= N[done, tile]^T g[done]) just before they are needed.
 
-inline constexpr int64_t kTiles = kObsBlock / kMR;
+inline constexpr int64_t kTiles = (kObsBlock + kMR - 1) / kMR;
+inline constexpr int64_t kHeight = kTiles * kMR;  // of a transposed tile: whole register tiles
 
 // What the panels of a block share.
 struct Block {
-  int64_t i1, cols;  // first column and width
-  int64_t tiles;     // register tiles that cover it
-  Scratch<float> N;  // [tiles][kObsBlock][kMR]: -N_b[k][tile * kMR + c]
-  Scratch<float> P;  // [tiles][i1][kMR]: P_b likewise
+  int64_t i1, cols;                               // first column and width
+  int64_t tiles;                                  // register tiles that cover it
+  const float* P;                                 // [tiles][i1][kMR]: P_b[k][tile * kMR + c]
+  alignas(64) float N[kTiles * kObsBlock * kMR];  // [tile][k][kMR]: -N_b likewise
   alignas(64) float D[kObsBlock];
 };
 
@@ -32,8 +33,8 @@ struct Panel {
 DISTAYA_INLINE void bring(const Block& b, Panel& x, int64_t t, int64_t j) {
   const int64_t from = x.done[t];
   if (from < j)
-    microkernel(j - from, b.N.get() + (t * kObsBlock + from) * kMR, x.T + from * kNR,
-                x.T + t * kMR * kNR, kNR);
+    microkernel(j - from, b.N + (t * kObsBlock + from) * kMR, x.T + from * kNR, x.T + t * kMR * kNR,
+                kNR);
   x.done[t] = std::max(from, j);
 }
 
@@ -74,7 +75,7 @@ template <bool masked, bool rounded>
 DISTAYA_INLINE void sweep_columns(const Obs& p, const Block& b, Panel& x, int64_t j, int64_t end,
                                   int64_t tile_end) {
   const int64_t t = j / kMR;
-  const float* N = b.N.get() + t * kObsBlock * kMR - t * kMR;  // N[k * kMR + column]
+  const float* N = b.N + t * kObsBlock * kMR - t * kMR;  // N[k * kMR + column]
   const vf top = splat(static_cast<float>((1 << p.grid.bits) - 1));
   for (int64_t v = 0; v < kNR; v += kLanes) {
     vf loss = load(x.loss + v);
