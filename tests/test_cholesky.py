@@ -1,8 +1,8 @@
 """The cholesky room against float64, with bounds from error analysis.
 
 Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.: theorem 10.3 gives
-|R Rᵀ - H'| <= c n u |R| |R|ᵀ, and (|R| |R|ᵀ)_ij <= sqrt(H'_ii H'_jj) by Cauchy-Schwarz; section 14.2
-gives |U - R⁻¹| <= c n u |R⁻¹| |R| |R⁻¹|.
+|R Rᵀ - H'| <= c n u |R| |R|ᵀ, and (|R| |R|ᵀ)_ij <= sqrt(H'_ii H'_jj) by Cauchy-Schwarz; section
+14.2 gives |U - R⁻¹| <= c n u |R⁻¹| |R| |R⁻¹|.
 """
 
 import pytest
