@@ -1,4 +1,4 @@
-"""What it costs to call a kernel at all: four tensors across the border, against torch's own call."""
+"""What it costs to call a kernel at all: four tensors across the border, next to torch's call."""
 
 import torch
 

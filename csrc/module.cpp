@@ -2,10 +2,13 @@
 // order.
 #include <optional>
 
+#include "cholesky/cholesky.h"
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
 #include "hessian/hessian.h"
+#include "mask/mask.h"
+#include "obs/obs.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -57,8 +60,44 @@ PYBIND11_MODULE(_C, m) {
         release_gil());
 
   // --- cholesky ----------------------------------------------------------------------------------
+  m.attr("cholesky_work") = kCholeskyWork;
+  m.def("cholesky_", &cholesky_, "H"_a, "damp"_a, "floor"_a, "info"_a, "mean"_a, "work"_a,
+        release_gil());
+  m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
+  m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
+  m.attr("mask_keep_work") = mask::kKeepWork;
+  m.def("mask_score_work", &mask::score_work, "rows"_a, "cols"_a);
+  m.def(
+      "mask_score",
+      [](const Tensor& W, const std::string& method, const MaybeTensor& norms, double power,
+         const MaybeTensor& work, const Tensor& S) {
+        mask_score(W, method, norms ? &*norms : nullptr, power, work ? &*work : nullptr, S);
+      },
+      "W"_a, "method"_a, "norms"_a, "power"_a, "work"_a, "S"_a,
+      "S = importance of each weight: magnitude, wanda or ria", release_gil());
+  m.def(
+      "mask_keep_k",
+      [](const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
+         const Tensor& bad, const MaybeTensor& work) {
+        mask_keep_k(scores, k, along, mask, bad, work ? &*work : nullptr);
+      },
+      "scores"_a, "k"_a, "along"_a, "mask"_a, "bad"_a, "work"_a,
+      "mask = the k best scores of each row, each column or the matrix", release_gil());
+  m.def("mask_keep_nm", &mask_keep_nm, "scores"_a, "n"_a, "m"_a, "along"_a, "mask"_a, "bad"_a,
+        "mask = the n best of every m consecutive inputs or outputs", release_gil());
 
   // --- obs ---------------------------------------------------------------------------------------
+  py::class_<GridOptions>(m, "GridOptions")
+      .def(py::init<int64_t, int64_t, bool, bool, std::string>(), "bits"_a = 0, "group"_a = 0,
+           "symmetric"_a = false, "mse"_a = false, "scale_dtype"_a = "float32");
+  py::class_<ObsOptions>(m, "ObsOptions")
+      .def(py::init<std::string, double, bool, int64_t, int64_t, GridOptions, bool>(),
+           "select"_a = "none", "sparsity"_a = 0.0, "reference"_a = false, "n"_a = 0, "m"_a = 0,
+           "grid"_a = GridOptions{}, "dynamic"_a = false);
+  m.def("obs", &obs, "W"_a, "R"_a, "mask"_a, "codes"_a, "scales"_a, "zeros"_a, "group_of"_a,
+        "loss"_a, "work"_a, "options"_a, release_gil());
+  m.def("obs_work", &obs_work, "rows"_a, "cols"_a, "on_cuda"_a);
+  m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
 }

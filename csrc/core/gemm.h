@@ -1,9 +1,12 @@
-// C += alpha A B in fp32 on the CPU: the workhorse of the Cholesky and OBS rooms.
+// C += alpha A B (or C = alpha A B), fp32, on the CPU: workhorse of the Cholesky and OBS rooms.
 #pragma once
 
 #include <cstdint>
 
 namespace distaya::cpu {
+
+inline constexpr int64_t kGemmDepth = 384;  // depth of a packed slice: C is touched once per slice
+inline constexpr int64_t kGemmInPlace = 384;  // so many columns are never cut into several tasks
 
 enum class Part { all, upper };  // upper: only tiles that touch j >= i are computed (SYRK-like)
 
@@ -19,6 +22,8 @@ struct Gemm {
   float* C;
   int64_t ldc;
   Part part = Part::all;
+  bool add = true;  // false: C = alpha A B. Then C may be B itself when k <= kGemmDepth, and A
+                    // itself when n <= kGemmInPlace too: both are packed before C is written
 };
 
 void gemm(const Gemm& g);

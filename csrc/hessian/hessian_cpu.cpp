@@ -109,13 +109,13 @@ void tile(int64_t steps, const float* A, const float* B, float weight, float* H,
     }
 #pragma GCC unroll 4
   for (int64_t s = 0; s < steps; ++s, A += kNR, B += kNR) {
-    const vf b0 = load(B), b1 = load(B + kLanes), b2 = load(B + 2 * kLanes);
+    vf b[kNV];
+#pragma GCC unroll 3
+    for (int v = 0; v < kNV; ++v) b[v] = load(B + v * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kMR; ++i) {
-      acc[i][0] = multiply_add<pairs>(A + i, b0, acc[i][0]);
-      acc[i][1] = multiply_add<pairs>(A + i, b1, acc[i][1]);
-      acc[i][2] = multiply_add<pairs>(A + i, b2, acc[i][2]);
-    }
+    for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < kNV; ++v) acc[i][v] = multiply_add<pairs>(A + i, b[v], acc[i][v]);
   }
   if (rows >= kMR && cols >= kNR && skew + kMR <= 1) {
     const vf w = splat(weight);

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+import torch  # noqa: F401  (before _C: its OpenMP runtime must be the one we share)
 
 from distaya_ext import _C
 

@@ -1,0 +1,63 @@
+// Reversed-order Cholesky of a Hessian and the inverses that follow from it.
+//
+//   H' = H + damp * mean(diag H) * I = R R^T,   R upper triangular
+//
+// Flipping both orders of H turns R into the ordinary lower factor; here nothing is flipped, the
+// blocks are simply taken from the bottom-right corner up. U = R^-1 is upper too, and
+// H'^-1 = U^T U: U is the factor that SparseGPT (Frantar & Alistarh 2023, section 3.3) and GPTQ
+// (Frantar et al. 2022, section 3.3) obtain from two Cholesky factorisations and a full inverse.
+//
+// A pivot below floor * mean(diag H) is raised to it, and the couplings of its column to the
+// columns before it (rounding noise by then: for a positive semidefinite Schur complement they are
+// below sqrt(floor) of the diagonal) are dropped, since divided by a tiny pivot they would grow
+// from column to column. If no diagonal entry is positive, 1 stands in for the mean.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace distaya {
+
+// info[0] floored pivots, [1] first floored column in processing order (last column first) or -1,
+// info[2] first column found not finite or -1 (R is then meaningless), [3] zeros on H's diagonal.
+enum Info { kFloored, kFirstFloored, kNotFinite, kDead, kInfo };
+
+struct Cholesky {
+  float* H;  // [n, n], upper triangle read; becomes R with zeros below the diagonal
+  int64_t n;
+  double damp, floor;  // relative to the mean of the diagonal
+  int64_t* info;       // [kInfo]
+  double* mean;        // [1] mean of H's diagonal
+  float* work;         // [kCholeskyWork] CUDA only: the inverse of one diagonal block
+};
+
+inline constexpr int64_t kCholeskyWork = 64 * 64;
+
+// U = R^-1 for an upper triangular R with a nonzero diagonal; both [n, n].
+struct InverseFactor {
+  const float* R;
+  float* U;
+  int64_t n;
+};
+
+// out = U^T U, full and symmetric, for an upper triangular U; both [n, n].
+struct Inverse {
+  const float* U;
+  float* out;
+  int64_t n;
+};
+
+void cholesky_(Tensor H, double damp, double floor, Tensor info, Tensor mean, Tensor work);
+void inverse_factor(Tensor R, Tensor U);
+void inverse(Tensor U, Tensor out);
+
+void cholesky_cpu(const Cholesky& p);
+void inverse_factor_cpu(const InverseFactor& p);
+void inverse_cpu(const Inverse& p);
+
+void cholesky_cuda(const Cholesky& p, Stream stream, int device);
+void inverse_factor_cuda(const InverseFactor& p, Stream stream, int device);
+void inverse_cuda(const Inverse& p, Stream stream, int device);
+
+}  // namespace distaya

@@ -1,0 +1,168 @@
+// Exact k of a whole matrix: the radix select of mask_cuda.cu with one histogram in global memory
+// that all blocks add to, and a one-block kernel between the rounds that names the next digit.
+#include "core/cuda.cuh"
+#include "mask/mask.h"
+#include "mask/ordered.cuh"
+
+namespace distaya::mask {
+
+void keep_matrix_cuda(const KeepK& p, cudaStream_t stream);
+
+namespace {
+
+using cuda::ceil_div;
+
+constexpr int kThreads = 256;
+using count = unsigned long long;
+
+// KeepK::work as the kernels see it.
+struct Work {
+  count bins[256];
+  count cut;    // digits found so far, the rest zero
+  count rank;   // k-th largest counted inside the bin
+  count equal;  // size of the bin
+  count unused[5];
+  count ties[kChunks];  // of each chunk; then how many of them come before the chunk
+};
+
+static_assert(sizeof(Work) == kKeepWork * sizeof(int64_t));
+
+struct Matrix {
+  const float* scores;
+  int64_t size, chunk;  // chunk: consecutive scores per block, a multiple of kThreads
+  int64_t k;
+  uint8_t* mask;
+  int64_t* bad;
+  Work* work;
+};
+
+__device__ inline int64_t chunk_end(const Matrix& p) {
+  const int64_t end = (static_cast<int64_t>(blockIdx.x) + 1) * p.chunk;
+  return end < p.size ? end : p.size;
+}
+
+__global__ void __launch_bounds__(kThreads) start_kernel(const Matrix p) {
+  p.work->bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    p.work->cut = 0;
+    p.work->rank = static_cast<count>(p.k);
+    p.work->equal = 0;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) histogram_kernel(const Matrix p, int shift) {
+  __shared__ unsigned bins[256];  // a chunk of 2^32 scores would be a matrix of 2^44
+  bins[threadIdx.x] = 0;
+  __syncthreads();
+  const uint32_t found = static_cast<uint32_t>(p.work->cut);
+  const int64_t end = chunk_end(p);
+  for (int64_t t = blockIdx.x * p.chunk + threadIdx.x; t < end; t += kThreads) {
+    const float x = p.scores[t];
+    const uint32_t key = ordered(x);
+    if (shift == 24 && is_nan(x)) report_nan(p.bad, t);
+    if (shift == 24 || (key ^ found) >> (shift + 8) == 0) atomicAdd(&bins[key >> shift & 255], 1u);
+  }
+  __syncthreads();
+  if (bins[threadIdx.x])
+    atomicAdd(&p.work->bins[threadIdx.x], static_cast<count>(bins[threadIdx.x]));
+}
+
+// One block: the digit of the k-th largest; the histogram is left clean for the next round.
+__global__ void __launch_bounds__(kThreads) pick_kernel(const Matrix p, int shift) {
+  __shared__ count bins[256];
+  bins[threadIdx.x] = p.work->bins[threadIdx.x];
+  p.work->bins[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x != 0 || p.k == 0) return;
+  int digit = 255;
+  count left = p.work->rank;
+  while (digit > 0 && bins[digit] < left) left -= bins[digit--];
+  p.work->cut |= static_cast<count>(digit) << shift;
+  p.work->rank = left;
+  p.work->equal = bins[digit];
+}
+
+__global__ void __launch_bounds__(kThreads) count_ties_kernel(const Matrix p) {
+  __shared__ int part[kThreads / 32];
+  if (p.work->rank == p.work->equal) return;  // all ties stay: their order is of no interest
+  const uint32_t at = static_cast<uint32_t>(p.work->cut);
+  const int64_t end = chunk_end(p);
+  int mine = 0;
+  for (int64_t t = blockIdx.x * p.chunk + threadIdx.x; t < end; t += kThreads)
+    mine += ordered(p.scores[t]) == at;
+  mine = cuda::warp_sum(mine);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  count all = 0;
+  for (int w = 0; w < kThreads / 32; ++w) all += static_cast<count>(part[w]);
+  p.work->ties[blockIdx.x] = all;
+}
+
+// One thread: at most kChunks additions.
+__global__ void ties_before_kernel(const Matrix p, int64_t chunks) {
+  if (p.work->rank == p.work->equal) return;
+  count before = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const count here = p.work->ties[c];
+    p.work->ties[c] = before;
+    before += here;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) write_kernel(const Matrix p) {
+  __shared__ int part[kThreads / 32];
+  const uint32_t at = static_cast<uint32_t>(p.work->cut);
+  const count stay = p.work->rank;
+  const bool all = stay == p.work->equal;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  count before = all ? 0 : p.work->ties[blockIdx.x];
+  const int64_t end = chunk_end(p);
+  for (int64_t t0 = blockIdx.x * p.chunk; t0 < end; t0 += kThreads) {
+    const int64_t t = t0 + threadIdx.x;
+    const uint32_t key = t < end ? ordered(p.scores[t]) : 0;
+    const bool tie = t < end && key == at;
+    bool keep = p.k > 0 && (key > at || tie);
+    if (!all) {  // the same for the whole block
+      const unsigned tied = __ballot_sync(cuda::kFullWarp, tie);
+      if (lane == 0) part[warp] = __popc(tied);
+      __syncthreads();
+      count rank = before + static_cast<count>(__popc(tied & ((1u << lane) - 1u)));
+      for (int w = 0; w < kThreads / 32; ++w) {
+        if (w < warp) rank += static_cast<count>(part[w]);
+        before += static_cast<count>(part[w]);
+      }
+      if (tie && rank >= stay) keep = false;
+      __syncthreads();  // part is written again
+    }
+    if (t < end) p.mask[t] = keep;
+  }
+}
+
+}  // namespace
+
+void keep_matrix_cuda(const KeepK& k, cudaStream_t s) {
+  Matrix p{.scores = k.scores,
+           .size = k.rows * k.cols,
+           .chunk = 0,
+           .k = k.k,
+           .mask = k.mask,
+           .bad = k.bad,
+           .work = reinterpret_cast<Work*>(k.work)};
+  constexpr int64_t kLeast = 16 * kThreads;  // below this a block is mostly overhead
+  const int64_t share = ceil_div<int64_t>(p.size, kChunks);
+  p.chunk = ceil_div<int64_t>(share < kLeast ? kLeast : share, kThreads) * kThreads;
+  const int64_t chunks = ceil_div(p.size, p.chunk);
+  const unsigned grid = cuda::grid_of(chunks);
+  start_kernel<<<1, kThreads, 0, s>>>(p);
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    histogram_kernel<<<grid, kThreads, 0, s>>>(p, shift);
+    pick_kernel<<<1, kThreads, 0, s>>>(p, shift);
+  }
+  count_ties_kernel<<<grid, kThreads, 0, s>>>(p);
+  ties_before_kernel<<<1, 1, 0, s>>>(p, chunks);
+  write_kernel<<<grid, kThreads, 0, s>>>(p);
+  cuda::check_launch();
+}
+
+}  // namespace distaya::mask

@@ -1,0 +1,17 @@
+"""Checkpoints: a strict reader and a writer that never leaves half a model behind."""
+
+from .folder import locate
+from .reader import Checkpoint, Entry, open_checkpoint
+from .writer import MARKER, ShardWriter, Staging, check_output, copy_companions
+
+__all__ = [
+    "MARKER",
+    "Checkpoint",
+    "Entry",
+    "ShardWriter",
+    "Staging",
+    "check_output",
+    "copy_companions",
+    "locate",
+    "open_checkpoint",
+]

@@ -1,0 +1,171 @@
+"""Finding a model folder and the files in it, without trusting the names written inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import InputError
+from ..models import describe
+
+# What is fetched from a hub: weights, configuration, tokenizer, licence. Never code, never pickles.
+_FETCH = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "README*",
+]
+_SKIP = ["*/*", "consolidated*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONVERT = (
+    'python -c "from transformers import AutoModelForCausalLM as A; '
+    "A.from_pretrained('MODEL').save_pretrained('OUT')\""
+)
+
+
+def locate(model: str | Path, *, offline: bool = False) -> Path:
+    """Folder of a model given as a local path or as a hub id `owner/name`.
+
+    offline (or HF_HUB_OFFLINE=1) uses the local hub cache only. Raises InputError when nothing is
+    there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(
+            f"{model} is a file; a model is a folder with config.json and .safetensors files"
+        )
+    parts = str(model).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise InputError(
+            f"{model} is neither an existing folder nor a hub id of the form owner/name"
+        )
+    return _download(str(model), offline)
+
+
+def _download(repo: str, offline: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    local = offline or constants.HF_HUB_OFFLINE
+    try:
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=_FETCH, ignore_patterns=_SKIP, local_files_only=local
+            )
+        )
+    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
+        how = "in the local hub cache (offline)" if local else "on the hub"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{repo} is no local folder and could not be read {how}: {reason}"
+        ) from error
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Path of file `name` of the folder, refused when the name or a link leads out of it.
+
+    Only plain file names are accepted. A link may leave the folder only into the blobs folder of
+    the same hub cache entry (models--*/snapshots/REV/file -> models--*/blobs/HASH).
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(
+            f"file name {name!r} in the model leads out of its folder; only plain names are read"
+        )
+    root = folder.resolve()
+    target = (folder / name).resolve()
+    cache_blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if target.parent != root and target.parent != cache_blobs:
+        raise InputError(
+            f"{name} is a link that leaves the model folder (to {target.name}); it is not followed"
+        )
+    return folder / name
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """Parsed JSON object of a file in the folder; InputError when missing, not UTF-8 JSON or no
+    object.
+    """
+    path = contained(folder, name)
+    if not path.is_file():
+        raise InputError(f"the model folder {folder.name} has no {name}")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{name} of {folder.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{name} of {folder.name} must hold a JSON object, not {type(value).__name__}"
+        )
+    return value
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model we may run: known model_type, no code of its own, not quantised
+    already.
+    """
+    if not any(folder.iterdir()):
+        raise InputError(f"the model folder {folder.name} is empty")
+    config = read_json(folder, "config.json")
+    if "auto_map" in config:
+        raise InputError(
+            "config.json asks for code of its own (auto_map); remote code is never run, "
+            "use a checkpoint whose model_type transformers knows"
+        )
+    describe(config)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise InputError(
+            f"the model is already quantised ({method}); start from its bf16 or fp32 weights"
+        )
+    return config
+
+
+def read_index(folder: Path) -> dict[str, Path]:
+    """Map tensor name -> shard path from the index, or {} when one model.safetensors holds
+    everything.
+
+    Raises InputError for names that leave the folder, pickled weights, and all missing shards at
+    once.
+    """
+    single = contained(folder, "model.safetensors")
+    if single.is_file():
+        return {}
+    if not (folder / "model.safetensors.index.json").is_file():
+        raise _no_weights(folder)
+    index = read_json(folder, "model.safetensors.index.json")  # its "metadata" is optional
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("model.safetensors.index.json has no weight_map")
+    if bad := [name for name, shard in weight_map.items() if not isinstance(shard, str)]:
+        raise InputError(f"weight_map of model.safetensors.index.json names no file for {bad[0]}")
+    if bad := sorted({s for s in weight_map.values() if not s.endswith(".safetensors")}):
+        raise InputError(
+            f"the index names {bad[0]!r}, which is no .safetensors file; pickles are not read"
+        )
+    paths = {shard: contained(folder, shard) for shard in sorted(set(weight_map.values()))}
+    if missing := [shard for shard, path in paths.items() if not path.is_file()]:
+        raise InputError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing)}")
+    return {name: paths[shard] for name, shard in weight_map.items()}
+
+
+def _no_weights(folder: Path) -> InputError:
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return InputError(
+            f"{folder.name} has {len(shards)} .safetensors files but neither model.safetensors "
+            "nor model.safetensors.index.json"
+        )
+    for pattern in _PICKLES:
+        if found := sorted(folder.glob(pattern)):
+            return InputError(
+                f"{folder.name} has only pickled weights ({found[0].name}), which can run code "
+                f"when "
+                f"loaded and are refused; convert them where you trust them: {_CONVERT}"
+            )
+    return InputError(f"{folder.name} has no .safetensors weights")

@@ -1,0 +1,150 @@
+"""Writing a model folder shard by shard, visible under its name only when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import InputError
+from .folder import contained
+
+MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README*")
+_NOT_COPIED = ("model.safetensors.index.json", "results.json")
+
+
+class ShardWriter:
+    """Collects tensors, writes a shard whenever shard_bytes are reached; finish() names them."""
+
+    def __init__(self, folder: Path, shard_bytes: int = 1 << 30):
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.total_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor (any device); it is held until its shard is written."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().to("cpu").contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        path = self.folder / f"part-{len(self._shards):05d}.safetensors"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        os.chmod(path, self.folder.stat().st_mode & 0o666)  # the library leaves its files private
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> list[Path]:
+        """Write what is left, give the shards their final names and write the index if there are
+        several.
+        """
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+        for i, name in enumerate(names):
+            os.replace(self.folder / f"part-{i:05d}.safetensors", self.folder / name)
+        if count > 1:
+            weight_map = {k: names[i] for i, keys in enumerate(self._shards) for k in keys}
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self.folder / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n"
+            )
+        return [self.folder / name for name in names]
+
+
+class Staging:
+    """A hidden sibling of the output folder. publish() renames it into place; leaving removes it.
+
+    Use as a context manager: whatever goes wrong inside, no half-written model is left at `out`.
+    `model` is the future folder, `scratch` is for spilled activations.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
+        self.out = out
+        check_output(out, overwrite=overwrite, source=source)
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Staging:
+        self.root = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}.partial-"))
+        self.model, self.scratch = self.root / "model", self.root / "scratch"
+        self.model.mkdir()
+        self.scratch.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Put the finished folder in the place of `out`; an older result is kept until that
+        succeeded.
+        """
+        if self.out.exists():
+            _keep_edited_readme(self.out, self.model)
+            os.replace(self.out, self.root / "replaced")
+        try:
+            os.replace(self.model, self.out)
+        except OSError:
+            if (self.root / "replaced").exists():
+                os.replace(self.root / "replaced", self.out)
+            raise
+
+
+def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output that is the model itself, a file, or a non-empty folder that is not ours."""
+    if source is not None and out.resolve() == source.resolve():
+        raise InputError(f"the output folder {out.name} is the model folder itself")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"the output {out.name} exists and is not a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"the output folder {out.name} is not empty; choose another or ask to overwrite"
+        )
+    if not _is_ours(out):
+        raise InputError(
+            f"the output folder {out.name} was not written by distaya; it is not overwritten"
+        )
+
+
+def _is_ours(out: Path) -> bool:
+    recipe = out / "recipe.yaml"
+    if not recipe.is_file():
+        return False
+    with open(recipe, "rb") as file:
+        return file.read(len(MARKER)) == MARKER.encode()
+
+
+def _keep_edited_readme(old: Path, new: Path) -> None:
+    kept, fresh = old / "README.md", new / "README.md"
+    if kept.is_file() and (not fresh.is_file() or kept.read_bytes() != fresh.read_bytes()):
+        shutil.copyfile(kept, fresh)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy config, tokenizer, licence and readme files unchanged; returns their names."""
+    names = {path.name for pattern in _COPIED for path in source.glob(pattern) if path.is_file()}
+    names -= set(_NOT_COPIED)
+    for name in sorted(names):
+        shutil.copyfile(contained(source, name), target / name)
+    return sorted(names)

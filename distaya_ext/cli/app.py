@@ -1,0 +1,104 @@
+"""`distaya`: the commands, and the one place where errors become a sentence and an exit code.
+
+Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 5 out of memory or disk, 6 a
+quality gate failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import DistayaError
+from .compress import compress
+from .demo import demo
+from .doctor import doctor
+from .eval import evaluate
+from .generate import generate
+from .inspect import inspect
+
+INTERRUPTED = 130
+
+
+class Group(TyperGroup):
+    """All commands, under one handler of errors (also when a test runs them in its own process)."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args=arguments, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if "--debug" in arguments:
+                traceback.print_exc()
+            sentence, code = explain(error)
+            typer.echo(f"Error: {sentence}", err=True)
+        if code == INTERRUPTED:
+            typer.echo("Interrupted; no output folder was left behind.", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence for the user, and the exit code."""
+    if isinstance(error, DistayaError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # what typer raises for flags and arguments
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        return " ".join(error.format_message().split()) + hint, error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).strip().splitlines()
+        return "out of memory" + (f": {first[0]}" if first else ""), 5
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.strerror or error}{where}", 5 if full else 3
+    return f"a fault in distaya: {type(error).__name__}: {error} (--debug shows where)", 1
+
+
+app = typer.Typer(
+    name="distaya",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"distaya {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Make multilingual language models small, and measure what each language paid for it."""
+
+
+app.command("compress")(compress)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("inspect")(inspect)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="distaya")

@@ -1,0 +1,139 @@
+"""`distaya compress`: a model in, a smaller one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import options
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from ..texts import Windows
+
+
+def compress(
+    out: Annotated[Path, typer.Option(help="Folder to write the compressed model to.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Local Hugging Face folder or hub id; the recipe may name it instead.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, gptq, rtn or dense.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Share to remove such as 0.5, or N:M kept such as 2:4.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Quantise to 2..8 bits.")] = None,
+    group: Annotated[int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Folder of <lang>.txt, .jsonl or .parquet to calibrate on.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens over all languages.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe; flags given beside it win.")
+    ] = None,
+    max_ram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result of ours.")] = False,
+    device: options.Device = "cpu",
+    offline: options.Offline = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compress MODEL layer by layer and write it to OUT, with its recipe and losses."""
+    whole = build_recipe(
+        recipe,
+        model=model,
+        method=method,
+        sparsity=sparsity,
+        bits=bits,
+        group=group,
+        max_ram=max_ram,
+        seed=seed,
+        calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
+    )
+    from ..compress import compress as run
+    from ..compress.settings import from_recipe
+    from .output import print_json
+    from .progress import Reporter
+
+    with Reporter(quiet) as reporter:
+        windows = None
+        if from_recipe(whole).statistic is not None:
+            windows = calibration(whole, offline)
+            for line in describe(windows):
+                reporter.say(line)
+        report = run(
+            whole.model,
+            out,
+            whole,
+            windows,
+            on_event=reporter.on_event,
+            overwrite=overwrite,
+            device=device,
+            offline=offline,
+        )
+        reporter.say(
+            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, {report.seconds:.1f} s"
+        )
+    if json:
+        print_json({"out": str(out), **report.summary()})
+    else:
+        typer.echo(str(out))
+
+
+def build_recipe(file: Path | None, **flags: Any) -> Recipe:
+    """The recipe of a file with the flags that were given laid over it."""
+    from ..recipe import Recipe, parse_sparsity, read_fields
+
+    fields = read_fields(file) if file is not None else {}
+    given = {name: value for name, value in flags.items() if value is not None}
+    spec = {k: str(v) if k == "path" else v for k, v in given.pop("calibration").items() if v is not None}
+    if spec:
+        inner = fields.get("calibration") or {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"recipe {file}: calibration must be a mapping, not {type(inner).__name__}")
+        fields["calibration"] = {**inner, **spec}
+    if "sparsity" in given:
+        # One flag stands for two fields: the one it does not set must not survive from the file.
+        fields = {k: v for k, v in fields.items() if k not in ("sparsity", "nm")}
+        given |= parse_sparsity(given.pop("sparsity"))
+    fields |= given
+    if "model" not in fields:
+        raise UsageError("say which model: the first argument, or model: in the recipe")
+    if "method" not in fields and "bits" in fields and not {"sparsity", "nm"} & fields.keys():
+        fields["method"] = "gptq"
+    return Recipe(**fields)
+
+
+def calibration(recipe: Recipe, offline: bool = False) -> Windows:
+    """Token windows of the recipe's texts, cut by the model's own tokenizer."""
+    from ..checkpoint import open_checkpoint
+    from ..compress.calibrate import load_tokenizer
+    from ..texts import read_texts
+    from ..texts import windows as cut
+
+    wanted = recipe.calibration
+    if wanted.path is None:
+        raise UsageError(f"method {recipe.method} learns from text: give a folder with --calib")
+    texts = read_texts(wanted.path)
+    tokenizer = load_tokenizer(open_checkpoint(recipe.model, offline=offline).folder)
+    return cut(texts, tokenizer, tokens=wanted.tokens, window=wanted.window, seed=wanted.seed)
+
+
+def describe(windows: Windows) -> list[str]:
+    """What calibration really uses, in lines for the user."""
+    languages = windows.tokens_per_language
+    lines = [
+        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of {windows.ids.shape[1]} "
+        f"in each of {len(languages)} languages",
+        "tokens per character: " + ", ".join(f"{lang} {f:.2f}" for lang, f in sorted(windows.fertility.items())),
+    ]
+    if windows.limited_by is not None:
+        lines.append(f"note: fewer tokens than asked for, since {windows.limited_by} has no more text")
+    return lines

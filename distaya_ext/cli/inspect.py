@@ -1,0 +1,193 @@
+"""`distaya inspect`: what a model folder holds, and how sparse and how rounded its weights are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import options
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint import Checkpoint
+
+_PATTERN_SPANS = (2, 4, 8, 16, 32)
+_PATTERN_SLACK = 0.02  # how far from full the groups of a pattern may be on average
+_GRID_ROWS = 64  # rows looked at for a quantisation grid
+_GRID_SHARE = 0.6  # distinct values per kept weight above which a group is not on a grid
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the weights
+    lie on (group 0 = one for the row), or None."""
+
+    module: str
+    rows: int
+    columns: int
+    dtype: str
+    sparsity: float
+    pattern: str | None
+    bits: int | None
+    group: int | None
+
+
+def inspect(
+    model: options.Model,
+    modules: Annotated[bool, typer.Option("--modules", help="One line per matrix.")] = False,
+    offline: options.Offline = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Print architecture, size, and sparsity, N:M pattern and grid of the weights of MODEL."""
+    from ..checkpoint import open_checkpoint
+    from .output import console, print_json
+
+    try:
+        checkpoint = open_checkpoint(model, offline=offline)
+    except InputError as error:
+        raise InputError(f"{model} cannot be compressed: {error}") from error
+    linears = [look(checkpoint, name) for name in names(checkpoint)]
+    facts = summary(checkpoint, linears)
+    if json:
+        print_json({"model": model, **facts, "linears": [asdict(linear) for linear in linears]})
+        return
+    out = console()
+    for key, value in facts.items():
+        out.print(f"{key.replace('_', ' ')}: {value}", markup=False)
+    out.print(_table(linears, modules))
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    """Modules that compression works on, layer by layer."""
+    architecture = checkpoint.architecture
+    return [
+        f"{architecture.layers}.{layer}.{name}"
+        for layer in range(checkpoint.config.num_hidden_layers)
+        for name in architecture.linears()
+    ]
+
+
+def look(checkpoint: Checkpoint, module: str) -> Linear:
+    """Read one matrix and measure it."""
+    name = f"{module}.weight"
+    W = checkpoint.read([name])[name]
+    zeros = int((W == 0).sum())
+    bits, group = grid(W) or (None, None)
+    return Linear(
+        module=module,
+        rows=W.shape[0],
+        columns=W.shape[1],
+        dtype=str(W.dtype).removeprefix("torch."),
+        sparsity=zeros / W.numel(),
+        pattern=pattern(W),
+        bits=bits,
+        group=group,
+    )
+
+
+def pattern(W: torch.Tensor) -> str | None:
+    """The N:M pattern with the shortest M that every group of M inputs of W [rows, columns] obeys.
+
+    Any matrix obeys some loose pattern, so its groups must also be full but for 2 %.
+    """
+    kept = W != 0
+    density = kept.float().mean().item()
+    for m in _PATTERN_SPANS:
+        if W.shape[1] % m == 0:
+            n = int(kept.reshape(W.shape[0], -1, m).sum(dim=2).max())
+            if 0 < n < m and n / m - density < _PATTERN_SLACK:
+                return f"{n}:{m}"
+    return None
+
+
+def grid(W: torch.Tensor) -> tuple[int, int] | None:
+    """(bits, group) of the integer grid that W [rows, columns] lies on, or None.
+
+    Found by counting distinct values in groups of inputs. 8-bit grids on short groups hold as many levels
+    as weights and are not seen.
+    """
+    rows = W[:: max(1, W.shape[0] // _GRID_ROWS)].float()
+    for group in (0, 128, 64, 32):
+        span = group or W.shape[1]
+        if W.shape[1] % span or (group and span >= W.shape[1]):
+            continue
+        values = rows.reshape(-1, span).sort(dim=1).values
+        levels = (values.diff(dim=1) != 0).sum(dim=1) + 1
+        kept = (values != 0).sum(dim=1)
+        distinct = levels - (kept < span).long()
+        bits = max(2, (int(levels.max()) - 1).bit_length())
+        if bits <= 8 and distinct.sum() <= _GRID_SHARE * kept.sum():
+            return bits, group
+    return None
+
+
+def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
+    """The facts about the whole model."""
+    from .output import size
+
+    config = checkpoint.config
+    count = sum(linear.rows * linear.columns for linear in linears)
+    zeros = sum(linear.sparsity * linear.rows * linear.columns for linear in linears)
+    parameters = sum(_numel(entry.shape) for entry in checkpoint.entries.values())
+    return {
+        "architecture": checkpoint.architecture.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "parameters": parameters,
+        "bytes": checkpoint.nbytes,
+        "size": size(checkpoint.nbytes),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "can_be_compressed": f"yes, {len(linears)} matrices with {count} weights "
+        f"({100 * count / parameters:.0f} % of the parameters)",
+        "sparsity": round(zeros / count, 4),
+    }
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def _table(linears: list[Linear], every: bool) -> Any:
+    """One row per matrix, or one per kind of matrix with the range over the layers."""
+    from rich.table import Table
+
+    table = Table()
+    for head in ("module" if every else "matrix", "count", "shape", "dtype", "zeros", "pattern", "grid"):
+        table.add_column(head, justify="left" if head in ("module", "matrix") else "right")
+    kinds: dict[str, list[Linear]] = {}
+    for linear in linears:
+        parts = linear.module.split(".")
+        kinds.setdefault(linear.module if every else ".".join(parts[-2:]), []).append(linear)
+    for kind, group in kinds.items():
+        low, high = min(x.sparsity for x in group), max(x.sparsity for x in group)
+        zeros = f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+        table.add_row(
+            kind,
+            str(len(group)),
+            _common(f"{x.rows}x{x.columns}" for x in group),
+            _common(x.dtype for x in group),
+            zeros,
+            _common(x.pattern or "-" for x in group),
+            _common(_grid_name(x) for x in group),
+        )
+    return table
+
+
+def _grid_name(linear: Linear) -> str:
+    if linear.bits is None:
+        return "-"
+    return f"{linear.bits} bits per " + (f"{linear.group} inputs" if linear.group else "row")
+
+
+def _common(values: Any) -> str:
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else "mixed: " + ", ".join(found)

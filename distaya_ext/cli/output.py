@@ -1,0 +1,126 @@
+"""What the user sees: consoles, tables, numbers. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluate import Evaluation, LanguageResult
+
+# Written to a file or pipe, a table must not be cut to the 80 columns rich assumes.
+_PLAIN_WIDTH = 132
+
+
+def console(*, err: bool = False) -> Console:
+    """A console on stdout or stderr, with room for whole rows where there is no terminal."""
+    stream = sys.stderr if err else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; NaN is refused, since JSON has none."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number in the given digits, or a dash where there is none."""
+    return "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(pair: tuple[float, float] | None, digits: int = 3, sign: bool = True) -> str:
+    """[low, high], or a dash."""
+    return "-" if pair is None else f"[{number(pair[0], digits, sign)}, {number(pair[1], digits, sign)}]"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """Languages worst first, English marked, the mean over tokens last."""
+    table = Table(title=_title(found), title_justify="left")
+    table.add_column("lang")
+    heads = ["samples", "tokens", "NLL"]
+    if found.compared:
+        heads = ["samples", "tokens", "NLL before", "after", "delta", "95 % CI", "PPL ratio"]
+        heads += ["bits/byte", "KL", "top-1 same"]
+    else:
+        heads += ["95 % CI", "PPL", "bits/byte"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in found.languages:
+        cells = _compared(row) if found.compared else _alone(row)
+        table.add_row(row.language, *cells, style="bold" if row.language == "en" else None)
+    table.add_section()
+    tokens = sum(row.tokens for row in found.languages)
+    samples = sum(row.samples for row in found.languages)
+    if found.compared:
+        delta = found.nll - found.base_nll
+        cells = [number(found.base_nll), number(found.nll), number(delta, sign=True)]
+    else:
+        cells = [number(found.nll)]
+    table.add_row("all", str(samples), str(tokens), *cells)
+    return table
+
+
+def verdict(found: Evaluation) -> str:
+    """The worst language with English beside it, and the gap."""
+    if not found.compared:
+        return f"all languages: {found.nll:.3f} nats per token"
+    worst = found.worst
+    parts = [f"worst {worst.language} {_loss(worst)}"]
+    english = next((row for row in found.languages if row.language == "en"), None)
+    if english is not None and english is not worst:
+        parts.append(f"English {_loss(english)}")
+    parts.append(f"worst minus median {found.gap:+.3f} nats")
+    if worst.over_english is not None:
+        low_high = interval(worst.over_english_interval, 2)
+        parts.append(
+            f"{worst.language} minus English, same sentences: {worst.over_english:+.2f} nats per sentence {low_high}"
+        )
+    return "; ".join(parts)
+
+
+def _loss(row: LanguageResult) -> str:
+    return f"{row.dnll:+.3f} nats {interval(row.dnll_interval)}, PPL x{row.ppl_ratio:.3f}"
+
+
+def _title(found: Evaluation) -> str:
+    how = f"windows of {found.window} tokens" if found.mode == "windows" else "sentence by sentence"
+    against = f" against {found.base}" if found.compared else ""
+    return f"{found.model}{against}, {how}, nats per token"
+
+
+def _alone(row: LanguageResult) -> list[str]:
+    return [
+        str(row.samples),
+        str(row.tokens),
+        number(row.nll),
+        interval(row.nll_interval, sign=False),
+        number(row.ppl, 2),
+        number(row.bits_per_byte),
+    ]
+
+
+def _compared(row: LanguageResult) -> list[str]:
+    return [
+        str(row.samples),
+        str(row.tokens),
+        number(row.base_nll),
+        number(row.nll),
+        number(row.dnll, sign=True),
+        interval(row.dnll_interval),
+        number(row.ppl_ratio),
+        f"{row.base_bits_per_byte:.3f} -> {row.bits_per_byte:.3f}",
+        number(row.kl),
+        f"{100 * row.agreement:.1f} %",
+    ]

@@ -1,0 +1,102 @@
+"""Progress on stderr: a bar with the time left on a terminal, plain heartbeat lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+from ..compress import events
+from .output import console, size
+
+_HEARTBEAT_SECONDS = 10.0
+
+
+class Reporter:
+    """Takes the driver's events and the evaluation's counts. Use as a context manager."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty() and not quiet
+        self._console = console(err=True)
+        self._bar: Progress | None = None
+        self._task: int | None = None
+        self._what = ""
+        self._start = self._last = time.monotonic()
+        self._worst: tuple[float, str] | None = None
+
+    def __enter__(self) -> Reporter:
+        if self.terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=self._console,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays, unless quiet."""
+        if not self.quiet:
+            self._console.print(line, markup=False)
+
+    def on_event(self, event: events.Event) -> None:
+        """What compress() calls."""
+        match event:
+            case events.Notice(message):
+                self.say(f"note: {message}")
+            case events.Proved(layers=layers, max_abs_diff=diff):
+                self.say(f"replay of {layers} layers reproduces the model's own logits (max difference {diff:g})")
+            case events.LayerStart(layer, layers):
+                self._worst = None
+                self._advance("layers", layer, layers)
+            case events.StageDone():
+                self._stage(event)
+            case events.LayerDone(layer, layers, seconds):
+                worst = f", largest relative loss {self._worst[0]:.2e} ({self._worst[1]})" if self._worst else ""
+                self._advance("layers", layer + 1, layers, f"{seconds:.1f} s{worst}", always=True)
+            case events.Saved(_, shards, count):
+                self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
+
+    def on_progress(self, done: int, total: int, what: str) -> None:
+        """What evaluate() calls: tokens scored, tokens in all, language."""
+        self._advance("tokens", done, total, what, always=done == total)
+
+    def _stage(self, event: events.StageDone) -> None:
+        short = ", ".join(name.rsplit(".", 1)[-1] for name in event.names)
+        if event.relative_loss is not None and (not self._worst or event.relative_loss > self._worst[0]):
+            self._worst = (event.relative_loss, short)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"layer {event.layer + 1}: {short}")
+        elif self._due():
+            self.say(f"layer {event.layer + 1}: {short} done in {event.seconds:.1f} s")
+
+    def _advance(self, what: str, done: int, total: int, detail: str = "", always: bool = False) -> None:
+        if what != self._what or done == 0:
+            self._what, self._start, self._task = what, time.monotonic(), None
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(what, total=total)
+            self._bar.update(self._task, completed=done, total=total, description=f"{what} {detail}".strip())
+        elif done and (always or self._due()):
+            spent = time.monotonic() - self._start
+            left = spent / done * (total - done)
+            tail = f", {detail}" if detail else ""
+            self.say(f"{what} {done}/{total}{tail}, {spent:.0f} s spent, {left:.0f} s left")
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < _HEARTBEAT_SECONDS:
+            return False
+        self._last = now
+        return True

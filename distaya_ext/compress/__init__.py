@@ -1,0 +1,20 @@
+"""The streaming driver: policy (settings, walk, driver) and maths (solve) live apart."""
+
+from .calibrate import Calibration
+from .driver import compress
+from .events import Event, LayerDone, LayerStart, Notice, Proved, Saved, StageDone
+from .report import ModuleReport, Report
+
+__all__ = [
+    "Calibration",
+    "Event",
+    "LayerDone",
+    "LayerStart",
+    "ModuleReport",
+    "Notice",
+    "Proved",
+    "Report",
+    "Saved",
+    "StageDone",
+    "compress",
+]

@@ -1,0 +1,113 @@
+"""Calibration windows: where they come from, what is refused, and how they are cut into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import InputError
+from ..recipe import Recipe
+from ..texts import read_texts
+from ..texts import windows as token_windows
+
+CHUNK_TOKENS = 4096  # tokens run at once; fixed, so that results do not depend on the memory given
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows ids int64 [windows, length] and the language of each window."""
+
+    ids: torch.Tensor
+    languages: list[str]
+    tokens_per_language: dict[str, int] = field(default_factory=dict)
+    limited_by: str | None = None  # the language whose text ran out first
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Consecutive windows, CHUNK_TOKENS tokens (at least one window) at a time."""
+        return iter(self.ids.split(self.windows_per_chunk))
+
+    @property
+    def windows_per_chunk(self) -> int:
+        return max(1, CHUNK_TOKENS // self.ids.shape[1])
+
+    def language(self, chunk: int, window: int) -> str:
+        """Language of a window of a chunk."""
+        return self.languages[chunk * self.windows_per_chunk + window]
+
+
+def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Calibration:
+    """Calibration from token windows, or from a folder of texts cut by the model's own tokenizer.
+
+    texts: an object with ids and languages (as texts.windows returns), a folder, or None for the
+    folder named in the recipe. Raises InputError for no windows, windows of one token, wrong
+    shapes, and token numbers the embedding does not have.
+    """
+    if texts is None:
+        texts = recipe.calibration.path
+    if texts is None:
+        raise InputError(f"method {recipe.method} needs calibration texts and none are given")
+    windows = _cut(Path(texts), recipe, checkpoint) if isinstance(texts, (str, Path)) else texts
+    ids, languages = windows.ids, list(windows.languages)
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] != len(languages):
+        raise InputError(
+            f"calibration windows must be int64 [windows, length] with one language each; "
+            f"got {ids.dtype} {list(ids.shape)} and {len(languages)} languages"
+        )
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise InputError(
+            f"the calibration texts give {ids.shape[0]} windows of {ids.shape[1]} tokens; too few"
+        )
+    vocab, low, high = checkpoint.config.vocab_size, int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise InputError(
+            f"the calibration windows use token {high if high >= vocab else low} but the "
+            f"model's embedding "
+            f"has {vocab} rows; the tokenizer is not the model's"
+        )
+    limited = getattr(windows, "limited_by", None)
+    per_language: dict[str, int] = {}
+    for language in languages:
+        per_language[language] = per_language.get(language, 0) + ids.shape[1]
+    return Calibration(ids.contiguous(), languages, per_language, limited)
+
+
+def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
+    wanted = recipe.calibration
+    return token_windows(
+        read_texts(folder),
+        load_tokenizer(checkpoint.folder),
+        tokens=wanted.tokens,
+        window=wanted.window,
+        seed=wanted.seed,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; InputError when the folder has none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # many kinds, depending on which file is missing or broken
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the tokenizer of {folder.name} cannot be read: {reason}") from error
+
+
+def check_activations(x: torch.Tensor, chunk: int, where: str, calibration: Calibration) -> None:
+    """InputError naming layer and language when x [windows, length, columns] is not finite."""
+    if bool(torch.isfinite(x).all()):
+        return
+    window = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
+    raise InputError(
+        f"the input of {where} is not finite for a calibration window in language "
+        f"{calibration.language(chunk, window)!r}; the model overflows in its dtype"
+    )

@@ -1,0 +1,319 @@
+"""compress(): the whole run, from a checked checkpoint to a folder that any transformers loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import (
+    MARKER,
+    Checkpoint,
+    ShardWriter,
+    Staging,
+    check_output,
+    copy_companions,
+    open_checkpoint,
+)
+from ..errors import InputError, UsageError
+from ..models import Stage
+from ..models.skeleton import build_skeleton, is_tied
+from ..recipe import Recipe
+from . import events
+from .budget import Budget, activation_bytes
+from .calibrate import Calibration, check_activations, load_calibration
+from .capture import Calls, Ends, load_layer
+from .proof import prove
+from .report import ModuleReport, Report
+from .settings import Settings, from_recipe, skipped
+from .solve import Solution, Statistic, solve
+from .store import Store
+from .walk import LayerWalk
+
+_PROOF_WINDOWS = 2
+_TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
+
+OnEvent = Callable[[events.Event], None]
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    texts: Any = None,
+    *,
+    on_event: OnEvent | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    offline: bool = False,
+) -> Report:
+    """Compress a model layer by layer and write it to the folder `out`.
+
+    model: local Hugging Face folder or hub id. recipe: a Recipe. texts: folder of
+    <lang>.txt/.jsonl/ .parquet, token windows (as texts.windows returns), or None for the recipe's
+    folder; methods that need no activations (magnitude, rtn, dense) ignore it. on_event receives
+    the records of compress.events. overwrite replaces an older result of ours. device: "cpu" or
+    "cuda".
+
+    Only embeddings and one decoder layer are in memory at a time. `out` appears when it is
+    complete. Raises InputError or UsageError (both ValueError) in one sentence.
+    """
+    recipe = recipe.model_copy(update={"model": str(model)})
+    settings = from_recipe(recipe)
+    checkpoint = open_checkpoint(model, offline=offline)
+    check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+    run = _Run(
+        checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), _device(device)
+    )
+    if settings.statistic is not None:
+        run.calibration = load_calibration(texts, recipe, checkpoint)
+    with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
+        return run.go(staging)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda is asked for and torch sees no CUDA GPU")
+    return device
+
+
+class _Run:
+    """One compression on its way; holds what all layers share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        recipe: Recipe,
+        out: Path,
+        on_event: OnEvent,
+        device: torch.device,
+    ):
+        self.checkpoint, self.settings, self.recipe = checkpoint, settings, recipe
+        self.on_event, self.device = on_event, device
+        self.architecture = checkpoint.architecture
+        self.layers = checkpoint.config.num_hidden_layers
+        self.budget = Budget(checkpoint, recipe.max_ram_bytes)
+        self.skip = skipped(recipe.skip, self._modules())
+        self.calibration: Calibration | None = None
+        self.report = Report(settings.method, self.architecture.model_type, out)
+
+    def _modules(self) -> list[str]:
+        names = self.architecture.linears()
+        return [f"{self._prefix(i)}.{name}" for i in range(self.layers) for name in names]
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.architecture.layers}.{layer}"
+
+    def go(self, staging: Staging) -> Report:
+        start = time.perf_counter()
+        if self.calibration is not None:
+            self._prepare(staging.scratch)
+        writer = ShardWriter(staging.model, self.budget.shard_bytes)
+        self._copy(writer, lambda name: name.startswith(self.architecture.embed + "."))
+        skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
+        self._check_tied(skeleton)
+        for index, layer in enumerate(skeleton.get_submodule(self.architecture.layers)):
+            self._layer(index, layer, writer)
+        ends = (self.architecture.embed + ".", self.architecture.layers + ".")
+        self._copy(writer, lambda name: not name.startswith(ends))
+        shards = writer.finish()
+        copy_companions(self.checkpoint.folder, staging.model)
+        _write_recipe(self.recipe, staging.model)
+        self.report.seconds = time.perf_counter() - start
+        self.report.write(staging.model)
+        staging.publish()
+        self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
+        return self.report
+
+    def _prepare(self, scratch: Path) -> None:
+        """Warn, prove the replay, and record what every layer is called with."""
+        calibration, report = self.calibration, self.report
+        report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
+        report.tokens_per_language = calibration.tokens_per_language
+        if calibration.limited_by is not None:
+            self._notice(
+                f"the texts in {calibration.limited_by} ran out before the tokens asked for"
+            )
+        self._warn_few_tokens()
+        proof = prove(
+            self.checkpoint,
+            calibration.ids[:_PROOF_WINDOWS],
+            self.device,
+            whole=self.budget.proves_whole,
+        )
+        report.proof = proof
+        self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
+        report.spilled = self.budget.spills(activation_bytes(self.checkpoint, calibration.tokens))
+        self.hidden = Store(scratch if report.spilled else None)
+        self.tape = Store(scratch if report.spilled else None)
+        self.calls = Calls()
+        ends = Ends(
+            build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
+            self.checkpoint,
+            self.device,
+        )
+        for chunk, ids in enumerate(calibration.chunks()):
+            hidden, calls = ends.inputs(ids.to(self.device))
+            self.hidden.put(("hidden", chunk), hidden)
+            self.calls.add(calls)
+
+    def _warn_few_tokens(self) -> None:
+        if self.settings.statistic != "hessian":
+            return
+        prefix = self._prefix(0)
+        entries = self.checkpoint.entries
+        columns = max(
+            entries[f"{prefix}.{name}.weight"].shape[1] for name in self.architecture.linears()
+        )
+        if self.calibration.tokens < _TOKENS_PER_COLUMN * columns:
+            self._notice(
+                f"{self.calibration.tokens} calibration tokens are few for Hessians of "
+                f"{columns} columns; "
+                f"{_TOKENS_PER_COLUMN * columns} or more are advised"
+            )
+
+    def _notice(self, message: str) -> None:
+        self.report.notices.append(message)
+        self.on_event(events.Notice(message))
+
+    def _copy(self, writer: ShardWriter, wanted: Callable[[str], bool]) -> None:
+        """Copy tensors unchanged, in the dtype they were stored in."""
+        for name in filter(wanted, self.checkpoint.entries):
+            writer.add(name, self.checkpoint.read([name])[name])
+
+    def _check_tied(self, skeleton: nn.Module) -> None:
+        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
+        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
+            pair = self.checkpoint.read([embed, head])
+            if not torch.equal(pair[embed], pair[head]):
+                raise InputError(
+                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
+                    f"different ones"
+                )
+
+    def _layer(self, index: int, weightless: nn.Module, writer: ShardWriter) -> None:
+        start = time.perf_counter()
+        self.on_event(events.LayerStart(index, self.layers))
+        prefix = self._prefix(index)
+        layer = load_layer(weightless, prefix, self.checkpoint, self.device)
+        walk = None
+        if self.calibration is not None:
+            chunks = range(len(self.calls))
+            calls = [self.calls.of(index, chunk) for chunk in chunks]
+            walk = LayerWalk(layer, self.architecture, calls, self.hidden, self.tape)
+        changed: dict[str, torch.Tensor] = {}
+        for stage in self.architecture.stages:
+            names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
+            if names:
+                self._stage(index, layer, walk, stage, names)
+                changed |= {
+                    f"{prefix}.{n}.weight": layer.get_submodule(n).weight.data for n in names
+                }
+            if walk is not None:
+                walk.release(stage)
+        self._copy(writer, lambda name: name.startswith(prefix + ".") and name not in changed)
+        for name, weight in changed.items():
+            writer.add(name, weight)
+        if walk is not None:
+            walk.finish()
+        self.on_event(events.LayerDone(index, self.layers, time.perf_counter() - start))
+
+    def _stage(
+        self, index: int, layer: nn.Module, walk: LayerWalk | None, stage: Stage, names: list[str]
+    ) -> None:
+        """Gather the statistic of a stage, solve its stack, put the new weights into the layer."""
+        start = time.perf_counter()
+        weights = [layer.get_submodule(name).weight.data for name in names]
+        statistic = None
+        if walk is not None:
+            statistic = Statistic(self.settings.statistic, weights[0].shape[1], self.device)
+            where = f"{self._prefix(index)}.{names[0]}"
+
+            def sink(chunk: int, x: torch.Tensor) -> None:
+                check_activations(x, chunk, where, self.calibration)
+                statistic.add(x.reshape(-1, x.shape[-1]))
+
+            walk.gather(stage, sink)
+        solution = solve(weights, self.settings, statistic)
+        _check_finite(solution.W, f"{self._prefix(index)}.{names[0]}")
+        for name, rows in zip(names, solution.W.split([w.shape[0] for w in weights]), strict=True):
+            layer.get_submodule(name).weight.data = rows.clone()
+        self._account(index, names, weights, solution, time.perf_counter() - start)
+
+    def _account(
+        self,
+        index: int,
+        names: list[str],
+        weights: list[torch.Tensor],
+        solution: Solution,
+        seconds: float,
+    ) -> None:
+        self.report.floored += solution.floored
+        self.report.dead += solution.dead
+        total, row = solution.W.shape[0], 0
+        zeros = (solution.W == 0).sum(dim=1)
+        for name, weight in zip(names, weights, strict=True):
+            part = slice(row, row + weight.shape[0])
+            row += weight.shape[0]
+            loss, relative = _losses(solution, part)
+            self.report.modules.append(
+                ModuleReport(
+                    module=f"{self._prefix(index)}.{name}",
+                    rows=weight.shape[0],
+                    columns=weight.shape[1],
+                    loss=loss,
+                    relative_loss=relative,
+                    zeros=int(zeros[part].sum()),
+                    bits=self.settings.bits,
+                    floored=solution.floored,
+                    dead=solution.dead,
+                    seconds=seconds * weight.shape[0] / total,
+                )
+            )
+        loss, relative = _losses(solution, slice(None))
+        sparsity = int(zeros.sum()) / solution.W.numel()
+        self.on_event(
+            events.StageDone(
+                index,
+                tuple(names),
+                loss,
+                relative,
+                sparsity,
+                solution.floored,
+                solution.dead,
+                seconds,
+            )
+        )
+
+
+def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None]:
+    if solution.loss is None:
+        return None, None
+    loss, energy = float(solution.loss[rows].sum()), float(solution.energy[rows].sum())
+    return loss, loss / energy if energy > 0 else 0.0
+
+
+def _check_finite(W: torch.Tensor, where: str) -> None:
+    if not bool(torch.isfinite(W).all()):
+        raise InputError(
+            f"the compressed weights of {where} are not finite; raise damp or give more texts"
+        )
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    from .. import __version__
+
+    (folder / "recipe.yaml").write_text(
+        f"{MARKER}, version {__version__}\n{recipe.to_yaml()}", encoding="utf-8"
+    )

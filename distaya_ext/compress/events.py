@@ -1,0 +1,67 @@
+"""What a run tells while it goes: small frozen records, made for progress bars and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know; the run goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Proved:
+    """The layer-by-layer replay reproduced the model's own logits (see proof.Proof)."""
+
+    kind: str
+    layers: int
+    max_abs_diff: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """Layer `layer` (from 0) of `layers` begins."""
+
+    layer: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """The Linears `names` of a layer are compressed. loss is half the squared output error
+    per token; relative_loss divides it by the dense output energy. None where no Hessian was taken.
+    """
+
+    layer: int
+    names: tuple[str, ...]
+    loss: float | None
+    relative_loss: float | None
+    sparsity: float
+    floored: int
+    dead: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """Layer `layer` is written; its outputs are the next layer's inputs."""
+
+    layer: int
+    layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The output folder is in place, with `shards` weight files of `bytes` in all."""
+
+    out: str
+    shards: int
+    bytes: int
+
+
+Event = Notice | Proved | LayerStart | StageDone | LayerDone | Saved

@@ -1,0 +1,70 @@
+"""Policy: what the recipe means for one stack of matrices. No tensor is touched here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..recipe import Recipe
+
+# What each method must know about the inputs of a Linear.
+_STATISTIC = {
+    "sparsegpt": "hessian",
+    "gptq": "hessian",
+    "wanda": "norms",
+    "ria": "norms",
+    "magnitude": None,
+    "rtn": None,
+    "dense": None,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One method with its numbers. nm = (kept, of); bits None = dense; group 0 = whole row."""
+
+    method: str
+    sparsity: float | None
+    nm: tuple[int, int] | None
+    bits: int | None
+    group: int
+    symmetric: bool
+    scale: str
+    order: str
+    damp: float
+
+    @property
+    def statistic(self) -> str | None:
+        """'hessian', 'norms' or None: what must be gathered from calibration tokens."""
+        return _STATISTIC[self.method]
+
+
+def from_recipe(recipe: Recipe) -> Settings:
+    """The part of a recipe (which has checked itself) that the maths needs."""
+    return Settings(
+        method=recipe.method,
+        sparsity=recipe.sparsity,
+        nm=recipe.nm_pair,
+        bits=recipe.bits,
+        group=recipe.group,
+        symmetric=recipe.symmetric,
+        scale=recipe.scale,
+        order=recipe.order,
+        damp=recipe.damp,
+    )
+
+
+def skipped(patterns: Iterable[str], modules: list[str]) -> set[str]:
+    """Full module names that a skip pattern (regular expression, searched) matches.
+
+    UsageError for a pattern that matches nothing: a typo must not pass silently.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in modules if re.search(pattern, name)}
+        if not hits:
+            raise UsageError(f"skip pattern {pattern!r} matches none of the {len(modules)} Linears")
+        found |= hits
+    return found

@@ -1,0 +1,153 @@
+"""Maths: one stack of matrices and the statistic of its input in, compressed matrices out. No
+hooks, no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UsageError
+from ..ops import cholesky as cholesky_op
+from ..ops import mask as mask_op
+from ..ops import obs as obs_op
+from ..ops.hessian import Hessian, column_sq_
+from .settings import Settings
+
+_ENERGY_ROWS = 1024  # rows whose output energy is computed at once (bounds the fp32 copy of W)
+
+
+class Statistic:
+    """What is gathered from the inputs of one stage: a Hessian or only the column norms."""
+
+    def __init__(self, kind: str, columns: int, device: torch.device):
+        self.kind = kind
+        self.columns = columns
+        self.tokens = 0
+        self._hessian = Hessian(columns, device) if kind == "hessian" else None
+        self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32."""
+        self.tokens += x.shape[0]
+        if self._hessian is not None:
+            self._hessian.add(x)
+        else:
+            column_sq_(self._squares, x)
+
+    def matrix(self) -> torch.Tensor:
+        """Mean of x x^T, fp32 [columns, columns], symmetric. The running sum is given up."""
+        hessian, self._hessian = self._hessian, None
+        return hessian.finish()
+
+    def norms(self) -> torch.Tensor:
+        """Root mean square of each input column, fp32 [columns]."""
+        return (self._squares / max(1, self.tokens)).sqrt_()
+
+
+@dataclass
+class Solution:
+    """Compressed rows W [rows, columns] and what it cost.
+
+    loss, energy: fp64 [rows], half the mean squared output error and dense output, or None without
+    a Hessian. floored: pivots lifted in the factorisation. dead: input columns never active.
+    """
+
+    W: torch.Tensor
+    loss: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
+    floored: int = 0
+    dead: int = 0
+
+
+def solve(weights: list[torch.Tensor], settings: Settings, statistic: Statistic | None) -> Solution:
+    """Compress matrices [rows_i, columns] that share an input; the rows come back stacked in order.
+
+    sparsegpt and gptq sweep the whole stack at once. The other methods look at one matrix after the
+    other, since their scores and thresholds are those of a matrix.
+    """
+    if settings.method == "dense":
+        return Solution(torch.cat(weights))
+    if settings.statistic == "hessian":
+        return _sweep(torch.cat(weights), settings, statistic.matrix())
+    norms = statistic.norms() if statistic is not None else None
+    parts = [_score_and_round(W, settings, norms) for W in weights]
+    dead = int((norms == 0).sum()) if norms is not None else 0
+    return Solution(torch.cat(parts), dead=dead)
+
+
+def quantiser(settings: Settings) -> obs_op.Quant | None:
+    """The grid of the settings, or None when nothing is quantised."""
+    if settings.bits is None:
+        return None
+    return obs_op.Quant(
+        bits=settings.bits, group=settings.group, symmetric=settings.symmetric, scale=settings.scale
+    )
+
+
+def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor) -> Solution:
+    """One OBS sweep over the stack; in activation order the busiest inputs come first."""
+    _check_pattern(W, settings)
+    energy, dead = output_energy(W, H), int((H.diagonal() == 0).sum())
+    perm = None
+    if settings.order == "activation":
+        perm = torch.argsort(H.diagonal(), descending=True, stable=True)
+        W, H = W[:, perm].contiguous(), H[perm][:, perm].contiguous()
+    factor = cholesky_op.cholesky(H, damp=settings.damp, overwrite=True)
+    result = obs_op.obs(
+        W, factor=factor, sparsity=settings.sparsity, nm=settings.nm, quant=quantiser(settings)
+    )
+    Q = result.W if perm is None else result.W[:, torch.argsort(perm)]
+    return Solution(Q, result.loss, energy, factor.floored, dead)
+
+
+def output_energy(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared dense output of each row: 1/2 diag(W H W^T), fp64 [rows]."""
+    energy = torch.empty(W.shape[0], dtype=torch.float64, device=W.device)
+    for start in range(0, W.shape[0], _ENERGY_ROWS):
+        rows = W[start : start + _ENERGY_ROWS].float()
+        energy[start : start + _ENERGY_ROWS] = (rows @ H).mul_(rows).sum(
+            dim=1, dtype=torch.float64
+        ) / 2
+    return energy
+
+
+def _score_and_round(
+    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None
+) -> torch.Tensor:
+    keep = _keep(W, settings, norms)
+    if keep is not None:
+        W = W.masked_fill(~keep, 0.0)
+    if settings.bits is not None:
+        W = obs_op.quantize(W, quantiser(settings))[0]
+        # A grid always contains 0, so this changes nothing but the sign of -0.0.
+        if keep is not None:
+            W = W.masked_fill(~keep, 0.0)
+    return W.clone() if keep is None and settings.bits is None else W
+
+
+def _keep(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> torch.Tensor | None:
+    """Mask of kept weights: Wanda compares within a row, magnitude and RIA within the matrix."""
+    if settings.method == "rtn":
+        return None
+    if settings.method == "magnitude":
+        scores = mask_op.magnitude(W)
+    elif settings.method == "wanda":
+        scores = mask_op.wanda(W, norms)
+    else:
+        scores = mask_op.ria(W, norms)
+    _check_pattern(W, settings)
+    if settings.nm is not None:
+        return mask_op.keep_nm(scores, *settings.nm, along="inputs")
+    along = "row" if settings.method == "wanda" else "matrix"
+    group = W.shape[1] if along == "row" else W.numel()
+    return mask_op.keep_k(scores, group - int(group * settings.sparsity), along=along)
+
+
+def _check_pattern(W: torch.Tensor, settings: Settings) -> None:
+    if settings.nm is not None and W.shape[1] % settings.nm[1]:
+        n, m = settings.nm
+        raise UsageError(
+            f"pattern {n}:{m} needs input columns divisible by {m}; this Linear has {W.shape[1]}"
+        )

@@ -1,0 +1,81 @@
+"""Where activations wait between passes: in memory, or in files that are mapped back when read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Store:
+    """Keeps tensors (or tuples of tensors and None) under keys.
+
+    folder None keeps them in memory. With a folder every tensor is written to its own file and
+    mapped back privately on get(), so only what is in use is resident; the bits are the same either
+    way.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        # A folder of its own, since several stores may spill side by side.
+        self.folder = Path(tempfile.mkdtemp(dir=folder)) if folder is not None else None
+        self._items: dict[Hashable, Any] = {}
+        self._files = 0
+
+    @property
+    def spills(self) -> bool:
+        return self.folder is not None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._items
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keep value; an older one under the same key is dropped."""
+        self.drop(key)
+        self._items[key] = self._out(value) if self.spills else value
+
+    def get(self, key: Hashable) -> Any:
+        """The value under key, on the device it came from."""
+        value = self._items[key]
+        return self._in(value) if self.spills else value
+
+    def drop(self, key: Hashable) -> None:
+        """Forget key (nothing happens when it is not there)."""
+        value = self._items.pop(key, None)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, _File):
+                part.path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        for key in list(self._items):
+            self.drop(key)
+
+    def _out(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._out(part) for part in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        self._files += 1
+        file = _File(self.folder / f"{self._files:08d}.bin", value.shape, value.dtype, value.device)
+        value.detach().to("cpu").contiguous().view(torch.uint8).numpy().tofile(file.path)
+        return file
+
+    def _in(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._in(part) for part in value)
+        if not isinstance(value, _File):
+            return value
+        count = value.shape.numel()
+        mapped = torch.from_file(str(value.path), shared=False, size=count, dtype=value.dtype)
+        return mapped.view(value.shape).to(value.device)
+
+
+class _File:
+    """A spilled tensor: its file and how to see it again."""
+
+    __slots__ = ("device", "dtype", "path", "shape")
+
+    def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+        self.path, self.shape, self.dtype, self.device = path, shape, dtype, device

@@ -1,0 +1,18 @@
+"""Per-language quality: how much text in each language surprises a model, before and after compression."""
+
+from .load import Loaded, load
+from .result import Evaluation, LanguageResult
+from .run import evaluate, evaluate_loaded
+from .samples import Samples, cut_lines, cut_windows
+
+__all__ = [
+    "Evaluation",
+    "LanguageResult",
+    "Loaded",
+    "Samples",
+    "cut_lines",
+    "cut_windows",
+    "evaluate",
+    "evaluate_loaded",
+    "load",
+]

@@ -1,0 +1,89 @@
+"""Loading a model to run it: our strict reader looks at the folder first, then transformers loads it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import open_checkpoint
+from ..compress.calibrate import load_tokenizer
+from ..errors import InputError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the comparison.
+_FLOAT32_BELOW = 2 << 30
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode with its tokenizer, under the name it is reported by."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: Any
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.model.config.vocab_size
+
+
+def load(
+    model: str | Path, *, dtype: str = "auto", device: str = "cpu", offline: bool = False
+) -> Loaded:
+    """Load a local folder or hub id after checking it. InputError in one sentence for what is wrong.
+
+    dtype "auto" is float32 for checkpoints under 2 GiB and the checkpoint's own otherwise. Remote code is
+    never run, and only safetensors are read.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(model, offline=offline)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if dtype == "auto":
+        chosen = torch.float32 if checkpoint.nbytes < _FLOAT32_BELOW else checkpoint.dtype
+    else:
+        chosen = DTYPES[dtype]
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=chosen, use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{model} passed our checks but transformers cannot load it: {reason}") from error
+    return Loaded(str(model), network.eval().to(device), tokenizer)
+
+
+def check_same_vocabulary(model: Loaded, base: Loaded) -> None:
+    """InputError unless both give the same ids to the same text: token by token needs that."""
+    if model.vocabulary != base.vocabulary:
+        raise InputError(
+            f"{model.name} has a vocabulary of {model.vocabulary} and {base.name} one of {base.vocabulary}; "
+            "they cannot be compared token by token"
+        )
+    if model.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise InputError(f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside the block; its settings come back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,180 @@
+"""evaluate(): texts and one or two models in, an Evaluation out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..texts import read_texts
+from .load import Loaded, check_same_vocabulary, load
+from .result import Evaluation, LanguageResult
+from .samples import Samples, cut_lines, cut_windows
+from .score import Scores, score
+from .statistics import interval
+
+# (tokens scored so far, tokens in all, language at work)
+OnProgress = Callable[[int, int, str], None]
+
+_LONGEST_LINE = 8192
+
+
+def evaluate(
+    model: str | Path,
+    texts: str | os.PathLike | Mapping[str, list[str]],
+    *,
+    against: str | Path | None = None,
+    window: int = 256,
+    tokens: int | None = None,
+    per_line: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    on_progress: OnProgress | None = None,
+    offline: bool = False,
+) -> Evaluation:
+    """Score a model per language on a TEXTS folder (or texts already read), paired with a base if given.
+
+    Windows of `window` consecutive tokens are scored; with per_line each line is a sample and the texts must
+    be parallel. tokens caps the total over languages (windows only). Model and base are both in memory.
+    Raises InputError and UsageError in one sentence.
+    """
+    if not isinstance(texts, Mapping):
+        texts = read_texts(texts, parallel=per_line)
+    loaded = load(model, dtype=dtype, device=device, offline=offline)
+    base = None
+    if against is not None:
+        base = load(against, dtype=dtype, device=device, offline=offline)
+        check_same_vocabulary(loaded, base)
+    if per_line:
+        samples = cut_lines(texts, loaded.tokenizer, longest=_longest(loaded))
+    else:
+        samples = cut_windows(texts, loaded.tokenizer, window=window, tokens=tokens)
+    (found,) = evaluate_loaded(
+        [loaded], samples, base=base, window=None if per_line else window, on_progress=on_progress
+    )
+    return found
+
+
+def evaluate_loaded(
+    models: Sequence[Loaded],
+    samples: Sequence[Samples],
+    *,
+    base: Loaded | None = None,
+    window: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[Evaluation]:
+    """Score models already in memory on samples already cut, one Evaluation each.
+
+    With a base its forward pass is shared by all of them. window None means the rows are parallel lines.
+    """
+    start = time.perf_counter()
+    networks = [m.model for m in ([base] if base else []) + list(models)]
+    total, done = sum(len(row) - 1 for s in samples for row in s.rows), 0
+    _check_ids(models[0], samples)
+    scores: list[list[Scores]] = []
+    for sample in samples:
+        def advance(count: int, language: str = sample.language) -> None:
+            nonlocal done
+            done += count
+            if on_progress is not None:
+                on_progress(done, total, language)
+
+        scores.append(_score(networks, sample, base is None, advance))
+    seconds = time.perf_counter() - start
+    return [
+        Evaluation(
+            model=model.name,
+            base=base.name if base else None,
+            languages=_languages(samples, scores, which, base is not None, window is None),
+            mode="lines" if window is None else "windows",
+            window=window,
+            seconds=seconds,
+        )
+        for which, model in enumerate(models, start=1 if base else 0)
+    ]
+
+
+def _score(
+    networks: list[torch.nn.Module], sample: Samples, alone: bool, advance: Callable[[int], None]
+) -> list[Scores]:
+    device = next(networks[0].parameters()).device
+    try:
+        if not alone:
+            return score(networks, sample.rows, device=device, on_tokens=advance)
+        # Without a base nothing is compared, so each model is scored as if it were the first.
+        return [score([n], sample.rows, device=device, on_tokens=advance)[0] for n in networks]
+    except InputError as error:
+        raise InputError(f"{error} of language {sample.language}") from None
+
+
+def _languages(
+    samples: Sequence[Samples], scores: list[list[Scores]], which: int, paired: bool, parallel: bool
+) -> list[LanguageResult]:
+    """Results of model number `which`, worst first. scores[language][model], the base first if paired."""
+    english = None
+    if paired and parallel:
+        english = next(
+            (s[which].nll - s[0].nll for s, sample in zip(scores, samples, strict=True)
+             if sample.language == "en"), None
+        )
+    rows = [
+        _language(sample, s[which], s[0] if paired else None, parallel, english)
+        for sample, s in zip(samples, scores, strict=True)
+    ]
+    return sorted(rows, key=lambda r: (-(r.dnll if paired else r.nll), r.language))
+
+
+def _language(
+    sample: Samples, own: Scores, base: Scores | None, parallel: bool, english: np.ndarray | None
+) -> LanguageResult:
+    tokens = own.tokens.sum()
+    to_bits = 1.0 / (math.log(2) * sample.bytes_per_token)
+    nll = own.nll.sum() / tokens
+    plain = {
+        "language": sample.language,
+        "samples": len(sample.rows),
+        "tokens": int(tokens),
+        "nll": float(nll),
+        "bits_per_byte": float(nll * to_bits),
+        "nll_interval": interval(own.nll, own.tokens),
+    }
+    if base is None:
+        return LanguageResult(**plain)
+    delta = own.nll - base.nll
+    dnll, base_nll = float(delta.sum() / tokens), float(base.nll.sum() / tokens)
+    each: dict = {}
+    if parallel:
+        each["sentence_dnll"] = float(delta.mean())
+    if english is not None and sample.language != "en":
+        over, ones = delta - english, np.ones(len(delta))
+        each |= {"over_english": float(over.mean()), "over_english_interval": interval(over, ones)}
+    return LanguageResult(
+        **plain,
+        base_nll=base_nll,
+        base_bits_per_byte=base_nll * to_bits,
+        dnll=dnll,
+        dnll_interval=interval(delta, own.tokens),
+        ppl_ratio=math.exp(min(dnll, 700.0)),
+        kl=float(own.kl.sum() / tokens),
+        kl_p99=float(np.quantile(own.kl_tokens, 0.99)),
+        agreement=float(own.same.sum() / tokens),
+        **each,
+    )
+
+
+def _longest(loaded: Loaded) -> int:
+    return min(_LONGEST_LINE, getattr(loaded.model.config, "max_position_embeddings", _LONGEST_LINE))
+
+
+def _check_ids(model: Loaded, samples: Sequence[Samples]) -> None:
+    highest = max(int(row.max()) for sample in samples for row in sample.rows)
+    if highest >= model.vocabulary:
+        raise InputError(
+            f"the tokenizer of {model.name} gives token {highest} and the embedding has {model.vocabulary} rows"
+        )

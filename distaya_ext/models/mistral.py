@@ -1,0 +1,5 @@
+"""Mistral: the Llama block with sliding-window attention."""
+
+from .architecture import SEQUENTIAL, Architecture
+
+ARCHITECTURES = (Architecture("mistral", SEQUENTIAL),)

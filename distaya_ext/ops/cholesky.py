@@ -1,0 +1,137 @@
+"""Reversed-order Cholesky H' = R Rᵀ (R upper) of a damped Hessian, and the inverses built on it.
+
+With J the reversal of the order of columns, R = J chol(J H' J) J. The upper factor U with
+H'⁻¹ = Uᵀ U, for which SparseGPT (Frantar & Alistarh 2023, §3.3) and GPTQ (Frantar et al. 2022,
+§3.3) factor, invert and factor again, is R⁻¹: n³/3 flop for R and as many for U, not 4/3 n³.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distaya_ext import _C
+from distaya_ext._op import op
+from distaya_ext.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Factor:
+    """R with H + damp · mean_diag · I = R Rᵀ, and what happened on the way.
+
+    R: fp32 [n, n], upper triangular, zeros below. damp: as given, relative. mean_diag: mean of H's
+    diagonal. floored: pivots that had to be raised (0 = the equation holds as it stands); the
+    first of them in processing order (from the last column to the first) is first_floored, or -1.
+    dead: zeros on H's diagonal (inputs that were never active).
+    """
+
+    R: Tensor
+    damp: float
+    floored: int
+    first_floored: int
+    mean_diag: float
+    dead: int = 0
+
+
+@op(mutates=("H", "info", "mean", "work"))
+def cholesky_(
+    H: Tensor, damp: float, floor: float, info: Tensor, mean: Tensor, work: Tensor
+) -> None:
+    """In place: H fp32 [n, n] (upper triangle read) becomes R. Never waits for the device.
+
+    info int64 [4]: floored pivots, first floored column or -1, first column found not finite or -1
+    (R is then meaningless), dead columns. mean float64 [1]: mean diagonal. work fp32
+    [_C.cholesky_work]: scratch.
+    """
+    _C.cholesky_(H, damp, floor, info, mean, work)
+
+
+@op(mutates=("U",))
+def inverse_factor_(R: Tensor, U: Tensor) -> None:
+    """U = R⁻¹ for upper triangular R with a nonzero diagonal; both fp32 [n, n], contiguous."""
+    _C.inverse_factor(R, U)
+
+
+@op(mutates=("out",))
+def inverse_(U: Tensor, out: Tensor) -> None:
+    """out = Uᵀ U, full and symmetric, for upper triangular U; both fp32 [n, n], contiguous."""
+    _C.inverse(U, out)
+
+
+def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False) -> Factor:
+    """Factor H + damp · mean(diag H) · I = R Rᵀ with R upper triangular.
+
+    H: fp32 [n, n], CPU or CUDA; only its upper triangle is read. overwrite: compute in contiguous
+    H's own memory (the returned R is H) instead of a copy. damp, floor: relative to mean(diag H);
+    if no column is alive, 1 stands in for the mean.
+
+    A pivot below floor · mean(diag H) is raised to it and counted. The factor is then that of H
+    with a locally raised diagonal: R Rᵀ = H' + δ e_j e_jᵀ for such a column j, δ >= 0, up to j's
+    couplings with the columns before it, which are dropped: next to so small a pivot they are
+    rounding noise (at most √floor of the diagonal if H is positive semidefinite), and dividing by
+    it would amplify them from column to column until they overflow. With the usual damp of 0.01 a
+    positive semidefinite H never gets there, however singular it is.
+
+    Raises InputError (a ValueError) naming the column where NaN or Inf is met (a finite H whose
+    factor overflows is told apart, unless it was overwritten) or if the mean diagonal is negative;
+    UsageError for a damp or floor out of range; ValueError for wrong shape, dtype or layout.
+    """
+    if not (math.isfinite(damp) and damp >= 0):
+        raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
+    if not (math.isfinite(floor) and floor > 0):
+        raise UsageError(f"floor must be a finite number > 0 but is {floor}")
+    R = H if overwrite else H.clone(memory_format=torch.contiguous_format)
+    info = torch.empty(4, dtype=torch.int64, device=H.device)
+    mean = torch.empty(1, dtype=torch.float64, device=H.device)
+    work = torch.empty(_C.cholesky_work, dtype=torch.float32, device=H.device)
+    cholesky_(R, damp, floor, info, mean, work)
+    floored, first, bad, dead = info.tolist()
+    if bad >= 0:
+        size = f"H ({H.shape[0]} x {H.shape[0]})"
+        if not overwrite and bool(H.triu().isfinite().all()):
+            raise InputError(
+                f"{size} is too close to singular for damp {damp:g}: its factor overflowed at"
+                f" column {bad}; use a larger damp"
+            )
+        raise InputError(
+            f"{size} is not finite: NaN or Inf in the row or column of input {bad}; check the"
+            " calibration activations"
+        )
+    if mean.item() < 0:
+        raise InputError(
+            f"H has a negative mean diagonal ({mean.item():g}): no sum of x xᵀ has that"
+        )
+    return Factor(R, damp, floored, first, mean.item(), dead)
+
+
+def inverse_factor(R: Tensor) -> Tensor:
+    """U = R⁻¹, upper triangular fp32 [n, n], so that (R Rᵀ)⁻¹ = Uᵀ U.
+
+    U is what SparseGPT and GPTQ call the Cholesky factor of the inverse Hessian. R: fp32 [n, n],
+    contiguous; only its upper triangle is read. Raises InputError for a zero,
+    NaN or Inf on the diagonal, ValueError for wrong shape, dtype or layout.
+    """
+    U = torch.empty_like(R)
+    inverse_factor_(R, U)
+    if not bool((R.diagonal() != 0).all() & R.diagonal().isfinite().all()):
+        raise InputError("R has no inverse: a zero, NaN or Inf stands on its diagonal")
+    return U
+
+
+def inverse(R: Tensor) -> Tensor:
+    """(R Rᵀ)⁻¹, full and symmetric fp32 [n, n]. R and errors as in inverse_factor."""
+    U = inverse_factor(R)
+    out = torch.empty_like(U)
+    inverse_(U, out)
+    return out
+
+
+def reference(H: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor]:
+    """The textbook route in float64: (R, U) from the upper triangle of H by torch.linalg."""
+    A = H.triu().double()
+    A = A + A.triu(1).T
+    A = A + damp * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    R = torch.linalg.cholesky(A.flip(0, 1)).flip(0, 1)
+    inverse_H = torch.cholesky_inverse(torch.linalg.cholesky(A))
+    return R, torch.linalg.cholesky(inverse_H, upper=True)

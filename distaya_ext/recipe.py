@@ -1,0 +1,257 @@
+"""The recipe: everything that decides what a run produces, in one checked and printable record.
+
+    recipe = Recipe(model="owner/name", method="sparsegpt", nm="2:4", bits=4)
+    Recipe.from_yaml("recipe.yaml") == recipe        # after recipe.to_yaml("recipe.yaml")
+
+Every rule that joins two fields is checked here, so that a run which starts can also end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UsageError
+
+# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the parser.
+MAX_YAML_BYTES = 1 << 20
+_MAX_ALIASES = 16
+
+METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
+PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
+GROUPS = (0, 32, 64, 128)
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def __init__(self, /, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UsageError(_sentence(type(self), error)) from None
+
+
+class CalibrationSpec(_Strict):
+    """What the calibration statistics are gathered from.
+
+    tokens is the total over all languages, window the tokens per sample (both counted with BOS).
+    """
+
+    path: str | None = None
+    tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
+    window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+    @model_validator(mode="after")
+    def _one_window(self) -> CalibrationSpec:
+        if self.tokens < self.window:
+            raise ValueError(f"{self.tokens} tokens are fewer than one window of {self.window}")
+        return self
+
+
+class Recipe(_Strict):
+    """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
+
+    sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive inputs.
+    bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular expressions that
+    are searched in module names.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    method: Literal["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense"] = "sparsegpt"
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    nm: str | None = None
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group: int = 128
+    symmetric: bool = False
+    scale: Literal["minmax", "mse"] = "minmax"
+    order: Literal["natural", "activation"] = "natural"
+    damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    calibration: CalibrationSpec = CalibrationSpec()
+    max_ram: str | None = None
+    skip: list[str] = []
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patterns(cls, fields: Any) -> Any:
+        """`sparsity: "2:4"` means nm, and an unquoted 2:4 is the number 124 to YAML 1.1 (base 60)."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
+        share = fields.get("sparsity")
+        if isinstance(share, str) and ":" in share:
+            if fields.get("nm") is not None:
+                raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
+            fields |= {"sparsity": None, "nm": share}
+        return fields
+
+    @field_validator("nm")
+    @classmethod
+    def _nm(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_nm(value)
+        return value
+
+    @field_validator("group")
+    @classmethod
+    def _group(cls, value: int) -> int:
+        if value not in GROUPS:
+            raise ValueError(f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)")
+        return value
+
+    @field_validator("max_ram")
+    @classmethod
+    def _max_ram(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @field_validator("skip")
+    @classmethod
+    def _skip(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"skip pattern {pattern!r} is not a regular expression ({error})") from None
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Recipe:
+        prunes = self.sparsity is not None or self.nm is not None
+        if self.sparsity is not None and self.nm is not None:
+            raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
+        if self.method in PRUNING and not prunes:
+            raise ValueError(f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern such as 2:4")
+        if self.method not in PRUNING and prunes:
+            raise ValueError(f"method {self.method} does not prune, so sparsity and nm must be left out")
+        if self.method in ("gptq", "rtn") and self.bits is None:
+            raise ValueError(f"method {self.method} quantises: say to how many bits, from 2 to 8")
+        if self.method == "dense" and self.bits is not None:
+            raise ValueError(f"method dense changes nothing, so bits ({self.bits}) must be left out")
+        return self
+
+    @property
+    def nm_pair(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern, or None."""
+        return None if self.nm is None else parse_nm(self.nm)
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """The memory cap in bytes, or None."""
+        return None if self.max_ram is None else parse_size(self.max_ram)
+
+    def to_yaml(self, path: str | os.PathLike | None = None) -> str:
+        """The recipe as YAML text, written to `path` as well when one is given."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> Recipe:
+        """Read a recipe file. UsageError names the file and what is wrong in it."""
+        fields = read_fields(path)
+        try:
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a recipe file, not yet checked against the fields (the command line adds to it)."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path} is not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
+    try:
+        # safe_load expands aliases by reference, but checking and printing them would not.
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MAX_ALIASES:
+            raise UsageError(f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs")
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
+    except RecursionError:
+        raise UsageError(f"recipe {path} is nested too deeply") from None
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        raise UsageError(f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}")
+    return fields
+
+
+def parse_nm(text: str) -> tuple[int, int]:
+    """(N, M) of "N:M", N kept of every M. UsageError unless 0 < N < M <= 32."""
+    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < n < m <= 32:
+        raise UsageError(f"pattern {text!r} is not N:M with 0 < N < M <= 32, such as 2:4")
+    return n, m
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GiB", "500 MB" and the like. UsageError when there is no unit or nothing is left."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")
+    unit = found[2].upper()
+    size = int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
+    if size < 1:
+        raise UsageError(f"memory size {text!r} leaves no memory at all")
+    return size
+
+
+def parse_sparsity(text: str) -> dict[str, Any]:
+    """What --sparsity takes: "2:4" gives {"nm": "2:4"}, "0.5" or "50%" gives {"sparsity": 0.5}."""
+    if ":" in text:
+        parse_nm(text)
+        return {"nm": text}
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise UsageError(f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4") from None
+    if not 0.0 <= share < 1.0:
+        raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
+    return {"sparsity": share}
+
+
+def _from_base_60(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
+    return f"{value // 60}:{value % 60}" if whole else value
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "not understood"
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """One sentence for the first thing wrong, with the closest known key where a key is unknown."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+        return f"unknown key {name!r}; {hint}"
+    if first["type"] == "missing":
+        return f"the recipe lacks {name!r}"
+    if first["type"] == "value_error":  # our own sentences
+        inner = str(first["ctx"]["error"])
+        return f"calibration: {inner}" if name == "calibration" else inner
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} {first['input']!r} is not usable: {reason}"

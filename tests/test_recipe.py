@@ -1,0 +1,145 @@
+"""The recipe: what is accepted survives a file, what cannot run is refused in one sentence."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distaya_ext.errors import UsageError
+from distaya_ext.recipe import (
+    MAX_YAML_BYTES,
+    PRUNING,
+    CalibrationSpec,
+    Recipe,
+    parse_nm,
+    parse_size,
+    parse_sparsity,
+)
+
+
+def refused(call, *words):
+    with pytest.raises(UsageError) as caught:
+        call()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence, sentence
+
+
+@st.composite
+def recipes(draw):
+    method = draw(st.sampled_from(["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn"]))
+    fields = {"model": draw(st.text(min_size=1, max_size=20)), "method": method}
+    if method in PRUNING:
+        if draw(st.booleans()):
+            fields["sparsity"] = draw(st.floats(0.0, 1.0, exclude_max=True))
+        else:
+            m = draw(st.integers(2, 32))
+            fields["nm"] = f"{draw(st.integers(1, m - 1))}:{m}"
+        fields["bits"] = draw(st.none() | st.integers(2, 8))
+    else:
+        fields["bits"] = draw(st.integers(2, 8))
+    fields["group"] = draw(st.sampled_from([0, 32, 64, 128]))
+    fields["symmetric"] = draw(st.booleans())
+    fields["skip"] = draw(st.lists(st.sampled_from(["q_proj$", r"layers\.0\.", "ümlaut"]), max_size=3))
+    fields["calibration"] = CalibrationSpec(path=draw(st.none() | st.text(max_size=9)), tokens=4096)
+    return Recipe(**fields)
+
+
+@given(recipes())
+@settings(max_examples=60, deadline=None)
+def test_yaml_round_trip(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.to_yaml(path)
+    assert Recipe.from_yaml(path) == recipe
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"sparcity": 0.5}, ["'sparcity'", "'sparsity'"]),
+        ({"zzzz": 1}, ["'zzzz'", "known are model, method"]),
+        ({"sparsity": 0.5, "calibration": {"token": 9}}, ["calibration", "'token'", "'tokens'"]),
+        ({"sparsity": 0.5, "calibration": {"tokens": 9}}, ["9 tokens", "window of 256"]),
+        ({"sparsity": 0.5, "calibration": 7}, ["calibration", "7"]),
+        ({"sparsity": 1.0}, ["sparsity", "1.0", "less than 1"]),
+        ({"sparsity": -0.1}, ["sparsity", "-0.1"]),
+        ({"sparsity": float("nan")}, ["sparsity", "nan"]),
+        ({"sparsity": 0.5, "nm": "2:4"}, ["0.5", "2:4", "not both"]),
+        ({"nm": "4:2"}, ["'4:2'", "N < M"]),
+        ({"nm": "0:4"}, ["'0:4'"]),
+        ({"nm": "2:64"}, ["'2:64'", "32"]),
+        ({"nm": "two:four"}, ["'two:four'"]),
+        ({"sparsity": 0.5, "bits": 9}, ["bits", "9"]),
+        ({"sparsity": 0.5, "bits": 1}, ["bits", "1"]),
+        ({"sparsity": 0.5, "group": 48}, ["group 48", "0, 32, 64, 128"]),
+        ({"sparsity": 0.5, "damp": 0.0}, ["damp", "0.0"]),
+        ({"sparsity": 0.5, "max_ram": "8"}, ["'8'", "8GiB"]),
+        ({"sparsity": 0.5, "skip": ["("]}, ["'('", "regular expression"]),
+        ({"method": "obs", "sparsity": 0.5}, ["method", "'obs'", "sparsegpt"]),
+        ({"method": "sparsegpt"}, ["sparsegpt", "0.5", "2:4"]),
+        ({"method": "gptq"}, ["gptq", "2 to 8"]),
+        ({"method": "rtn", "bits": 4, "sparsity": 0.5}, ["rtn", "does not prune"]),
+        ({"method": "dense", "bits": 4}, ["dense", "4"]),
+    ],
+)
+def test_what_cannot_run(fields, words):
+    refused(lambda: Recipe(**{"model": "m", **fields}), *words)
+
+
+def test_model_is_needed():
+    refused(lambda: Recipe(sparsity=0.5), "'model'")
+
+
+@pytest.mark.parametrize("line", ["nm: 2:4", "nm: '2:4'", "sparsity: 2:4", "sparsity: '2:4'"])
+def test_patterns_quoted_or_not(tmp_path, line):
+    """YAML 1.1 reads an unquoted 2:4 as the base-60 number 124."""
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\n{line}\n")
+    assert Recipe.from_yaml(path).nm_pair == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"model: [1", ["line 1"]),
+        (b"- a\n- b\n", ["mapping", "list"]),
+        (b"", ["mapping", "NoneType"]),
+        (b"1: 2\n", ["mapping"]),
+        (b"model: \xff\n", ["UTF-8", "byte 7"]),
+        (b"model: !!python/object/apply:os.system ['true']\n", ["plain YAML"]),
+        (b"a: &a [1]\n" + b"b: [" + b"*a, " * 40 + b"]\n", ["aliases"]),
+        (b"#" * (MAX_YAML_BYTES + 1), ["larger"]),
+        (b"[" * 100_000, ["r.yaml"]),
+        (b"model: m\nsparsitty: 0.5\n", ["r.yaml", "'sparsitty'", "'sparsity'"]),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, words):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    refused(lambda: Recipe.from_yaml(path), *words)
+
+
+def test_missing_file(tmp_path):
+    refused(lambda: Recipe.from_yaml(tmp_path / "none.yaml"), "none.yaml", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "text, size", [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 kib", 1536), ("7B", 7)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+    assert Recipe(model="m", sparsity=0.5, max_ram=text).max_ram_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "8", "GiB", "-1GB", "0.1B", "8 Gigabytes"])
+def test_sizes_that_are_none(text):
+    refused(lambda: parse_size(text), repr(text))
+
+
+def test_sparsity_flag():
+    assert parse_sparsity("0.5") == {"sparsity": 0.5}
+    assert parse_sparsity("50%") == {"sparsity": 0.5}
+    assert parse_sparsity("4:8") == {"nm": "4:8"}
+    assert parse_nm("31:32") == (31, 32)
+    for text in ("half", "1", "-0.5", "3:2", "nan"):
+        refused(lambda text=text: parse_sparsity(text), text)
