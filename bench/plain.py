@@ -32,6 +32,7 @@ class Method:
     nm: tuple[int, int] | None = None
     bits: int = 0
     group: int = 0
+    symmetric: bool = False
     order: str = "natural"
 
 
@@ -165,7 +166,7 @@ def textbook_compress(model, ids: Tensor, method: Method) -> None:
 
 def solve(W: Tensor, hessian: textbook.Hessian, method: Method) -> Tensor:
     pattern = {"sparsity": method.sparsity, "nm": method.nm}
-    grids = {"bits": method.bits, "group": method.group}
+    grids = {"bits": method.bits, "group": method.group, "symmetric": method.symmetric}
     if method.kind == "magnitude":
         return W * textbook.magnitude(W, **pattern)
     if method.kind == "wanda":

@@ -48,9 +48,9 @@ class Outcome:
     settings: dict = field(default_factory=dict)
 
 
-def methods(group: int) -> list[Method]:
+def methods(group: int, symmetric: bool) -> list[Method]:
     half, two_four = {"sparsity": 0.5}, {"nm": (2, 4)}
-    int4 = {"bits": 4, "group": group}
+    int4 = {"bits": 4, "group": group, "symmetric": symmetric}
     rows = [Method("dense", "dense")]
     for label, pattern in (("50 %", half), ("2:4", two_four)):
         rows.append(Method(f"magnitude {label}", "magnitude", **pattern))
@@ -78,7 +78,8 @@ def our_model(path: str, drawn: Drawn, method: Method):
 
     pattern = {"nm": "{}:{}".format(*method.nm)} if method.nm else {}
     pattern |= {"sparsity": method.sparsity} if method.sparsity else {}
-    pattern |= {"bits": method.bits, "group": method.group} if method.bits else {}
+    if method.bits:
+        pattern |= {"bits": method.bits, "group": method.group, "symmetric": method.symmetric}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "compressed"
         compress(path, out, Recipe(model=path, method=method.kind, **pattern), texts=drawn)
@@ -111,7 +112,7 @@ def run(args, say: Callable[[str], None]) -> list[Outcome]:
     say(f"{sum(map(len, test.values()))} test windows, {len(calibration.ids)} calibration windows")
     results: list[Outcome] = []
     dense: float | None = None
-    for method in methods(args.group):
+    for method in methods(args.group, args.symmetric):
         if args.only and not any(part in f"{method.side} {method.name}" for part in args.only):
             continue
         if method.side not in args.sides:
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--test-windows", type=int, help="languages in turn (default: all)")
     parser.add_argument("--group", type=int, default=128, help="int4 group, 0 = whole row")
+    parser.add_argument("--symmetric", action="store_true", help="symmetric int4 grids")
     parser.add_argument("--sides", nargs="+", default=["textbook", "ours"])
     parser.add_argument("--only", nargs="+", help="parts of row names")
     parser.add_argument("--threads", type=int, default=1)

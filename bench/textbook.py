@@ -1,9 +1,8 @@
 """The textbook PyTorch route, written out plainly: the ruler for speed, masks, codes and quality.
 
-It follows what the published SparseGPT, GPTQ and Wanda implementations compute, step by step and
-in their order (fp32 X^T X with a running mean, dead columns, relative damping, Cholesky ->
-inverse -> upper Cholesky, a blocked sweep with a full sort for the threshold), including their
-counting conventions. It needs torch only and never imports the extension.
+It computes what the published SparseGPT, GPTQ and Wanda do, in their order and with their counting
+conventions: fp32 X^T X with a running mean, dead columns, relative damping, Cholesky -> inverse ->
+upper Cholesky, a blocked sweep with a full sort for the threshold. It needs torch only.
 
 Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1); GPTQ (Frantar et al. 2022, algorithm 1);
 Wanda (Sun et al. 2023, section 3).
@@ -22,17 +21,13 @@ from torch import Tensor
 
 
 class Result(NamedTuple):
-    """What a sweep returns.
+    """What a sweep returns; W, mask, codes are always in the ORIGINAL column order.
 
-    W      [rows, cols]    the compressed weights
-    mask   [rows, cols]    bool, True = kept (all True when only quantising)
-    codes  [rows, cols]    uint8 or None; weight = scale * (code - zero)
-    scales [rows, groups]  or None, one column per group of inputs (one group = whole row)
-    zeros  [rows, groups]  or None
-    loss   [rows]          1/2 (Q - W) H' (Q - W)^T with H' the damped Hessian
-    perm   [cols]          int64 column order of the sweep, or None for the natural one;
-                           W, mask, codes are always in the ORIGINAL column order. With dynamic
-                           groups and a perm, group g covers columns perm[g*group:(g+1)*group].
+    W, mask (True = kept), codes (uint8 or None) [rows, cols]; weight = scale * (code - zero).
+    scales, zeros [rows, groups] or None, one column per group of inputs (or one for the row).
+    loss [rows] = 1/2 (Q - W) H' (Q - W)^T with H' the damped Hessian.
+    perm [cols] int64: column order of the sweep, None for the natural one; a dynamic group g
+    then covers columns perm[g*group:(g+1)*group].
     """
 
     W: Tensor
@@ -202,36 +197,9 @@ def sweep(
     cols = W.shape[1]
     for i1 in range(0, cols, block):
         i2 = min(i1 + block, cols)
-        W1 = W[:, i1:i2].clone()
-        U1 = U[i1:i2, i1:i2]
-        d1 = U1.diagonal()
-        Q1, Err1 = torch.zeros_like(W1), torch.zeros_like(W1)
-        drop = torch.zeros_like(W1, dtype=torch.bool)
-        if mask is not None:
-            drop = ~mask[:, i1:i2]
-        elif nm is None and sparsity > 0:
-            score = W1**2 / d1.reshape(1, -1) ** 2
-            threshold = torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
-            drop = score <= threshold
-        for j in range(i2 - i1):
-            if nm is not None and j % nm[1] == 0:
-                score = W1[:, j : j + nm[1]] ** 2 / d1[j : j + nm[1]].reshape(1, -1) ** 2
-                least = torch.topk(score, nm[1] - nm[0], dim=1, largest=False)[1]
-                drop.scatter_(1, j + least, True)
-            w, d = W1[:, j], d1[j]
-            q = w.clone()
-            q[drop[:, j]] = 0
-            if bits:
-                ahead = slice(i1 + j, i1 + j + group)
-                seen = W[:, ahead] if stale else _current(W, W1, Err1, U, i1, j, ahead)
-                grids.enter(i1 + j, seen)
-                q, code = grids.round(i1 + j, q)
-                codes[:, i1 + j] = code.to(torch.uint8)
-            Q1[:, j] = q
-            loss += (w - q) ** 2 / d**2 / 2
-            e = (w - q) / d
-            W1[:, j:] -= e.unsqueeze(1).matmul(U1[j, j:].unsqueeze(0))
-            Err1[:, j] = e
+        given = None if mask is None else mask[:, i1:i2]
+        drop = _block_drop(W[:, i1:i2], U[i1:i2, i1:i2].diagonal(), sparsity, nm, given)
+        Q1, Err1 = _block_sweep(W, U, slice(i1, i2), drop, nm, grids, stale, codes, loss)
         W[:, i1:i2] = Q1
         keep[:, i1:i2] = ~drop
         W[:, i2:] -= Err1.matmul(U[i1:i2, i2:])
@@ -242,6 +210,43 @@ def sweep(
         W, keep = W[:, back], keep[:, back]
         codes = None if codes is None else codes[:, back]
     return Result(W, keep, codes, scales, zeros, loss, perm)
+
+
+def _block_drop(W1: Tensor, d1: Tensor, sparsity: float, nm, given: Tensor | None) -> Tensor:
+    """What a block loses, as known on entry: bool [rows, block]; N:M is chosen on the way."""
+    if given is not None:
+        return ~given
+    if nm is not None or sparsity == 0:
+        return torch.zeros_like(W1, dtype=torch.bool)
+    score = W1**2 / d1.reshape(1, -1) ** 2
+    threshold = torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
+    return score <= threshold
+
+
+def _block_sweep(W, U, b: slice, drop, nm, grids: _Grids, stale: bool, codes, loss):
+    """The columns b of W one after the other: (Q1, Err1). Writes drop (N:M), codes and loss."""
+    W1, U1, i1 = W[:, b].clone(), U[b, b], b.start
+    d1 = U1.diagonal()
+    Q1, Err1 = torch.zeros_like(W1), torch.zeros_like(W1)
+    for j in range(W1.shape[1]):
+        if nm is not None and j % nm[1] == 0:
+            score = W1[:, j : j + nm[1]] ** 2 / d1[j : j + nm[1]].reshape(1, -1) ** 2
+            least = torch.topk(score, nm[1] - nm[0], dim=1, largest=False)[1]
+            drop.scatter_(1, j + least, True)
+        w, d = W1[:, j], d1[j]
+        q = w.clone()
+        q[drop[:, j]] = 0
+        if grids.bits:
+            ahead = slice(i1 + j, i1 + j + grids.group)
+            grids.enter(i1 + j, W[:, ahead] if stale else _current(W, W1, Err1, U, i1, j, ahead))
+            q, code = grids.round(i1 + j, q)
+            codes[:, i1 + j] = code.to(torch.uint8)
+        Q1[:, j] = q
+        loss += (w - q) ** 2 / d**2 / 2
+        e = (w - q) / d
+        W1[:, j:] -= e.unsqueeze(1).matmul(U1[j, j:].unsqueeze(0))
+        Err1[:, j] = e
+    return Q1, Err1
 
 
 def _current(W: Tensor, W1: Tensor, Err1: Tensor, U: Tensor, i1: int, j: int, ahead: slice):
