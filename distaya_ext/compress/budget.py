@@ -34,8 +34,12 @@ class Budget:
 
 
 def least_bytes(checkpoint: Checkpoint) -> int:
-    """The smallest limit under which the model can be compressed."""
-    return _INTERPRETER + _LEAST_SHARD + working_bytes(checkpoint)
+    """The smallest limit under which the model can be compressed.
+
+    The embedding is read, proved with and copied before the first layer, so only the larger counts.
+    """
+    embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
+    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint))
 
 
 def working_bytes(checkpoint: Checkpoint) -> int:
