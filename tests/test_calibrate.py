@@ -1,6 +1,7 @@
 """What calibration may be, what overflows are told, and where activations wait."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CohereConfig
 
 import distaya_ext
-from distaya_ext.compress import Calibration, calibrate, compress
+from distaya_ext.checkpoint import open_checkpoint
+from distaya_ext.compress import Calibration, budget, calibrate, compress
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError, UsageError
 
@@ -100,6 +102,21 @@ def test_too_little_memory_is_said_before_the_work(tmp_path):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
     with pytest.raises(UsageError, match=r"needs at least 0\.\d+ GiB .* allows 0\.10 GiB"):
         compress(source, tmp_path / "out", tiny.recipe(max_ram="0.1GiB"), tiny.windows())
+
+
+def test_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UsageError, match=r"writes 0\.00 GiB .* only 0\.00 GiB are free"):
+        compress(source, tmp_path / "out", tiny.recipe(), tiny.windows())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_without_a_limit_activations_spill_beyond_a_quarter_of_the_memory(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny.make(tmp_path / "source", tiny.FAMILIES["llama"]))
+    monkeypatch.setattr(budget, "physical_bytes", lambda: 400)
+    free = budget.Budget(checkpoint, None)
+    assert (free.spills(100), free.spills(101)) == (False, True)
 
 
 @pytest.mark.parametrize("spill", [False, True])

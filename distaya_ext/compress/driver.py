@@ -24,7 +24,7 @@ from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from . import events
-from .budget import Budget, activation_bytes
+from .budget import Budget, activation_bytes, check_disk
 from .calibrate import Calibration, check_activations, load_calibration
 from .capture import Calls, Ends, load_layer
 from .proof import prove
@@ -119,6 +119,10 @@ class _Run:
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
+        tokens = self.calibration.tokens if self.calibration is not None else 0
+        waiting = activation_bytes(self.checkpoint, tokens)
+        self.report.spilled = self.budget.spills(waiting)
+        check_disk(staging.root, self.checkpoint.nbytes + waiting * self.report.spilled)
         if self.calibration is not None:
             self._prepare(staging.scratch)
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
@@ -156,7 +160,6 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        report.spilled = self.budget.spills(activation_bytes(self.checkpoint, calibration.tokens))
         self.hidden = Store(scratch if report.spilled else None)
         self.tape = Store(scratch if report.spilled else None)
         self.calls = Calls()
