@@ -6,11 +6,13 @@ import pytest
 import tiny
 import torch
 
+from distaya_ext import models
 from distaya_ext.checkpoint import open_checkpoint
-from distaya_ext.compress import capture
+from distaya_ext.compress import capture, compress
 from distaya_ext.compress.proof import prove, truncated_depth
 from distaya_ext.errors import InputError
 from distaya_ext.models import SUPPORTED, Architecture, Stage, describe
+from distaya_ext.models.architecture import PARALLEL, SEQUENTIAL
 from distaya_ext.models.skeleton import build_skeleton, check_table, is_tied
 
 CPU = torch.device("cpu")
@@ -102,3 +104,19 @@ def test_calls_differ_between_kinds_of_layers(tmp_path):
     assert masks[0] is masks[1] is masks[2]
     assert masks[0] is not None
     assert masks[3] is None or not torch.equal(masks[3], masks[0])
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        # gate and up of a sequential block do not read what q, k and v read
+        (PARALLEL, "gate_proj does not read the input of self_attn.q_proj"),
+        # q cannot run after o
+        ((SEQUENTIAL[1], SEQUENTIAL[0], *SEQUENTIAL[2:]), "q_proj runs before its stage"),
+    ],
+)
+def test_wrong_table_is_noticed_while_walking(tmp_path, monkeypatch, stages, words):
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
+    monkeypatch.setitem(models._TABLE, "llama", Architecture("llama", stages))
+    with pytest.raises(InputError, match=words):
+        compress(source, tmp_path / "out", tiny.recipe("wanda"), tiny.windows())

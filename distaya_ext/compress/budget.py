@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from .calibrate import CHUNK_TOKENS
@@ -29,13 +33,36 @@ class Budget:
         self.proves_whole = checkpoint.nbytes <= (_WHOLE_PROOF if limit is None else self.room // 2)
 
     def spills(self, activation_bytes: int) -> bool:
-        """Whether activations of that size must go to disk."""
-        return self.room is not None and activation_bytes > self.room
+        """Whether activations of that size must go to disk.
+
+        Without a limit they may fill a quarter of the memory; the result is the same either way.
+        """
+        room = physical_bytes() // 4 if self.room is None else self.room
+        return activation_bytes > room
+
+
+def physical_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """UsageError when the disk that will hold the result (and spilled activations) is too full."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"the run writes {needed / GIB:.2f} GiB beside the output folder "
+            f"and only {free / GIB:.2f} GiB are free there"
+        )
 
 
 def least_bytes(checkpoint: Checkpoint) -> int:
-    """The smallest limit under which the model can be compressed."""
-    return _INTERPRETER + _LEAST_SHARD + working_bytes(checkpoint)
+    """The smallest limit under which the model can be compressed.
+
+    The embedding is read, proved with and copied before the first layer, so only the larger counts.
+    """
+    embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
+    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint))
 
 
 def working_bytes(checkpoint: Checkpoint) -> int:

@@ -24,13 +24,13 @@ from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from . import events
-from .budget import Budget, activation_bytes
+from .budget import Budget, activation_bytes, check_disk
 from .calibrate import Calibration, check_activations, load_calibration
 from .capture import Calls, Ends, load_layer
 from .proof import prove
-from .report import ModuleReport, Report
+from .report import Report
 from .settings import Settings, from_recipe, skipped
-from .solve import Solution, Statistic, solve
+from .solve import Statistic, solve
 from .store import Store
 from .walk import LayerWalk
 
@@ -53,14 +53,16 @@ def compress(
 ) -> Report:
     """Compress a model layer by layer and write it to the folder `out`.
 
-    model: local Hugging Face folder or hub id. recipe: a Recipe. texts: folder of
-    <lang>.txt/.jsonl/ .parquet, token windows (as texts.windows returns), or None for the recipe's
-    folder; methods that need no activations (magnitude, rtn, dense) ignore it. on_event receives
-    the records of compress.events. overwrite replaces an older result of ours. device: "cpu" or
-    "cuda".
+    model      local Hugging Face folder or hub id (offline=True: the hub's local cache only)
+    texts      folder of <lang>.txt, .jsonl or .parquet, token windows as texts.windows returns
+               them, or None for the recipe's folder; magnitude, rtn and dense need none
+    on_event   is called with the records of compress.events as the run goes
+    overwrite  replaces an older result of ours
+    device     "cpu" or "cuda"
 
-    Only embeddings and one decoder layer are in memory at a time. `out` appears when it is
-    complete. Raises InputError or UsageError (both ValueError) in one sentence.
+    Only the embedding and one decoder layer are in memory at a time; a proof first shows that layer
+    by layer gives the model's own logits. `out` appears when it is complete.
+    Raises InputError or UsageError (both ValueError) in one sentence.
     """
     recipe = recipe.model_copy(update={"model": str(model)})
     settings = from_recipe(recipe)
@@ -106,7 +108,7 @@ class _Run:
         self.budget = Budget(checkpoint, recipe.max_ram_bytes)
         self.skip = skipped(recipe.skip, self._modules())
         self.calibration: Calibration | None = None
-        self.report = Report(settings.method, self.architecture.model_type, out)
+        self.report = Report(settings.method, self.architecture.model_type, out, settings.bits)
 
     def _modules(self) -> list[str]:
         names = self.architecture.linears()
@@ -117,6 +119,10 @@ class _Run:
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
+        tokens = self.calibration.tokens if self.calibration is not None else 0
+        waiting = activation_bytes(self.checkpoint, tokens)
+        self.report.spilled = self.budget.spills(waiting)
+        check_disk(staging.root, self.checkpoint.nbytes + waiting * self.report.spilled)
         if self.calibration is not None:
             self._prepare(staging.scratch)
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
@@ -154,7 +160,6 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        report.spilled = self.budget.spills(activation_bytes(self.checkpoint, calibration.tokens))
         self.hidden = Store(scratch if report.spilled else None)
         self.tape = Store(scratch if report.spilled else None)
         self.calls = Calls()
@@ -249,59 +254,10 @@ class _Run:
         _check_finite(solution.W, f"{self._prefix(index)}.{names[0]}")
         for name, rows in zip(names, solution.W.split([w.shape[0] for w in weights]), strict=True):
             layer.get_submodule(name).weight.data = rows.clone()
-        self._account(index, names, weights, solution, time.perf_counter() - start)
-
-    def _account(
-        self,
-        index: int,
-        names: list[str],
-        weights: list[torch.Tensor],
-        solution: Solution,
-        seconds: float,
-    ) -> None:
-        self.report.floored += solution.floored
-        self.report.dead += solution.dead
-        total, row = solution.W.shape[0], 0
-        zeros = (solution.W == 0).sum(dim=1)
-        for name, weight in zip(names, weights, strict=True):
-            part = slice(row, row + weight.shape[0])
-            row += weight.shape[0]
-            loss, relative = _losses(solution, part)
-            self.report.modules.append(
-                ModuleReport(
-                    module=f"{self._prefix(index)}.{name}",
-                    rows=weight.shape[0],
-                    columns=weight.shape[1],
-                    loss=loss,
-                    relative_loss=relative,
-                    zeros=int(zeros[part].sum()),
-                    bits=self.settings.bits,
-                    floored=solution.floored,
-                    dead=solution.dead,
-                    seconds=seconds * weight.shape[0] / total,
-                )
-            )
-        loss, relative = _losses(solution, slice(None))
-        sparsity = int(zeros.sum()) / solution.W.numel()
+        seconds = time.perf_counter() - start
         self.on_event(
-            events.StageDone(
-                index,
-                tuple(names),
-                loss,
-                relative,
-                sparsity,
-                solution.floored,
-                solution.dead,
-                seconds,
-            )
+            self.report.account(index, self._prefix(index), names, weights, solution, seconds)
         )
-
-
-def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None]:
-    if solution.loss is None:
-        return None, None
-    loss, energy = float(solution.loss[rows].sum()), float(solution.energy[rows].sum())
-    return loss, loss / energy if energy > 0 else 0.0
 
 
 def _check_finite(W: torch.Tensor, where: str) -> None:

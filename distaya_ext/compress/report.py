@@ -12,7 +12,9 @@ from typing import Any
 import safetensors
 import torch
 
+from .events import StageDone
 from .proof import Proof
+from .solve import Solution
 
 _COLUMNS = (
     "module",
@@ -59,6 +61,7 @@ class Report:
     method: str
     model_type: str
     out: Path
+    bits: int | None = None
     modules: list[ModuleReport] = field(default_factory=list)
     proof: Proof | None = None
     tokens: int = 0
@@ -69,6 +72,43 @@ class Report:
     floored: int = 0  # over all stages, each Hessian counted once
     dead: int = 0
     seconds: float = 0.0
+
+    def account(
+        self,
+        layer: int,
+        prefix: str,
+        names: list[str],
+        weights: list[torch.Tensor],
+        solution: Solution,
+        seconds: float,
+    ) -> StageDone:
+        """Add one solved stage, a line per Linear, and return the event that tells of it."""
+        self.floored += solution.floored
+        self.dead += solution.dead
+        total, row = solution.W.shape[0], 0
+        zeros = (solution.W == 0).sum(dim=1)
+        for name, weight in zip(names, weights, strict=True):
+            part = slice(row, row + weight.shape[0])
+            row += weight.shape[0]
+            loss, relative = _losses(solution, part)
+            self.modules.append(
+                ModuleReport(
+                    module=f"{prefix}.{name}",
+                    rows=weight.shape[0],
+                    columns=weight.shape[1],
+                    loss=loss,
+                    relative_loss=relative,
+                    zeros=int(zeros[part].sum()),
+                    bits=self.bits,
+                    floored=solution.floored,
+                    dead=solution.dead,
+                    seconds=seconds * weight.shape[0] / total,
+                )
+            )
+        loss, relative = _losses(solution, slice(None))
+        sparsity = int(zeros.sum()) / solution.W.numel()
+        counts = (solution.floored, solution.dead)
+        return StageDone(layer, tuple(names), loss, relative, sparsity, *counts, seconds)
 
     @property
     def sparsity(self) -> float:
@@ -127,6 +167,14 @@ class Report:
             },
             "notices": self.notices,
         }
+
+
+def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None]:
+    """Loss and relative loss of some rows, (None, None) when no Hessian was taken."""
+    if solution.loss is None:
+        return None, None
+    loss, energy = float(solution.loss[rows].sum()), float(solution.energy[rows].sum())
+    return loss, loss / energy if energy > 0 else 0.0
 
 
 def _row(m: ModuleReport) -> list[Any]:
