@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError
 
 # A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the parser.
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 16
 _MAX_ALIASES = 16
+_MAX_DEPTH = 16
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
@@ -181,17 +182,25 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     if len(raw) > MAX_YAML_BYTES:
         raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
     try:
-        # safe_load expands aliases by reference, but checking and printing them would not.
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MAX_ALIASES:
-            raise UsageError(f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs")
+        _check_shape(text, path)
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
-    except RecursionError:
-        raise UsageError(f"recipe {path} is nested too deeply") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise UsageError(f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}")
     return fields
+
+
+def _check_shape(text: str, path: str | os.PathLike) -> None:
+    """Stop at the first event of a document built to exhaust the parser (its cost grows with depth squared)."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise UsageError(f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is")
+        if aliases > _MAX_ALIASES:
+            raise UsageError(f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs")
 
 
 def parse_nm(text: str) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def test_patterns_quoted_or_not(tmp_path, line):
         (b"model: !!python/object/apply:os.system ['true']\n", ["plain YAML"]),
         (b"a: &a [1]\n" + b"b: [" + b"*a, " * 40 + b"]\n", ["aliases"]),
         (b"#" * (MAX_YAML_BYTES + 1), ["larger"]),
-        (b"[" * 100_000, ["r.yaml"]),
+        (b"[" * (MAX_YAML_BYTES - 1), ["r.yaml", "deeper than 16"]),
         (b"model: m\nsparsitty: 0.5\n", ["r.yaml", "'sparsitty'", "'sparsity'"]),
     ],
 )
