@@ -107,7 +107,9 @@ class Recipe(_Strict):
     @classmethod
     def _group(cls, value: int) -> int:
         if value not in GROUPS:
-            raise ValueError(f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)")
+            raise ValueError(
+                f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
+            )
         return value
 
     @field_validator("max_ram")
@@ -124,7 +126,9 @@ class Recipe(_Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"skip pattern {pattern!r} is not a regular expression ({error})") from None
+                raise ValueError(
+                    f"skip pattern {pattern!r} is not a regular expression ({error})"
+                ) from None
         return value
 
     @model_validator(mode="after")
@@ -133,13 +137,19 @@ class Recipe(_Strict):
         if self.sparsity is not None and self.nm is not None:
             raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
         if self.method in PRUNING and not prunes:
-            raise ValueError(f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern such as 2:4")
+            raise ValueError(
+                f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern such as 2:4"
+            )
         if self.method not in PRUNING and prunes:
-            raise ValueError(f"method {self.method} does not prune, so sparsity and nm must be left out")
+            raise ValueError(
+                f"method {self.method} does not prune, so sparsity and nm must be left out"
+            )
         if self.method in ("gptq", "rtn") and self.bits is None:
             raise ValueError(f"method {self.method} quantises: say to how many bits, from 2 to 8")
         if self.method == "dense" and self.bits is not None:
-            raise ValueError(f"method dense changes nothing, so bits ({self.bits}) must be left out")
+            raise ValueError(
+                f"method dense changes nothing, so bits ({self.bits}) must be left out"
+            )
         return self
 
     @property
@@ -187,7 +197,9 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise UsageError(f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}")
+        raise UsageError(
+            f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}"
+        )
     return fields
 
 
@@ -196,11 +208,17 @@ def _check_shape(text: str, path: str | os.PathLike) -> None:
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         aliases += isinstance(event, yaml.AliasEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > _MAX_DEPTH:
-            raise UsageError(f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is")
+            raise UsageError(
+                f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is"
+            )
         if aliases > _MAX_ALIASES:
-            raise UsageError(f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs")
+            raise UsageError(
+                f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs"
+            )
 
 
 def parse_nm(text: str) -> tuple[int, int]:
@@ -232,7 +250,9 @@ def parse_sparsity(text: str) -> dict[str, Any]:
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise UsageError(f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4") from None
+        raise UsageError(
+            f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4"
+        ) from None
     if not 0.0 <= share < 1.0:
         raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
     return {"sparsity": share}
@@ -246,7 +266,9 @@ def _from_base_60(value: Any) -> Any:
 def _place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or "not understood"
-    return f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
+    return (
+        f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
+    )
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
@@ -255,7 +277,9 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+        )
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "missing":
         return f"the recipe lacks {name!r}"

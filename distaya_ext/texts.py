@@ -58,10 +58,18 @@ def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str
     root = Path(folder)
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files")
-    files = [p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")]
+        raise InputError(
+            f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files"
+        )
+    files = [
+        p
+        for p in sorted(root.iterdir())
+        if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    ]
     if not files:
-        raise InputError(f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file")
+        raise InputError(
+            f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file"
+        )
     texts: dict[str, list[str]] = {}
     for path in files:
         if not LANGUAGE.fullmatch(path.stem):
@@ -73,7 +81,9 @@ def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str
             raise InputError(f"{path} is empty: it holds no text")
         texts.setdefault(path.stem, []).extend(documents)
     if parallel and len({len(lines) for lines in texts.values()}) > 1:
-        raise InputError(f"parallel texts need as many lines in every language, not {counts(texts, len)}")
+        raise InputError(
+            f"parallel texts need as many lines in every language, not {counts(texts, len)}"
+        )
     return texts
 
 
@@ -129,7 +139,9 @@ def windows(
 class _Stream:
     """Tokens of one language: documents in a seeded order, a separator before each, until there are enough."""
 
-    def __init__(self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None):
+    def __init__(
+        self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None
+    ):
         self.lang = lang
         self.tokens = self.characters = self.bytes = 0
         order = np.arange(len(documents))
@@ -148,6 +160,7 @@ class _Stream:
             self.bytes += sum(len(text.encode()) for text in batch)
             if needed is not None and length >= _OVERSAMPLE * needed:
                 break
+        check_tokenised(lang, self.tokens, self.characters)
         self.ids = np.concatenate(parts)
 
     def choose(self, count: int, body: int, bos: int | None, seed: int) -> torch.Tensor:
@@ -173,6 +186,15 @@ def encode(tokenizer: Any, documents: list[str]) -> list[list[int]]:
     return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def check_tokenised(lang: str, tokens: int, characters: int) -> None:
+    """InputError when text became no token: transformers makes an empty tokenizer where files are missing."""
+    if characters and not tokens:
+        raise InputError(
+            f"the tokenizer turns {characters} characters of {lang} into no token at all; "
+            "are the model's tokenizer files missing?"
+        )
+
+
 def _rng(seed: int, lang: str, purpose: int) -> np.random.Generator:
     # A stream of its own for each language: adding a language does not change the others' windows.
     return np.random.default_rng([seed, purpose, *lang.encode()])
@@ -188,7 +210,9 @@ def _documents(path: Path, parallel: bool) -> Iterator[str]:
             blank = blank or number
             continue
         if blank and parallel:
-            raise InputError(f"{path} line {blank} is blank, so its lines cannot be paired with other languages")
+            raise InputError(
+                f"{path} line {blank} is blank, so its lines cannot be paired with other languages"
+            )
         yield line if path.suffix == ".txt" else _json_text(path, number, line)
 
 
@@ -199,10 +223,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(raw) > MAX_LINE_BYTES:
-                raise InputError(f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?")
+                raise InputError(
+                    f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?"
+                )
             if b"\0" in raw:
                 at = offset + raw.index(b"\0")
-                raise InputError(f"{path} line {number} holds a NUL byte (at byte {at}); is it text?")
+                raise InputError(
+                    f"{path} line {number} holds a NUL byte (at byte {at}); is it text?"
+                )
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -232,7 +260,9 @@ def _parquet(path: Path) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UsageError(f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'") from error
+        raise UsageError(
+            f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'"
+        ) from error
     row = 0
     try:
         file = pq.ParquetFile(path)

@@ -12,6 +12,7 @@ from distaya_ext.evaluate import Loaded, cut_lines, cut_windows, evaluate, evalu
 from distaya_ext.evaluate.result import Evaluation, LanguageResult
 from distaya_ext.evaluate.score import score
 from distaya_ext.evaluate.statistics import interval
+from distaya_ext.texts import windows
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,10 @@ def by_hand(model, base, row):
 
 def test_scores_against_float64_and_padding_changes_nothing(loaded):
     base, model = (item.model for item in loaded)
-    rows = [torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 2, 30, 17)]
+    rows = [
+        torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n))
+        for n in (9, 2, 30, 17)
+    ]
     of_base, of_model = score([base, model], rows)
     assert of_base.tokens.tolist() == [8, 1, 29, 16]
     assert not of_base.kl.any() and not of_base.kl_tokens.size
@@ -86,7 +90,9 @@ def test_windows_are_the_stream_cut_every_window(models):
 def test_token_cap_is_the_same_in_every_language():
     samples = cut_windows(SENTENCES, tokenizer(), window=10, tokens=65)
     assert [len(s.rows) for s in samples] == [2, 2, 2]
-    refused(InputError, lambda: cut_windows(SENTENCES, tokenizer(), window=10, tokens=29), "29", "30")
+    refused(
+        InputError, lambda: cut_windows(SENTENCES, tokenizer(), window=10, tokens=29), "29", "30"
+    )
     refused(InputError, lambda: cut_windows({"en": ["a"]}, tokenizer(), window=10), "en 2")
     refused(InputError, lambda: cut_windows(SENTENCES, tokenizer(), window=1), "2 tokens")
 
@@ -96,7 +102,11 @@ def test_lines_begin_with_bos_and_must_fit():
     assert all(row[0] == 1 for s in samples for row in s.rows)
     assert [len(s.rows) for s in samples] == [3, 3, 3]
     refused(InputError, lambda: cut_lines(SENTENCES, tokenizer(), longest=5), "line 1 of en", "5")
-    refused(InputError, lambda: cut_lines({"en": ["a", "b"], "ja": ["c"]}, tokenizer(), longest=9), "ja 1")
+    refused(
+        InputError,
+        lambda: cut_lines({"en": ["a", "b"], "ja": ["c"]}, tokenizer(), longest=9),
+        "ja 1",
+    )
     refused(InputError, lambda: cut_lines({"en": ["a"]}, tokenizer(False), longest=9), "1 tokens")
 
 
@@ -147,7 +157,9 @@ def test_sentences_are_paired_with_english(loaded):
     low, high = found["ja"].over_english_interval
     assert min(over) - 1e-4 <= low <= high <= max(over) + 1e-4
     assert found["en"].over_english is None
-    assert found["en"].sentence_dnll == pytest.approx(np.mean([lost(r) for r in rows["en"]]), abs=1e-4)
+    assert found["en"].sentence_dnll == pytest.approx(
+        np.mean([lost(r) for r in rows["en"]]), abs=1e-4
+    )
 
 
 def test_one_model_alone(models, texts):
@@ -234,7 +246,9 @@ def test_tokenizer_larger_than_the_embedding(tmp_path, texts):
 def test_nan_is_told_with_its_language(loaded):
     model = load_broken(loaded[0])
     samples = cut_windows({"ja": SENTENCES["ja"]}, tokenizer(), window=8)
-    refused(InputError, lambda: evaluate_loaded([model], samples, window=8), "NaN", "sample 1", "ja")
+    refused(
+        InputError, lambda: evaluate_loaded([model], samples, window=8), "NaN", "sample 1", "ja"
+    )
 
 
 def load_broken(item):
@@ -251,7 +265,14 @@ def test_models_that_cannot_be_loaded(models, tmp_path, texts):
     bare = save_model(tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
-    refused(InputError, lambda: load(bare), "tokenizer", "bare")
+    words = "en into no token", "tokenizer files missing"  # transformers makes up an empty one
+    refused(InputError, lambda: evaluate(bare, texts), *words)
+    refused(InputError, lambda: evaluate(bare, texts, per_line=True), *words)
+    refused(
+        InputError, lambda: windows(SENTENCES, load(bare).tokenizer, tokens=99, window=2), *words
+    )
+    (bare / "tokenizer.json").write_text("{")
+    refused(InputError, lambda: load(bare), "tokenizer of bare")
 
 
 def test_loading_leaves_transformers_as_it_was(models):

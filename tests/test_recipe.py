@@ -40,7 +40,9 @@ def recipes(draw):
         fields["bits"] = draw(st.integers(2, 8))
     fields["group"] = draw(st.sampled_from([0, 32, 64, 128]))
     fields["symmetric"] = draw(st.booleans())
-    fields["skip"] = draw(st.lists(st.sampled_from(["q_proj$", r"layers\.0\.", "ümlaut"]), max_size=3))
+    fields["skip"] = draw(
+        st.lists(st.sampled_from(["q_proj$", r"layers\.0\.", "ümlaut"]), max_size=3)
+    )
     fields["calibration"] = CalibrationSpec(path=draw(st.none() | st.text(max_size=9)), tokens=4096)
     return Recipe(**fields)
 

@@ -46,7 +46,9 @@ def demo(
         Path | None, typer.Option(help="Folder to keep the models in; a temporary one without it.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the 50 % model.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result of ours.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older result of ours.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -82,7 +84,9 @@ def demo(
             f"written to {trial.folder}",
             markup=False,
         )
-    show.print(f"All figures were measured in this run, {seconds:.0f} s in all.\n{_limits()}", markup=False)
+    show.print(
+        f"All figures were measured in this run, {seconds:.0f} s in all.\n{_limits()}", markup=False
+    )
 
 
 def _compress(
@@ -133,7 +137,11 @@ def _speak(lang: str, sentence: str, models: dict[str, Loaded]) -> tuple[str, st
     prompt = sentence[: int(len(sentence) * _PROMPT_SHARE)]
     if " " in prompt:
         prompt = prompt[: prompt.rindex(" ")]
-    return lang, prompt, {k: go_on(m, prompt, max_new_tokens=_NEW_TOKENS) for k, m in models.items()}
+    return (
+        lang,
+        prompt,
+        {k: go_on(m, prompt, max_new_tokens=_NEW_TOKENS) for k, m in models.items()},
+    )
 
 
 def comparison(made: list[Trial], found: list[Evaluation]) -> Table:
@@ -184,7 +192,10 @@ def _limits() -> str:
 
 
 def _as_dict(
-    made: list[Trial], found: list[Evaluation], spoken: list[tuple[str, str, dict[str, str]]], seconds: float
+    made: list[Trial],
+    found: list[Evaluation],
+    spoken: list[tuple[str, str, dict[str, str]]],
+    seconds: float,
 ) -> dict[str, Any]:
     return {
         "trials": [

@@ -108,10 +108,11 @@ def pattern(W: torch.Tensor) -> str | None:
 def grid(W: torch.Tensor) -> tuple[int, int] | None:
     """(bits, group) of the integer grid that W [rows, columns] lies on, or None.
 
-    Found by counting distinct values in groups of inputs. 8-bit grids on short groups hold as many levels
+    The fewest bits win, then the longest group. Found by counting distinct values in groups of inputs. 8-bit grids on short groups hold as many levels
     as weights and are not seen.
     """
     rows = W[:: max(1, W.shape[0] // _GRID_ROWS)].float()
+    found: list[tuple[int, int]] = []
     for group in (0, 128, 64, 32):
         span = group or W.shape[1]
         if W.shape[1] % span or (group and span >= W.shape[1]):
@@ -122,8 +123,8 @@ def grid(W: torch.Tensor) -> tuple[int, int] | None:
         distinct = levels - (kept < span).long()
         bits = max(2, (int(levels.max()) - 1).bit_length())
         if bits <= 8 and distinct.sum() <= _GRID_SHARE * kept.sum():
-            return bits, group
-    return None
+            found.append((bits, group))
+    return min(found, key=lambda pair: pair[0], default=None)
 
 
 def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
@@ -161,7 +162,15 @@ def _table(linears: list[Linear], every: bool) -> Any:
     from rich.table import Table
 
     table = Table()
-    for head in ("module" if every else "matrix", "count", "shape", "dtype", "zeros", "pattern", "grid"):
+    for head in (
+        "module" if every else "matrix",
+        "count",
+        "shape",
+        "dtype",
+        "zeros",
+        "pattern",
+        "grid",
+    ):
         table.add_column(head, justify="left" if head in ("module", "matrix") else "right")
     kinds: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -169,7 +178,9 @@ def _table(linears: list[Linear], every: bool) -> Any:
         kinds.setdefault(linear.module if every else ".".join(parts[-2:]), []).append(linear)
     for kind, group in kinds.items():
         low, high = min(x.sparsity for x in group), max(x.sparsity for x in group)
-        zeros = f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+        zeros = (
+            f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+        )
         table.add_row(
             kind,
             str(len(group)),

@@ -33,7 +33,11 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
 
 def interval(pair: tuple[float, float] | None, digits: int = 3, sign: bool = True) -> str:
     """[low, high], or a dash."""
-    return "-" if pair is None else f"[{number(pair[0], digits, sign)}, {number(pair[1], digits, sign)}]"
+    return (
+        "-"
+        if pair is None
+        else f"[{number(pair[0], digits, sign)}, {number(pair[1], digits, sign)}]"
+    )
 
 
 def size(count: float) -> str:

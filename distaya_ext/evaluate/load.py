@@ -58,7 +58,9 @@ def load(
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{model} passed our checks but transformers cannot load it: {reason}") from error
+            raise InputError(
+                f"{model} passed our checks but transformers cannot load it: {reason}"
+            ) from error
     return Loaded(str(model), network.eval().to(device), tokenizer)
 
 
@@ -70,7 +72,9 @@ def check_same_vocabulary(model: Loaded, base: Loaded) -> None:
             "they cannot be compared token by token"
         )
     if model.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise InputError(f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same")
+        raise InputError(
+            f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same"
+        )
 
 
 @contextlib.contextmanager

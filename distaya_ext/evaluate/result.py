@@ -116,7 +116,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, fields that do not apply left out."""
         rows = [
-            {key: value for key, value in asdict(row).items() if value is not None} | {"ppl": row.ppl}
+            {key: value for key, value in asdict(row).items() if value is not None}
+            | {"ppl": row.ppl}
             for row in self.languages
         ]
         out: dict[str, Any] = {"model": self.model, "mode": self.mode, "nll": self.nll}

@@ -79,6 +79,7 @@ def evaluate_loaded(
     _check_ids(models[0], samples)
     scores: list[list[Scores]] = []
     for sample in samples:
+
         def advance(count: int, language: str = sample.language) -> None:
             nonlocal done
             done += count
@@ -120,8 +121,12 @@ def _languages(
     english = None
     if paired and parallel:
         english = next(
-            (s[which].nll - s[0].nll for s, sample in zip(scores, samples, strict=True)
-             if sample.language == "en"), None
+            (
+                s[which].nll - s[0].nll
+                for s, sample in zip(scores, samples, strict=True)
+                if sample.language == "en"
+            ),
+            None,
         )
     rows = [
         _language(sample, s[which], s[0] if paired else None, parallel, english)
@@ -169,7 +174,9 @@ def _language(
 
 
 def _longest(loaded: Loaded) -> int:
-    return min(_LONGEST_LINE, getattr(loaded.model.config, "max_position_embeddings", _LONGEST_LINE))
+    return min(
+        _LONGEST_LINE, getattr(loaded.model.config, "max_position_embeddings", _LONGEST_LINE)
+    )
 
 
 def _check_ids(model: Loaded, samples: Sequence[Samples]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..texts import counts, encode, separator
+from ..texts import check_tokenised, counts, encode, separator
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def cut_windows(
         )
     samples, short = [], {}
     for lang, documents in texts.items():
-        stream, ratio = _stream(documents, tokenizer, None if most is None else most * window)
+        stream, ratio = _stream(lang, documents, tokenizer, None if most is None else most * window)
         rows = list(stream[: len(stream) // window * window].split(window))[:most]
         if not len(stream) // window:
             short[lang] = len(stream)
@@ -64,6 +64,7 @@ def cut_lines(
     for lang, sentences in texts.items():
         sentences = sentences[:lines]
         rows = [torch.tensor(bos + ids, dtype=torch.int64) for ids in encode(tokenizer, sentences)]
+        check_tokenised(lang, sum(len(row) - len(bos) for row in rows), sum(map(len, sentences)))
         for number, row in enumerate(rows, 1):
             if len(row) < 2 or len(row) > longest:
                 raise InputError(
@@ -79,16 +80,20 @@ def cut_lines(
     return samples
 
 
-def _stream(documents: list[str], tokenizer: Any, needed: int | None) -> tuple[torch.Tensor, float]:
+def _stream(
+    lang: str, documents: list[str], tokenizer: Any, needed: int | None
+) -> tuple[torch.Tensor, float]:
     """Token ids of all documents (or the first `needed`) in one row, and the bytes per token."""
     mark = separator(tokenizer)
     ids: list[int] = []
-    used = size = 0
+    used = size = characters = 0
     for document in documents:
         (body,) = encode(tokenizer, [document])
         ids += mark + body
         used += len(body)
         size += len(document.encode())
+        characters += len(document)
         if needed is not None and len(ids) >= needed:
             break
-    return torch.tensor(ids, dtype=torch.int64), size / max(1, used)
+    check_tokenised(lang, used, characters)
+    return torch.tensor(ids, dtype=torch.int64), size / used

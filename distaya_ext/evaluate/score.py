@@ -52,7 +52,9 @@ def score(
         for place, i in enumerate(batch):
             length = len(rows[i])
             targets = ids[place, 1:length]
-            for which, stats in enumerate(_row([lg[place, : length - 1] for lg in logits], targets)):
+            for which, stats in enumerate(
+                _row([lg[place, : length - 1] for lg in logits], targets)
+            ):
                 if not np.isfinite(stats[0]).all():
                     raise InputError(f"the model gives NaN or infinite logits in sample {i + 1}")
                 sums[which][:, i] = stats.sum(axis=1)
