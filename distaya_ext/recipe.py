@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UsageError
 
-# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the parser.
+# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the
+# parser.
 MAX_YAML_BYTES = 1 << 16
 _MAX_ALIASES = 16
 _MAX_DEPTH = 16
@@ -62,9 +63,9 @@ class CalibrationSpec(_Strict):
 class Recipe(_Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
-    sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive inputs.
-    bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular expressions that
-    are searched in module names.
+    sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
+    inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular
+    expressions that are searched in module names.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -85,7 +86,7 @@ class Recipe(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _patterns(cls, fields: Any) -> Any:
-        """`sparsity: "2:4"` means nm, and an unquoted 2:4 is the number 124 to YAML 1.1 (base 60)."""
+        """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
         if not isinstance(fields, dict):
             return fields
         fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
@@ -138,7 +139,8 @@ class Recipe(_Strict):
             raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
         if self.method in PRUNING and not prunes:
             raise ValueError(
-                f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern such as 2:4"
+                f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern "
+                "such as 2:4"
             )
         if self.method not in PRUNING and prunes:
             raise ValueError(
@@ -180,7 +182,7 @@ class Recipe(_Strict):
 
 
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a recipe file, not yet checked against the fields (the command line adds to it)."""
+    """The mapping in a recipe file, not yet checked against the fields (flags may be added)."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_YAML_BYTES + 1)
@@ -204,7 +206,7 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_shape(text: str, path: str | os.PathLike) -> None:
-    """Stop at the first event of a document built to exhaust the parser (its cost grows with depth squared)."""
+    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth)."""
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         aliases += isinstance(event, yaml.AliasEvent)
@@ -231,7 +233,7 @@ def parse_nm(text: str) -> tuple[int, int]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" and the like. UsageError when there is no unit or nothing is left."""
+    """Bytes of "8GiB", "500 MB" and the like. UsageError without a unit or with nothing left."""
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")

@@ -1,4 +1,4 @@
-"""The command line as its users see it: exit codes, one sentence for every error, results on stdout."""
+"""The command line as users see it: exit codes, one sentence per error, results on stdout."""
 
 import json
 import os
@@ -6,18 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from speaking import SENTENCES, save_model, save_texts
+from speaking import save_model, save_texts
 from typer.testing import CliRunner
 
 import distaya_ext
 import distaya_ext.cli.progress as progress_module
-from distaya_ext.cli import demo as demo_module
 from distaya_ext.cli.app import app, explain
 from distaya_ext.cli.compress import build_recipe
 from distaya_ext.cli.inspect import grid, pattern
@@ -333,42 +330,6 @@ def test_doctor(monkeypatch):
     assert all(word in printed for word in ("cpu", "instruction set", "avx2", "gpu"))
 
 
-@dataclass
-class Bundle:
-    """Stands where the package's own folder is looked up."""
-
-    root: Path
-    asked: list = field(default_factory=list)
-
-    def files(self, package):
-        self.asked.append(package)
-        return self.root
-
-
-def test_demo_on_a_tiny_bundle(monkeypatch, tmp_path):
-    """The whole demo, with a model that takes no time in place of the bundled one."""
-    assets = tmp_path / "package" / "assets"
-    save_model(assets / "nano-aya", seed=3)
-    save_texts(assets / "texts" / "calibration", repeat=8)
-    save_texts(assets / "texts" / "evaluation")
-    monkeypatch.setattr(demo_module.resources, "files", Bundle(tmp_path / "package").files)
-    monkeypatch.setattr(demo_module, "_WINDOW", 16)
-    small = (("50 %", "half", {"sparsity": 0.5}), ("2:4", "2of4", {"nm": "2:4"}))
-    monkeypatch.setattr(demo_module, "TRIALS", small)
-    result = distaya("demo", "--out", tmp_path / "kept")
-    assert result.exit_code == 0, result.stderr
-    for word in ("before", "50 %", "95 % CI", "worst", "human evaluation", str(tmp_path / "kept")):
-        assert word in " ".join(result.stdout.replace("\n", "").split()) or word in result.stdout
-    assert all(f"\n{lang}: " in result.stdout for lang in SENTENCES)
-    result = distaya("demo", "--out", tmp_path / "again", "--quick", "--json", "--quiet")
-    found = json.loads(result.stdout)
-    assert [trial["label"] for trial in found["trials"]] == ["50 %"]
-    assert {row["language"] for row in found["trials"][0]["evaluation"]["languages"]} == set(
-        SENTENCES
-    )
-    assert (tmp_path / "again" / "half" / "config.json").is_file()
-
-
 def _start(*arguments):
     code = "from distaya_ext.cli.app import main; main()"
     return subprocess.Popen(
@@ -381,7 +342,7 @@ def _start(*arguments):
 
 
 def test_as_a_program_and_interrupted(model, texts, tmp_path):
-    """--help brings in no transformers; Ctrl-C ends with 130, one sentence and no half-written folder."""
+    """--help brings in no transformers; Ctrl-C ends with 130 and one sentence."""
     code = (
         "import sys\n"
         "try:\n from distaya_ext.cli.app import main; sys.argv = ['distaya', '--help']; main()\n"

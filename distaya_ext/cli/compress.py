@@ -90,7 +90,8 @@ def compress(
             offline=offline,
         )
         reporter.say(
-            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, {report.seconds:.1f} s"
+            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, "
+            f"{report.seconds:.1f} s"
         )
     if json:
         print_json({"out": str(out), **report.summary()})
@@ -147,7 +148,8 @@ def describe(windows: Windows) -> list[str]:
     """What calibration really uses, in lines for the user."""
     languages = windows.tokens_per_language
     lines = [
-        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of {windows.ids.shape[1]} "
+        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of "
+        f"{windows.ids.shape[1]} "
         f"in each of {len(languages)} languages",
         "tokens per character: "
         + ", ".join(f"{lang} {f:.2f}" for lang, f in sorted(windows.fertility.items())),

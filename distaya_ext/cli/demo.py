@@ -1,4 +1,4 @@
-"""`distaya demo`: the whole way on a bundled model, offline, with nothing but what the wheel carries."""
+"""`distaya demo`: the whole way on a bundled model, offline, with only what the wheel carries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def demo(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compress the bundled model, measure every language before and after, and let it talk. Offline."""
+    """Compress the bundled model, measure every language before and after, let it talk."""
     start = time.perf_counter()
     from .output import console, print_json
     from .progress import Reporter
@@ -80,7 +80,8 @@ def demo(
     show.print()
     for trial in made:
         show.print(
-            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, compressed in {trial.seconds:.1f} s, "
+            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, compressed in "
+            f"{trial.seconds:.1f} s, "
             f"written to {trial.folder}",
             markup=False,
         )
@@ -109,7 +110,8 @@ def _compress(
     spec = {"path": "texts/calibration", "tokens": cut.ids.numel(), "window": _WINDOW}
     recipe = Recipe(model="nano-aya", method="sparsegpt", calibration=spec, **fields)
     reporter.say(
-        f"{label}: sparsegpt on nano-aya, {cut.ids.numel()} calibration tokens in {len(texts)} languages"
+        f"{label}: sparsegpt on nano-aya, {cut.ids.numel()} calibration tokens in {len(texts)} "
+        "languages"
     )
     report = run(model, folder / name, recipe, cut, on_event=reporter.on_event, overwrite=overwrite)
     return Trial(label, folder / name, report.seconds, report.sparsity)
@@ -118,7 +120,7 @@ def _compress(
 def _measure(
     assets: Path, made: list[Trial], reporter: Reporter
 ) -> tuple[list[Evaluation], list[tuple[str, str, dict[str, str]]]]:
-    """Evaluations of the compressed models on parallel sentences, and continuations of all models."""
+    """Evaluations on parallel sentences, and continuations of all models."""
     from ..evaluate import cut_lines, evaluate_loaded, load
     from ..texts import read_texts
 
@@ -186,7 +188,8 @@ def _limits() -> str:
     from ..evaluate.result import LIMITS
 
     return (
-        "Limits: nano-aya has 8 million parameters and knows nothing; it shows the way, not what a large model "
+        "Limits: nano-aya has 8 million parameters and knows nothing; it shows the way, not "
+        "what a large model "
         f"loses. 20 sentences per language give wide intervals. {LIMITS}"
     )
 

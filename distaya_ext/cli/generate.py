@@ -62,7 +62,8 @@ def go_on(
     room = getattr(loaded.model.config, "max_position_embeddings", None)
     if room is not None and len(ids) + max_new_tokens > room:
         raise UsageError(
-            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {room} positions"
+            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {room} "
+            "positions"
         )
     if seed is not None and not temperature > 0:
         raise UsageError(f"temperature must be above 0 to draw tokens, not {temperature:g}")

@@ -23,8 +23,8 @@ _GRID_SHARE = 0.6  # distinct values per kept weight above which a group is not 
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the weights
-    lie on (group 0 = one for the row), or None."""
+    """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the
+    weights lie on (group 0 = one for the row), or None."""
 
     module: str
     rows: int
@@ -108,8 +108,8 @@ def pattern(W: torch.Tensor) -> str | None:
 def grid(W: torch.Tensor) -> tuple[int, int] | None:
     """(bits, group) of the integer grid that W [rows, columns] lies on, or None.
 
-    The fewest bits win, then the longest group. Found by counting distinct values in groups of inputs. 8-bit grids on short groups hold as many levels
-    as weights and are not seen.
+    The fewest bits win, then the longest group. Found by counting distinct values in groups of
+    inputs. 8-bit grids on short groups hold as many levels as weights and are not seen.
     """
     rows = W[:: max(1, W.shape[0] // _GRID_ROWS)].float()
     found: list[tuple[int, int]] = []

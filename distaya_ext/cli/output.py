@@ -1,4 +1,4 @@
-"""What the user sees: consoles, tables, numbers. Results go to stdout, everything else to stderr."""
+"""What the user sees: consoles, tables, numbers. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def verdict(found: Evaluation) -> str:
     if worst.over_english is not None:
         low_high = interval(worst.over_english_interval, 2)
         parts.append(
-            f"{worst.language} minus English, same sentences: {worst.over_english:+.2f} nats per sentence {low_high}"
+            f"{worst.language} minus English, same sentences: {worst.over_english:+.2f} nats per "
+            f"sentence {low_high}"
         )
     return "; ".join(parts)
 

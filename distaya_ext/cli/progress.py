@@ -64,7 +64,8 @@ class Reporter:
                 self.say(f"note: {message}")
             case events.Proved(layers=layers, max_abs_diff=diff):
                 self.say(
-                    f"replay of {layers} layers reproduces the model's own logits (max difference {diff:g})"
+                    f"replay of {layers} layers reproduces the model's own logits (max "
+                    f"difference {diff:g})"
                 )
             case events.LayerStart(layer, layers):
                 self._worst = None

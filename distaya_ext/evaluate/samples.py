@@ -14,7 +14,7 @@ from ..texts import check_tokenised, counts, encode, separator
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of one language, each int64 [tokens]; the first token of a row is context and not scored."""
+    """Rows of one language, int64 [tokens] each; a row's first token is context, not scored."""
 
     language: str
     rows: list[torch.Tensor]
@@ -26,16 +26,17 @@ def cut_windows(
 ) -> list[Samples]:
     """Consecutive windows over the documents of each language, in file order.
 
-    Documents are joined with BOS before each and the stream is cut every `window` tokens, in the middle
-    of documents too; what is left at the end is not scored. tokens caps the total, the same for every language.
-    InputError with the counts when a language does not fill one window.
+    Documents are joined with BOS before each and the stream is cut every `window` tokens, in the
+    middle of documents too; what is left at the end is not scored. tokens caps the total, the same
+    for every language. InputError with the counts when a language does not fill one window.
     """
     if window < 2:
         raise InputError(f"a window needs at least 2 tokens, not {window}")
     most = None if tokens is None else tokens // (window * len(texts))
     if most == 0:
         raise InputError(
-            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} languages, "
+            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} "
+            "languages, "
             f"{window * len(texts)} tokens"
         )
     samples, short = [], {}
@@ -55,7 +56,8 @@ def cut_windows(
 def cut_lines(
     texts: Mapping[str, list[str]], tokenizer: Any, *, longest: int, lines: int | None = None
 ) -> list[Samples]:
-    """One row per line, BOS first where there is one. The texts must be parallel (read_texts says so).
+    """One row per line, BOS first where there is one. The texts must be parallel (read_texts says
+    so).
 
     InputError naming the line when one is longer than `longest` tokens or has nothing to score.
     """
