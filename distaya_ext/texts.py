@@ -142,7 +142,7 @@ def windows(
 
 
 class _Stream:
-    """Tokens of one language: documents in a seeded order, each behind a separator, until enough."""
+    """Tokens of one language: documents in seeded order, each behind a separator, until enough."""
 
     def __init__(
         self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None

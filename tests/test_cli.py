@@ -350,7 +350,7 @@ def test_as_a_program_and_interrupted(model, texts, tmp_path):
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
-    big = save_texts(tmp_path / "big", repeat=3000)
+    big = save_texts(tmp_path / "big", repeat=1000)
     run = _start("eval", model, "--texts", big, "--window", 64)
     first = run.stderr.readline()  # a heartbeat: the work has begun
     assert "tokens" in first
