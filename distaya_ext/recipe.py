@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UsageError
 
-# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the parser.
-MAX_YAML_BYTES = 1 << 20
+# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the
+# parser.
+MAX_YAML_BYTES = 1 << 16
 _MAX_ALIASES = 16
+_MAX_DEPTH = 16
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
@@ -61,9 +63,9 @@ class CalibrationSpec(_Strict):
 class Recipe(_Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
-    sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive inputs.
-    bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular expressions that
-    are searched in module names.
+    sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
+    inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular
+    expressions that are searched in module names.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -84,7 +86,7 @@ class Recipe(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _patterns(cls, fields: Any) -> Any:
-        """`sparsity: "2:4"` means nm, and an unquoted 2:4 is the number 124 to YAML 1.1 (base 60)."""
+        """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
         if not isinstance(fields, dict):
             return fields
         fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
@@ -106,7 +108,9 @@ class Recipe(_Strict):
     @classmethod
     def _group(cls, value: int) -> int:
         if value not in GROUPS:
-            raise ValueError(f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)")
+            raise ValueError(
+                f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
+            )
         return value
 
     @field_validator("max_ram")
@@ -123,7 +127,9 @@ class Recipe(_Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"skip pattern {pattern!r} is not a regular expression ({error})") from None
+                raise ValueError(
+                    f"skip pattern {pattern!r} is not a regular expression ({error})"
+                ) from None
         return value
 
     @model_validator(mode="after")
@@ -132,13 +138,20 @@ class Recipe(_Strict):
         if self.sparsity is not None and self.nm is not None:
             raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
         if self.method in PRUNING and not prunes:
-            raise ValueError(f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern such as 2:4")
+            raise ValueError(
+                f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern "
+                "such as 2:4"
+            )
         if self.method not in PRUNING and prunes:
-            raise ValueError(f"method {self.method} does not prune, so sparsity and nm must be left out")
+            raise ValueError(
+                f"method {self.method} does not prune, so sparsity and nm must be left out"
+            )
         if self.method in ("gptq", "rtn") and self.bits is None:
             raise ValueError(f"method {self.method} quantises: say to how many bits, from 2 to 8")
         if self.method == "dense" and self.bits is not None:
-            raise ValueError(f"method dense changes nothing, so bits ({self.bits}) must be left out")
+            raise ValueError(
+                f"method dense changes nothing, so bits ({self.bits}) must be left out"
+            )
         return self
 
     @property
@@ -169,7 +182,7 @@ class Recipe(_Strict):
 
 
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a recipe file, not yet checked against the fields (the command line adds to it)."""
+    """The mapping in a recipe file, not yet checked against the fields (flags may be added)."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_YAML_BYTES + 1)
@@ -181,17 +194,33 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     if len(raw) > MAX_YAML_BYTES:
         raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
     try:
-        # safe_load expands aliases by reference, but checking and printing them would not.
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MAX_ALIASES:
-            raise UsageError(f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs")
+        _check_shape(text, path)
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
-    except RecursionError:
-        raise UsageError(f"recipe {path} is nested too deeply") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise UsageError(f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}")
+        raise UsageError(
+            f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}"
+        )
     return fields
+
+
+def _check_shape(text: str, path: str | os.PathLike) -> None:
+    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth)."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
+        if depth > _MAX_DEPTH:
+            raise UsageError(
+                f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is"
+            )
+        if aliases > _MAX_ALIASES:
+            raise UsageError(
+                f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs"
+            )
 
 
 def parse_nm(text: str) -> tuple[int, int]:
@@ -204,7 +233,7 @@ def parse_nm(text: str) -> tuple[int, int]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" and the like. UsageError when there is no unit or nothing is left."""
+    """Bytes of "8GiB", "500 MB" and the like. UsageError without a unit or with nothing left."""
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")
@@ -223,7 +252,9 @@ def parse_sparsity(text: str) -> dict[str, Any]:
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise UsageError(f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4") from None
+        raise UsageError(
+            f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4"
+        ) from None
     if not 0.0 <= share < 1.0:
         raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
     return {"sparsity": share}
@@ -237,7 +268,9 @@ def _from_base_60(value: Any) -> Any:
 def _place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or "not understood"
-    return f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
+    return (
+        f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
+    )
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
@@ -246,7 +279,9 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
+        )
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "missing":
         return f"the recipe lacks {name!r}"

@@ -1,7 +1,7 @@
-"""Text in many languages: read a folder strictly, cut it into token windows balanced over languages.
+"""Text in many languages: read a folder strictly, cut it into windows balanced over languages.
 
-A TEXTS folder holds one file per language, named by its code: `<lang>.txt` (one document or sentence
-per line), `<lang>.jsonl` (objects with "text") or `<lang>.parquet` (column "text").
+A TEXTS folder holds one file per language, named by its code: `<lang>.txt` (one document or
+sentence per line), `<lang>.jsonl` (objects with "text") or `<lang>.parquet` (column "text").
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Windows:
 
     tokens_per_language counts the tokens in the windows, fertility is tokens per character and
     bytes_per_token the UTF-8 bytes a token stands for, both over the text that was tokenised.
-    limited_by names the language whose text ran out first when fewer windows than asked for were cut.
+    limited_by names the language whose text ran out first when fewer windows than asked for were
+    cut.
     """
 
     ids: torch.Tensor
@@ -52,28 +53,39 @@ class Windows:
 def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str, list[str]]:
     """Documents per language, in file order. InputError names file and line of what cannot be used.
 
-    parallel=True asks for line i to be the same sentence in every language: the same number of lines
-    everywhere and none of them blank. Otherwise blank lines are skipped.
+    parallel=True asks for line i to be the same sentence in every language: the same number of
+    lines everywhere and none of them blank. Otherwise blank lines are skipped.
     """
     root = Path(folder)
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files")
-    files = [p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")]
+        raise InputError(
+            f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files"
+        )
+    files = [
+        p
+        for p in sorted(root.iterdir())
+        if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    ]
     if not files:
-        raise InputError(f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file")
+        raise InputError(
+            f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file"
+        )
     texts: dict[str, list[str]] = {}
     for path in files:
         if not LANGUAGE.fullmatch(path.stem):
             raise InputError(
-                f"{path} is not named by a language code such as en, zh-Hant or fil, so its language is unknown"
+                f"{path} is not named by a language code such as en, zh-Hant or fil, so its "
+                "language is unknown"
             )
         documents = [text for text in _documents(path, parallel) if text.strip()]
         if not documents:
             raise InputError(f"{path} is empty: it holds no text")
         texts.setdefault(path.stem, []).extend(documents)
     if parallel and len({len(lines) for lines in texts.values()}) > 1:
-        raise InputError(f"parallel texts need as many lines in every language, not {counts(texts, len)}")
+        raise InputError(
+            f"parallel texts need as many lines in every language, not {counts(texts, len)}"
+        )
     return texts
 
 
@@ -85,11 +97,13 @@ def windows(
     window: int,
     seed: int = 0,
 ) -> Windows:
-    """Cut texts into windows of `window` tokens, as many in every language, `tokens` at most in all.
+    """Cut texts into windows of `window` tokens, as many in every language, `tokens` at most in
+    all.
 
     Each window starts with BOS where the tokenizer has one. The documents of a language are joined
-    with a separator between them and a seeded choice is made among the windows, the same on every machine. tokens=None
-    takes what the shortest language can give. InputError with the counts when a language has too little.
+    with a separator between them and a seeded choice is made among the windows, the same on every
+    machine. tokens=None takes what the shortest language can give. InputError with the counts when
+    a language has too little.
     """
     if not texts:
         raise InputError("there is no text in any language")
@@ -98,7 +112,8 @@ def windows(
     wanted = None if tokens is None else tokens // (window * len(texts))
     if wanted == 0:
         raise InputError(
-            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} languages, "
+            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} "
+            "languages, "
             f"{window * len(texts)} tokens"
         )
     bos = tokenizer.bos_token_id
@@ -127,9 +142,11 @@ def windows(
 
 
 class _Stream:
-    """Tokens of one language: documents in a seeded order, a separator before each, until there are enough."""
+    """Tokens of one language: documents in seeded order, each behind a separator, until enough."""
 
-    def __init__(self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None):
+    def __init__(
+        self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None
+    ):
         self.lang = lang
         self.tokens = self.characters = self.bytes = 0
         order = np.arange(len(documents))
@@ -148,6 +165,7 @@ class _Stream:
             self.bytes += sum(len(text.encode()) for text in batch)
             if needed is not None and length >= _OVERSAMPLE * needed:
                 break
+        check_tokenised(lang, self.tokens, self.characters)
         self.ids = np.concatenate(parts)
 
     def choose(self, count: int, body: int, bos: int | None, seed: int) -> torch.Tensor:
@@ -159,10 +177,11 @@ class _Stream:
 
 
 def separator(tokenizer: Any) -> list[int]:
-    """What stands before each document in a stream: BOS, for want of it EOS, for want of both nothing.
+    """What stands before each document in a stream: BOS, for want of it EOS, for want of both
+    nothing.
 
-    BOS is what a language model met at the start of a document in training. EOS is, in chat models, the
-    end of a turn: nano-aya never saw it, and it costs 21 nats wherever it is put (measured).
+    BOS is what a language model met at the start of a document in training. EOS is, in chat models,
+    the end of a turn: nano-aya never saw it, and it costs 21 nats wherever it is put (measured).
     """
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return [mark for mark in marks if mark is not None][:1]
@@ -171,6 +190,15 @@ def separator(tokenizer: Any) -> list[int]:
 def encode(tokenizer: Any, documents: list[str]) -> list[list[int]]:
     """Token ids of each document, without any special token."""
     return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def check_tokenised(lang: str, tokens: int, characters: int) -> None:
+    """InputError when text became no token: transformers makes up a tokenizer for missing files."""
+    if characters and not tokens:
+        raise InputError(
+            f"the tokenizer turns {characters} characters of {lang} into no token at all; "
+            "are the model's tokenizer files missing?"
+        )
 
 
 def _rng(seed: int, lang: str, purpose: int) -> np.random.Generator:
@@ -188,7 +216,9 @@ def _documents(path: Path, parallel: bool) -> Iterator[str]:
             blank = blank or number
             continue
         if blank and parallel:
-            raise InputError(f"{path} line {blank} is blank, so its lines cannot be paired with other languages")
+            raise InputError(
+                f"{path} line {blank} is blank, so its lines cannot be paired with other languages"
+            )
         yield line if path.suffix == ".txt" else _json_text(path, number, line)
 
 
@@ -199,17 +229,22 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(raw) > MAX_LINE_BYTES:
-                raise InputError(f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?")
+                raise InputError(
+                    f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?"
+                )
             if b"\0" in raw:
                 at = offset + raw.index(b"\0")
-                raise InputError(f"{path} line {number} holds a NUL byte (at byte {at}); is it text?")
+                raise InputError(
+                    f"{path} line {number} holds a NUL byte (at byte {at}); is it text?"
+                )
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 # utf-8-sig counts from behind the mark it took off.
                 at = offset + error.start + 3 * raw.startswith(b"\xef\xbb\xbf") * (number == 1)
                 raise InputError(
-                    f"{path} line {number} is not UTF-8: byte 0x{raw[at - offset]:02x} at byte {at} of the file"
+                    f"{path} line {number} is not UTF-8: byte 0x{raw[at - offset]:02x} at byte "
+                    f"{at} of the file"
                 ) from None
             offset += len(raw)
             yield number, line.rstrip("\r\n")
@@ -232,7 +267,9 @@ def _parquet(path: Path) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UsageError(f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'") from error
+        raise UsageError(
+            f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'"
+        ) from error
     row = 0
     try:
         file = pq.ParquetFile(path)

@@ -1,4 +1,4 @@
-"""Reading texts: every way they can be broken is told with its place; windows are balanced and fixed."""
+"""Reading texts: whatever is broken is told with its place; windows are balanced and fixed."""
 
 import json
 from collections import Counter

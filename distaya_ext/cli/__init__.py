@@ -1,1 +1,1 @@
-"""The command line. One file per command; what takes long to import is imported inside the commands."""
+"""The command line, one file per command; slow imports happen inside the commands."""

@@ -43,7 +43,7 @@ class Group(TyperGroup):
             sentence, code = explain(error)
             typer.echo(f"Error: {sentence}", err=True)
         if code == INTERRUPTED:
-            typer.echo("Interrupted; no output folder was left behind.", err=True)
+            typer.echo("Interrupted; nothing half-written was left behind.", err=True)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def compress(
-    out: Annotated[Path, typer.Option(help="Folder to write the compressed model to.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write the compressed model to.", show_default=False)
+    ],
     model: Annotated[
-        str | None, typer.Argument(help="Local Hugging Face folder or hub id; the recipe may name it instead.")
+        str | None,
+        typer.Argument(help="Local Hugging Face folder or hub id; the recipe may name it instead."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, gptq, rtn or dense.")
@@ -27,18 +30,26 @@ def compress(
         str | None, typer.Option(help="Share to remove such as 0.5, or N:M kept such as 2:4.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Quantise to 2..8 bits.")] = None,
-    group: Annotated[int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")] = None,
+    group: Annotated[
+        int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")
+    ] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Folder of <lang>.txt, .jsonl or .parquet to calibrate on.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens over all languages.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Calibration tokens over all languages.")
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe; flags given beside it win.")
     ] = None,
-    max_ram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result of ours.")] = False,
+    max_ram: Annotated[
+        str | None, typer.Option(help="Memory to stay within, such as 8GiB.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older result of ours.")
+    ] = False,
     device: options.Device = "cpu",
     offline: options.Offline = False,
     json: options.Json = False,
@@ -79,7 +90,8 @@ def compress(
             offline=offline,
         )
         reporter.say(
-            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, {report.seconds:.1f} s"
+            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, "
+            f"{report.seconds:.1f} s"
         )
     if json:
         print_json({"out": str(out), **report.summary()})
@@ -93,11 +105,17 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
 
     fields = read_fields(file) if file is not None else {}
     given = {name: value for name, value in flags.items() if value is not None}
-    spec = {k: str(v) if k == "path" else v for k, v in given.pop("calibration").items() if v is not None}
+    spec = {
+        k: str(v) if k == "path" else v
+        for k, v in given.pop("calibration").items()
+        if v is not None
+    }
     if spec:
         inner = fields.get("calibration") or {}
         if not isinstance(inner, dict):
-            raise UsageError(f"recipe {file}: calibration must be a mapping, not {type(inner).__name__}")
+            raise UsageError(
+                f"recipe {file}: calibration must be a mapping, not {type(inner).__name__}"
+            )
         fields["calibration"] = {**inner, **spec}
     if "sparsity" in given:
         # One flag stands for two fields: the one it does not set must not survive from the file.
@@ -130,10 +148,14 @@ def describe(windows: Windows) -> list[str]:
     """What calibration really uses, in lines for the user."""
     languages = windows.tokens_per_language
     lines = [
-        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of {windows.ids.shape[1]} "
+        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of "
+        f"{windows.ids.shape[1]} "
         f"in each of {len(languages)} languages",
-        "tokens per character: " + ", ".join(f"{lang} {f:.2f}" for lang, f in sorted(windows.fertility.items())),
+        "tokens per character: "
+        + ", ".join(f"{lang} {f:.2f}" for lang, f in sorted(windows.fertility.items())),
     ]
     if windows.limited_by is not None:
-        lines.append(f"note: fewer tokens than asked for, since {windows.limited_by} has no more text")
+        lines.append(
+            f"note: fewer tokens than asked for, since {windows.limited_by} has no more text"
+        )
     return lines

@@ -1,4 +1,4 @@
-"""`distaya demo`: the whole way on a bundled model, offline, with nothing but what the wheel carries."""
+"""`distaya demo`: the whole way on a bundled model, offline, with only what the wheel carries."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def demo(
         Path | None, typer.Option(help="Folder to keep the models in; a temporary one without it.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the 50 % model.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older result of ours.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older result of ours.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compress the bundled model, measure every language before and after, and let it talk. Offline."""
+    """Compress the bundled model, measure every language before and after, let it talk."""
     start = time.perf_counter()
     from .output import console, print_json
     from .progress import Reporter
@@ -78,11 +80,14 @@ def demo(
     show.print()
     for trial in made:
         show.print(
-            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, compressed in {trial.seconds:.1f} s, "
+            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, compressed in "
+            f"{trial.seconds:.1f} s, "
             f"written to {trial.folder}",
             markup=False,
         )
-    show.print(f"All figures were measured in this run, {seconds:.0f} s in all.\n{_limits()}", markup=False)
+    show.print(
+        f"All figures were measured in this run, {seconds:.0f} s in all.\n{_limits()}", markup=False
+    )
 
 
 def _compress(
@@ -105,7 +110,8 @@ def _compress(
     spec = {"path": "texts/calibration", "tokens": cut.ids.numel(), "window": _WINDOW}
     recipe = Recipe(model="nano-aya", method="sparsegpt", calibration=spec, **fields)
     reporter.say(
-        f"{label}: sparsegpt on nano-aya, {cut.ids.numel()} calibration tokens in {len(texts)} languages"
+        f"{label}: sparsegpt on nano-aya, {cut.ids.numel()} calibration tokens in {len(texts)} "
+        "languages"
     )
     report = run(model, folder / name, recipe, cut, on_event=reporter.on_event, overwrite=overwrite)
     return Trial(label, folder / name, report.seconds, report.sparsity)
@@ -114,7 +120,7 @@ def _compress(
 def _measure(
     assets: Path, made: list[Trial], reporter: Reporter
 ) -> tuple[list[Evaluation], list[tuple[str, str, dict[str, str]]]]:
-    """Evaluations of the compressed models on parallel sentences, and continuations of all models."""
+    """Evaluations on parallel sentences, and continuations of all models."""
     from ..evaluate import cut_lines, evaluate_loaded, load
     from ..texts import read_texts
 
@@ -133,7 +139,11 @@ def _speak(lang: str, sentence: str, models: dict[str, Loaded]) -> tuple[str, st
     prompt = sentence[: int(len(sentence) * _PROMPT_SHARE)]
     if " " in prompt:
         prompt = prompt[: prompt.rindex(" ")]
-    return lang, prompt, {k: go_on(m, prompt, max_new_tokens=_NEW_TOKENS) for k, m in models.items()}
+    return (
+        lang,
+        prompt,
+        {k: go_on(m, prompt, max_new_tokens=_NEW_TOKENS) for k, m in models.items()},
+    )
 
 
 def comparison(made: list[Trial], found: list[Evaluation]) -> Table:
@@ -178,13 +188,17 @@ def _limits() -> str:
     from ..evaluate.result import LIMITS
 
     return (
-        "Limits: nano-aya has 8 million parameters and knows nothing; it shows the way, not what a large model "
+        "Limits: nano-aya has 8 million parameters and knows nothing; it shows the way, not "
+        "what a large model "
         f"loses. 20 sentences per language give wide intervals. {LIMITS}"
     )
 
 
 def _as_dict(
-    made: list[Trial], found: list[Evaluation], spoken: list[tuple[str, str, dict[str, str]]], seconds: float
+    made: list[Trial],
+    found: list[Evaluation],
+    spoken: list[tuple[str, str, dict[str, str]]],
+    seconds: float,
 ) -> dict[str, Any]:
     return {
         "trials": [

@@ -18,16 +18,26 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Score this many tokens at most, the same in every language.")
+        int | None,
+        typer.Option(min=1, help="Score this many tokens at most, the same in every language."),
     ] = None,
     lines: Annotated[
-        bool, typer.Option("--lines", help="Parallel texts: line i is the same sentence in every language.")
+        bool,
+        typer.Option(
+            "--lines", help="Parallel texts: line i is the same sentence in every language."
+        ),
     ] = False,
     max_worst_ppl_ratio: Annotated[
-        float | None, typer.Option(help="Exit 6 when the worst language's perplexity grew by more than this factor.")
+        float | None,
+        typer.Option(
+            help="Exit 6 when the worst language's perplexity grew by more than this factor."
+        ),
     ] = None,
     max_gap: Annotated[
-        float | None, typer.Option(help="Exit 6 when the worst language lost this many nats more than the median.")
+        float | None,
+        typer.Option(
+            help="Exit 6 when the worst language lost this many nats more than the median."
+        ),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
@@ -38,7 +48,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL per language, worst first; with --against, what compression changed."""
     if against is None and (max_worst_ppl_ratio is not None or max_gap is not None):
-        raise UsageError("--max-worst-ppl-ratio and --max-gap compare two models, so they need --against")
+        raise UsageError(
+            "--max-worst-ppl-ratio and --max-gap compare two models, so they need --against"
+        )
     if lines and tokens is not None:
         raise UsageError("--tokens cuts windows and has no meaning with --lines")
 

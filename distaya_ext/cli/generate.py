@@ -18,7 +18,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on with.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Draw tokens with this seed; the likeliest are taken without it.")
+        int | None,
+        typer.Option(min=0, help="Draw tokens with this seed; the likeliest are taken without it."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Used with --seed.")] = 0.8,
     device: options.Device = "cpu",
@@ -40,7 +41,12 @@ def generate(
 
 
 def go_on(
-    loaded: Loaded, prompt: str, *, max_new_tokens: int, seed: int | None = None, temperature: float = 0.8
+    loaded: Loaded,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int | None = None,
+    temperature: float = 0.8,
 ) -> str:
     """The continuation alone. The global random state of torch is left as it was."""
     import torch
@@ -56,7 +62,8 @@ def go_on(
     room = getattr(loaded.model.config, "max_position_embeddings", None)
     if room is not None and len(ids) + max_new_tokens > room:
         raise UsageError(
-            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {room} positions"
+            f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's {room} "
+            "positions"
         )
     if seed is not None and not temperature > 0:
         raise UsageError(f"temperature must be above 0 to draw tokens, not {temperature:g}")

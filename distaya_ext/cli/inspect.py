@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 _PATTERN_SPANS = (2, 4, 8, 16, 32)
-_PATTERN_SLACK = 0.02  # how far from full the groups of a pattern may be on average
+_PATTERN_FULL = 0.25  # share of groups that must hold as many weights as the pattern allows
 _GRID_ROWS = 64  # rows looked at for a quantisation grid
 _GRID_SHARE = 0.6  # distinct values per kept weight above which a group is not on a grid
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the weights
-    lie on (group 0 = one for the row), or None."""
+    """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the
+    weights lie on (group 0 = one for the row), or None."""
 
     module: str
     rows: int
@@ -93,14 +93,15 @@ def look(checkpoint: Checkpoint, module: str) -> Linear:
 def pattern(W: torch.Tensor) -> str | None:
     """The N:M pattern with the shortest M that every group of M inputs of W [rows, columns] obeys.
 
-    Any matrix obeys some loose pattern, so its groups must also be full but for 2 %.
+    Any matrix obeys some loose pattern, so a good share of its groups must hold all N. Not all of
+    them: rounding turns small kept weights into zeros.
     """
     kept = W != 0
-    density = kept.float().mean().item()
     for m in _PATTERN_SPANS:
         if W.shape[1] % m == 0:
-            n = int(kept.reshape(W.shape[0], -1, m).sum(dim=2).max())
-            if 0 < n < m and n / m - density < _PATTERN_SLACK:
+            counts = kept.reshape(W.shape[0], -1, m).sum(dim=2)
+            n = int(counts.max())
+            if 0 < n < m and (counts == n).float().mean() >= _PATTERN_FULL:
                 return f"{n}:{m}"
     return None
 
@@ -108,10 +109,11 @@ def pattern(W: torch.Tensor) -> str | None:
 def grid(W: torch.Tensor) -> tuple[int, int] | None:
     """(bits, group) of the integer grid that W [rows, columns] lies on, or None.
 
-    Found by counting distinct values in groups of inputs. 8-bit grids on short groups hold as many levels
-    as weights and are not seen.
+    The fewest bits win, then the longest group. Found by counting distinct values in groups of
+    inputs. 8-bit grids on short groups hold as many levels as weights and are not seen.
     """
     rows = W[:: max(1, W.shape[0] // _GRID_ROWS)].float()
+    found: list[tuple[int, int]] = []
     for group in (0, 128, 64, 32):
         span = group or W.shape[1]
         if W.shape[1] % span or (group and span >= W.shape[1]):
@@ -122,8 +124,8 @@ def grid(W: torch.Tensor) -> tuple[int, int] | None:
         distinct = levels - (kept < span).long()
         bits = max(2, (int(levels.max()) - 1).bit_length())
         if bits <= 8 and distinct.sum() <= _GRID_SHARE * kept.sum():
-            return bits, group
-    return None
+            found.append((bits, group))
+    return min(found, key=lambda pair: pair[0], default=None)
 
 
 def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
@@ -161,7 +163,15 @@ def _table(linears: list[Linear], every: bool) -> Any:
     from rich.table import Table
 
     table = Table()
-    for head in ("module" if every else "matrix", "count", "shape", "dtype", "zeros", "pattern", "grid"):
+    for head in (
+        "module" if every else "matrix",
+        "count",
+        "shape",
+        "dtype",
+        "zeros",
+        "pattern",
+        "grid",
+    ):
         table.add_column(head, justify="left" if head in ("module", "matrix") else "right")
     kinds: dict[str, list[Linear]] = {}
     for linear in linears:
@@ -169,7 +179,9 @@ def _table(linears: list[Linear], every: bool) -> Any:
         kinds.setdefault(linear.module if every else ".".join(parts[-2:]), []).append(linear)
     for kind, group in kinds.items():
         low, high = min(x.sparsity for x in group), max(x.sparsity for x in group)
-        zeros = f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+        zeros = (
+            f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+        )
         table.add_row(
             kind,
             str(len(group)),

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Local Hugging Face folder or hub id owner/name.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Local Hugging Face folder or hub id owner/name.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -15,5 +17,6 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use its local cache.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16 to run the model in.")]
 Texts = Annotated[
-    Path, typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False)
+    Path,
+    typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False),
 ]

@@ -1,4 +1,4 @@
-"""What the user sees: consoles, tables, numbers. Results go to stdout, everything else to stderr."""
+"""What the user sees: consoles, tables, numbers. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
 
 def interval(pair: tuple[float, float] | None, digits: int = 3, sign: bool = True) -> str:
     """[low, high], or a dash."""
-    return "-" if pair is None else f"[{number(pair[0], digits, sign)}, {number(pair[1], digits, sign)}]"
+    return (
+        "-"
+        if pair is None
+        else f"[{number(pair[0], digits, sign)}, {number(pair[1], digits, sign)}]"
+    )
 
 
 def size(count: float) -> str:
@@ -85,7 +89,8 @@ def verdict(found: Evaluation) -> str:
     if worst.over_english is not None:
         low_high = interval(worst.over_english_interval, 2)
         parts.append(
-            f"{worst.language} minus English, same sentences: {worst.over_english:+.2f} nats per sentence {low_high}"
+            f"{worst.language} minus English, same sentences: {worst.over_english:+.2f} nats per "
+            f"sentence {low_high}"
         )
     return "; ".join(parts)
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..compress import events
 from .output import console, size
@@ -24,7 +30,8 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: int | None = None
         self._what = ""
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
+        self._last = -_HEARTBEAT_SECONDS  # the first sign of life comes at once
         self._worst: tuple[float, str] | None = None
 
     def __enter__(self) -> Reporter:
@@ -56,14 +63,22 @@ class Reporter:
             case events.Notice(message):
                 self.say(f"note: {message}")
             case events.Proved(layers=layers, max_abs_diff=diff):
-                self.say(f"replay of {layers} layers reproduces the model's own logits (max difference {diff:g})")
+                self.say(
+                    f"replay of {layers} layers reproduces the model's own logits (max "
+                    f"difference {diff:g})"
+                )
             case events.LayerStart(layer, layers):
                 self._worst = None
-                self._advance("layers", layer, layers)
+                if layer == 0 or self._bar is not None:
+                    self._advance("layers", layer, layers)
             case events.StageDone():
                 self._stage(event)
             case events.LayerDone(layer, layers, seconds):
-                worst = f", largest relative loss {self._worst[0]:.2e} ({self._worst[1]})" if self._worst else ""
+                worst = (
+                    f", largest relative loss {self._worst[0]:.2e} ({self._worst[1]})"
+                    if self._worst
+                    else ""
+                )
                 self._advance("layers", layer + 1, layers, f"{seconds:.1f} s{worst}", always=True)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
@@ -74,20 +89,26 @@ class Reporter:
 
     def _stage(self, event: events.StageDone) -> None:
         short = ", ".join(name.rsplit(".", 1)[-1] for name in event.names)
-        if event.relative_loss is not None and (not self._worst or event.relative_loss > self._worst[0]):
+        if event.relative_loss is not None and (
+            not self._worst or event.relative_loss > self._worst[0]
+        ):
             self._worst = (event.relative_loss, short)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=f"layer {event.layer + 1}: {short}")
         elif self._due():
             self.say(f"layer {event.layer + 1}: {short} done in {event.seconds:.1f} s")
 
-    def _advance(self, what: str, done: int, total: int, detail: str = "", always: bool = False) -> None:
+    def _advance(
+        self, what: str, done: int, total: int, detail: str = "", always: bool = False
+    ) -> None:
         if what != self._what or done == 0:
             self._what, self._start, self._task = what, time.monotonic(), None
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(what, total=total)
-            self._bar.update(self._task, completed=done, total=total, description=f"{what} {detail}".strip())
+            self._bar.update(
+                self._task, completed=done, total=total, description=f"{what} {detail}".strip()
+            )
         elif done and (always or self._due()):
             spent = time.monotonic() - self._start
             left = spent / done * (total - done)

@@ -1,4 +1,4 @@
-"""Per-language quality: how much text in each language surprises a model, before and after compression."""
+"""Per-language quality: how much text surprises a model, before and after compression."""
 
 from .load import Loaded, load
 from .result import Evaluation, LanguageResult

@@ -1,4 +1,4 @@
-"""Loading a model to run it: our strict reader looks at the folder first, then transformers loads it."""
+"""Loading a model to run it: our strict reader checks the folder, then transformers loads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..compress.calibrate import load_tokenizer
 from ..errors import InputError, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the comparison.
+# Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
+# comparison.
 _FLOAT32_BELOW = 2 << 30
 
 
@@ -36,10 +37,11 @@ class Loaded:
 def load(
     model: str | Path, *, dtype: str = "auto", device: str = "cpu", offline: bool = False
 ) -> Loaded:
-    """Load a local folder or hub id after checking it. InputError in one sentence for what is wrong.
+    """Load a local folder or hub id after checking it. InputError in one sentence for what is
+    wrong.
 
-    dtype "auto" is float32 for checkpoints under 2 GiB and the checkpoint's own otherwise. Remote code is
-    never run, and only safetensors are read.
+    dtype "auto" is float32 for checkpoints under 2 GiB and the checkpoint's own otherwise. Remote
+    code is never run, and only safetensors are read.
     """
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
@@ -58,7 +60,9 @@ def load(
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{model} passed our checks but transformers cannot load it: {reason}") from error
+            raise InputError(
+                f"{model} passed our checks but transformers cannot load it: {reason}"
+            ) from error
     return Loaded(str(model), network.eval().to(device), tokenizer)
 
 
@@ -66,16 +70,19 @@ def check_same_vocabulary(model: Loaded, base: Loaded) -> None:
     """InputError unless both give the same ids to the same text: token by token needs that."""
     if model.vocabulary != base.vocabulary:
         raise InputError(
-            f"{model.name} has a vocabulary of {model.vocabulary} and {base.name} one of {base.vocabulary}; "
+            f"{model.name} has a vocabulary of {model.vocabulary} and {base.name} one of "
+            f"{base.vocabulary}; "
             "they cannot be compared token by token"
         )
     if model.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise InputError(f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same")
+        raise InputError(
+            f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same"
+        )
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers inside the block; its settings come back after."""
+    """Inside the block transformers shows no bars and gives no advice; both come back after."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

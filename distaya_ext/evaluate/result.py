@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers per language, worst first, as a table, as JSON, and as a gate."""
+"""What an evaluation found: numbers per language, worst first, for tables, JSON and a gate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ..errors import GateError
 Interval = tuple[float, float]
 
 LIMITS = (
-    "Perplexity, KL and agreement measure how the model changed on this text; they do not replace human "
-    "evaluation: for Japanese it once found a loss of 16 % where automatic metrics saw 1.7 % (Marchisio et al. 2024)."
+    "Perplexity, KL and agreement measure how the model changed on this text; they do not "
+    "replace human "
+    "evaluation: for Japanese it once found a loss of 16 % where automatic metrics saw 1.7 % "
+    "(Marchisio et al. 2024)."
 )
 
 
@@ -21,10 +23,10 @@ LIMITS = (
 class LanguageResult:
     """One language. nll in nats per token; every field from base_nll on is None without a base.
 
-    dnll = nll - base_nll with a 95 % interval over samples; kl = mean KL(base || model) in nats per token
-    and kl_p99 its 99th percentile; agreement = share of tokens with the base's first choice.
-    sentence_dnll = dnll in nats per sentence, and over_english that minus the same of English, sentence by
-    sentence (parallel lines only).
+    dnll = nll - base_nll with a 95 % interval over samples; kl = mean KL(base || model) in nats per
+    token and kl_p99 its 99th percentile; agreement = share of tokens with the base's first choice.
+    sentence_dnll = dnll in nats per sentence, and over_english that minus the same of English,
+    sentence by sentence (parallel lines only).
     """
 
     language: str
@@ -103,12 +105,14 @@ class Evaluation:
         worst, failed = self.worst, []
         if max_worst_ppl_ratio is not None and not worst.ppl_ratio <= max_worst_ppl_ratio:
             failed.append(
-                f"the worst language {worst.language} has {worst.ppl_ratio:.4f} times the perplexity "
+                f"the worst language {worst.language} has {worst.ppl_ratio:.4f} times the "
+                "perplexity "
                 f"({max_worst_ppl_ratio:g} allowed)"
             )
         if max_gap is not None and not self.gap <= max_gap:
             failed.append(
-                f"the gap between {worst.language} and the median is {self.gap:.4f} nats ({max_gap:g} allowed)"
+                f"the gap between {worst.language} and the median is {self.gap:.4f} nats "
+                f"({max_gap:g} allowed)"
             )
         if failed:
             raise GateError("quality gate failed: " + " and ".join(failed))
@@ -116,7 +120,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, fields that do not apply left out."""
         rows = [
-            {key: value for key, value in asdict(row).items() if value is not None} | {"ppl": row.ppl}
+            {key: value for key, value in asdict(row).items() if value is not None}
+            | {"ppl": row.ppl}
             for row in self.languages
         ]
         out: dict[str, Any] = {"model": self.model, "mode": self.mode, "nll": self.nll}

@@ -38,11 +38,12 @@ def evaluate(
     on_progress: OnProgress | None = None,
     offline: bool = False,
 ) -> Evaluation:
-    """Score a model per language on a TEXTS folder (or texts already read), paired with a base if given.
+    """Score a model per language on a TEXTS folder (or texts already read), paired with a base if
+    given.
 
-    Windows of `window` consecutive tokens are scored; with per_line each line is a sample and the texts must
-    be parallel. tokens caps the total over languages (windows only). Model and base are both in memory.
-    Raises InputError and UsageError in one sentence.
+    Windows of `window` consecutive tokens are scored; with per_line each line is a sample and the
+    texts must be parallel. tokens caps the total over languages (windows only). Model and base are
+    both in memory. Raises InputError and UsageError in one sentence.
     """
     if not isinstance(texts, Mapping):
         texts = read_texts(texts, parallel=per_line)
@@ -71,7 +72,8 @@ def evaluate_loaded(
 ) -> list[Evaluation]:
     """Score models already in memory on samples already cut, one Evaluation each.
 
-    With a base its forward pass is shared by all of them. window None means the rows are parallel lines.
+    With a base its forward pass is shared by all of them. window None means the rows are parallel
+    lines.
     """
     start = time.perf_counter()
     networks = [m.model for m in ([base] if base else []) + list(models)]
@@ -79,6 +81,7 @@ def evaluate_loaded(
     _check_ids(models[0], samples)
     scores: list[list[Scores]] = []
     for sample in samples:
+
         def advance(count: int, language: str = sample.language) -> None:
             nonlocal done
             done += count
@@ -116,12 +119,16 @@ def _score(
 def _languages(
     samples: Sequence[Samples], scores: list[list[Scores]], which: int, paired: bool, parallel: bool
 ) -> list[LanguageResult]:
-    """Results of model number `which`, worst first. scores[language][model], the base first if paired."""
+    """Results of model `which`, worst first. scores[language][model], base first if paired."""
     english = None
     if paired and parallel:
         english = next(
-            (s[which].nll - s[0].nll for s, sample in zip(scores, samples, strict=True)
-             if sample.language == "en"), None
+            (
+                s[which].nll - s[0].nll
+                for s, sample in zip(scores, samples, strict=True)
+                if sample.language == "en"
+            ),
+            None,
         )
     rows = [
         _language(sample, s[which], s[0] if paired else None, parallel, english)
@@ -169,12 +176,15 @@ def _language(
 
 
 def _longest(loaded: Loaded) -> int:
-    return min(_LONGEST_LINE, getattr(loaded.model.config, "max_position_embeddings", _LONGEST_LINE))
+    return min(
+        _LONGEST_LINE, getattr(loaded.model.config, "max_position_embeddings", _LONGEST_LINE)
+    )
 
 
 def _check_ids(model: Loaded, samples: Sequence[Samples]) -> None:
     highest = max(int(row.max()) for sample in samples for row in sample.rows)
     if highest >= model.vocabulary:
         raise InputError(
-            f"the tokenizer of {model.name} gives token {highest} and the embedding has {model.vocabulary} rows"
+            f"the tokenizer of {model.name} gives token {highest} and the embedding has "
+            f"{model.vocabulary} rows"
         )

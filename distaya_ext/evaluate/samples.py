@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..texts import counts, encode, separator
+from ..texts import check_tokenised, counts, encode, separator
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of one language, each int64 [tokens]; the first token of a row is context and not scored."""
+    """Rows of one language, int64 [tokens] each; a row's first token is context, not scored."""
 
     language: str
     rows: list[torch.Tensor]
@@ -26,21 +26,22 @@ def cut_windows(
 ) -> list[Samples]:
     """Consecutive windows over the documents of each language, in file order.
 
-    Documents are joined with BOS before each and the stream is cut every `window` tokens, in the middle
-    of documents too; what is left at the end is not scored. tokens caps the total, the same for every language.
-    InputError with the counts when a language does not fill one window.
+    Documents are joined with BOS before each and the stream is cut every `window` tokens, in the
+    middle of documents too; what is left at the end is not scored. tokens caps the total, the same
+    for every language. InputError with the counts when a language does not fill one window.
     """
     if window < 2:
         raise InputError(f"a window needs at least 2 tokens, not {window}")
     most = None if tokens is None else tokens // (window * len(texts))
     if most == 0:
         raise InputError(
-            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} languages, "
+            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} "
+            "languages, "
             f"{window * len(texts)} tokens"
         )
     samples, short = [], {}
     for lang, documents in texts.items():
-        stream, ratio = _stream(documents, tokenizer, None if most is None else most * window)
+        stream, ratio = _stream(lang, documents, tokenizer, None if most is None else most * window)
         rows = list(stream[: len(stream) // window * window].split(window))[:most]
         if not len(stream) // window:
             short[lang] = len(stream)
@@ -55,7 +56,8 @@ def cut_windows(
 def cut_lines(
     texts: Mapping[str, list[str]], tokenizer: Any, *, longest: int, lines: int | None = None
 ) -> list[Samples]:
-    """One row per line, BOS first where there is one. The texts must be parallel (read_texts says so).
+    """One row per line, BOS first where there is one. The texts must be parallel (read_texts says
+    so).
 
     InputError naming the line when one is longer than `longest` tokens or has nothing to score.
     """
@@ -64,6 +66,7 @@ def cut_lines(
     for lang, sentences in texts.items():
         sentences = sentences[:lines]
         rows = [torch.tensor(bos + ids, dtype=torch.int64) for ids in encode(tokenizer, sentences)]
+        check_tokenised(lang, sum(len(row) - len(bos) for row in rows), sum(map(len, sentences)))
         for number, row in enumerate(rows, 1):
             if len(row) < 2 or len(row) > longest:
                 raise InputError(
@@ -79,16 +82,20 @@ def cut_lines(
     return samples
 
 
-def _stream(documents: list[str], tokenizer: Any, needed: int | None) -> tuple[torch.Tensor, float]:
+def _stream(
+    lang: str, documents: list[str], tokenizer: Any, needed: int | None
+) -> tuple[torch.Tensor, float]:
     """Token ids of all documents (or the first `needed`) in one row, and the bytes per token."""
     mark = separator(tokenizer)
     ids: list[int] = []
-    used = size = 0
+    used = size = characters = 0
     for document in documents:
         (body,) = encode(tokenizer, [document])
         ids += mark + body
         used += len(body)
         size += len(document.encode())
+        characters += len(document)
         if needed is not None and len(ids) >= needed:
             break
-    return torch.tensor(ids, dtype=torch.int64), size / max(1, used)
+    check_tokenised(lang, used, characters)
+    return torch.tensor(ids, dtype=torch.int64), size / used

@@ -1,4 +1,4 @@
-"""Maths: logits in, surprise per token out. The only place where a forward pass is run for evaluation."""
+"""Maths: logits in, surprise per token out. The only forward passes of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _SOFTMAX_BYTES = 16 << 20  # of which this much is worked on at a time
 
 @dataclass
 class Scores:
-    """Of one model on the rows of one language, float64 [rows]: sums over the scored tokens of a row.
+    """Of one model on the rows of one language, float64 [rows]: sums over the scored tokens of a
+    row.
 
-    nll in nats. kl = KL(base || model) in nats and same = number of tokens with the base's first choice,
-    both zero for the base itself. kl_tokens holds the KL of every token, float32 [tokens].
+    nll in nats. kl = KL(base || model) in nats and same = number of tokens with the base's first
+    choice, both zero for the base itself. kl_tokens holds the KL of every token, float32 [tokens].
     """
 
     tokens: np.ndarray
@@ -52,7 +53,9 @@ def score(
         for place, i in enumerate(batch):
             length = len(rows[i])
             targets = ids[place, 1:length]
-            for which, stats in enumerate(_row([lg[place, : length - 1] for lg in logits], targets)):
+            for which, stats in enumerate(
+                _row([lg[place, : length - 1] for lg in logits], targets)
+            ):
                 if not np.isfinite(stats[0]).all():
                     raise InputError(f"the model gives NaN or infinite logits in sample {i + 1}")
                 sums[which][:, i] = stats.sum(axis=1)

@@ -1,4 +1,4 @@
-"""Maths: confidence intervals by resampling whole samples (windows or sentences), never single tokens."""
+"""Maths: confidence intervals by resampling whole windows or sentences, never single tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of sum(sums) / sum(weights), both float64 [samples].
 
-    Tokens of one sample depend on each other, so samples are what is drawn (with replacement; the seed is
-    fixed). With paired differences in `sums` this is the paired bootstrap (Efron & Tibshirani 1993, ch. 13).
-    None for fewer than two samples, which say nothing about spread.
+    Tokens of one sample depend on each other, so samples are what is drawn (with replacement; the
+    seed is fixed). With paired differences in `sums` this is the paired bootstrap (Efron &
+    Tibshirani 1993, ch. 13). None for fewer than two samples, which say nothing about spread.
     """
     n = len(sums)
     if n < 2:
