@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from distaya_ext.ops.cholesky import cholesky
 from test_obs import MODES, damped, factor, problem
 
 from distaya_ext.errors import InputError
 from distaya_ext.ops import obs as room
+from distaya_ext.ops.cholesky import cholesky
 from distaya_ext.ops.obs import Quant, obs, quantize, sweep_
 
 
