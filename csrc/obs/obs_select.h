@@ -58,7 +58,7 @@ struct Entry {
 // Scores of a sample spread over the block: a guess of where the cut lies.
 inline std::vector<float> sample_scores(const Entry& e) {
   const int64_t vectors = e.rows / kLanes * e.cols;  // whole vectors only
-  const int64_t step = std::max<int64_t>(1, vectors / 2048) | 1;
+  const int64_t step = std::max<int64_t>(1, vectors / 1024) | 1;
   std::vector<float> scores;
   for (int64_t i = 0; i < vectors; i += step) {
     const int64_t row = i / e.cols * kLanes, j = i % e.cols;

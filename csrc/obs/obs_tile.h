@@ -17,19 +17,12 @@ DISTAYA_INLINE void store(uint8_t* p, vf x) {
   *reinterpret_cast<vb_any*>(p) = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
 }
 
-// load_n and store_n of simd.h, for bytes too.
+// load_n of simd.h, for bytes too.
 template <class T>
 DISTAYA_INLINE vf load_part(const T* p, int64_t n) {
   T part[kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
   return load(part);
-}
-
-template <class T>
-DISTAYA_INLINE void store_part(T* p, vf x, int64_t n) {
-  T part[kLanes];
-  store(part, x);
-  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
 // Exchanges the off-diagonal halves of every 2s x 2s sub-matrix held in x.
@@ -83,22 +76,34 @@ void load_tile(const From* src, int64_t ld, int64_t rows, int64_t cols, int64_t 
     }
 }
 
-// The way back: tile [cols][kNR] -> dst [rows <= kNR][cols].
+// The way back: tile [cols][kNR] -> dst [rows <= kNR][cols]. Rows of W are often a power of two
+// apart, so that their lines fight for the same cache sets: each line is written once, as a whole.
 template <class From, class To>
 void store_tile(const From* tile, int64_t rows, int64_t cols, To* dst, int64_t ld) {
+  constexpr int64_t kLine = std::max<int64_t>(kLanes, 64 / sizeof(To));
   for (int64_t v = 0; v < rows; v += kLanes)
-    for (int64_t j = 0; j < cols; j += kLanes) {
+    for (int64_t j = 0; j < cols; j += kLine) {
+      alignas(64) To line[kLanes][kLine];
       const int64_t height = std::min<int64_t>(rows - v, kLanes);
-      const int64_t width = std::min<int64_t>(cols - j, kLanes);
-      vf x[kLanes] = {};
-      for (int64_t i = 0; i < width; ++i) x[i] = load(tile + (j + i) * kNR + v);
-      transpose(x);
-      To* to = dst + v * ld + j;
-      if (width == kLanes && height == kLanes) {
+      const int64_t width = std::min<int64_t>(cols - j, kLine);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        vf x[kLanes] = {};
+        const From* from = tile + (j + c) * kNR + v;
+        if (width - c >= kLanes) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) store(to + i * ld, x[i]);
-      } else {
-        for (int64_t i = 0; i < height; ++i) store_part(to + i * ld, x[i], width);
+          for (int64_t i = 0; i < kLanes; ++i) x[i] = load(from + i * kNR);
+        } else {
+          for (int64_t i = 0; i < width - c; ++i) x[i] = load(from + i * kNR);
+        }
+        transpose(x);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) store(line[i] + c, x[i]);
       }
+      To* to = dst + v * ld + j;
+      if (width == kLine)
+        for (int64_t i = 0; i < height; ++i) std::memcpy(to + i * ld, line[i], sizeof line[i]);
+      else
+        for (int64_t i = 0; i < height; ++i)
+          std::memcpy(to + i * ld, line[i], sizeof(To) * static_cast<size_t>(width));
     }
 }
