@@ -50,7 +50,7 @@ ROOMS = ("hessian", "cholesky", "obs", "mask")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed arguments with `sections`, the names to run in order. Exits with 2 if they are wrong."""
+    """Parsed arguments; `sections` are the names to run, in order. Exits with 2 if wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = ", ".join(BUDGETS)
     parser.add_argument("--build", action="store_true", help="pip install for this device first")
@@ -81,6 +81,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.sections = [name for name in BUDGETS if name in wanted - skip]
     if not args.sections:
         parser.error("nothing is left to run")
+    args.build = "build" in args.sections
     return args
 
 
@@ -135,7 +136,7 @@ def run(
 
 
 def prepare(args: argparse.Namespace, report: Report) -> str:
-    """Build if asked, then ask the package what it is. Returns why nothing can be measured, or ""."""
+    """Build if asked, then ask the package for its facts. Returns why nothing can be measured."""
     share = budgets(args.minutes)
     arch = gpu_sections.device_arch() if args.build else ""
     if args.build:

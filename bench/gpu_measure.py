@@ -10,11 +10,13 @@ use its share of what is left, makes fewer repeats when that is short, and at le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,36 +81,57 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def measure(name: str, case, clock: Clock, until: float, turns: int = TURNS) -> dict:
-    """One row. Times ours and the rulers in turn until `turns` or the time is over."""
-    calls = {"ours": case.ours, **case.rulers}
+    """One row. Times ours and the rulers in turn until `turns` or the time is over.
+
+    A ruler that fails is named in the row's error and left out; ours is measured all the same.
+    """
     first = next(iter(case.rulers))
-    results = {who: call(*case.inputs[0]) for who, call in calls.items()}  # a warm-up, too
-    difference = case.difference(results["ours"], results[first])
-    results.clear()
-    times: dict[str, list[float]] = {who: [] for who in calls}
-    if time.time() < until:
-        for call in calls.values():
-            clock.seconds(call, case.inputs[-1])
-    made = 0
-    while made < turns and (made == 0 or time.time() < until):
-        arguments = case.inputs[made % len(case.inputs)]
-        for who, call in calls.items():
-            if who == "ours" or made % RULER_EVERY == 0:
-                times[who].append(clock.seconds(call, arguments))
-        made += 1
+    result = case.ours(*case.inputs[0])  # the checked call is the first warm-up, too
+    calls, errors, difference = {"ours": case.ours}, [], None
+    for who, call in case.rulers.items():
+        try:
+            other = call(*case.inputs[0])
+            calls[who] = call
+            if who == first:
+                difference = case.difference(result, other)
+            del other
+        except Exception as error:
+            errors.append(f"{who}: {sentence(error)}")
+    del result
+    if difference is None or not difference <= case.limit:  # a NaN, too
+        seen = "could not be compared with" if difference is None else f"is {difference:.1e} off"
+        errors.insert(0, f"ours {seen} {first}; at most {case.limit:.0e} is right")
+    times, made = timed(calls, case.inputs, clock, until, turns)
     row = {
         "name": name,
-        "ours": summary(times["ours"]),
-        "rulers": {who: summary(times[who]) for who in case.rulers},
+        "ours": summary(times.pop("ours")),
+        "rulers": {who: summary(seconds) for who, seconds in times.items()},
         "work": case.work,
-        "difference": difference,
+        "difference": difference if difference is not None and isfinite(difference) else None,
         "limit": case.limit,
     }
     if made < turns:
         row["note"] = f"{made} of {turns} repeats, then its share of the time was spent"
-    if not difference <= case.limit:  # a NaN, too
-        row["error"] = f"differs from {first} by {difference:.1e}, more than {case.limit:.0e}"
+    if errors:
+        row["error"] = "; ".join(errors)
     return row
+
+
+def timed(
+    calls: dict[str, Callable], inputs: Sequence, clock: Clock, until: float, turns: int
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds per contender, and how many of the turns the time allowed: at least one."""
+    if time.time() < until:  # the second warm-up
+        for call in calls.values():
+            clock.seconds(call, inputs[-1])
+    times: dict[str, list[float]] = {who: [] for who in calls}
+    made = 0
+    while made < turns and (made == 0 or time.time() < until):
+        for who, call in calls.items():
+            if who == "ours" or made % RULER_EVERY == 0:
+                times[who].append(clock.seconds(call, inputs[made % len(inputs)]))
+        made += 1
+    return times, made
 
 
 def sentence(error: BaseException) -> str:
@@ -134,7 +157,8 @@ def measure_all(table: dict[str, Callable], clock: Clock, until: float, tell: Ca
         if clock.cuda:
             import torch
 
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a lost device: every row says so by itself
+                torch.cuda.empty_cache()
     return good
 
 
@@ -147,11 +171,12 @@ def facts(device: str, quick: bool) -> dict:
     from distaya_ext.ops import machine
 
     status = machine.cuda_status()
+    here = Path(distaya_ext.__file__).resolve().parent.parent
     known = {
         "torch": torch.__version__,
         "archs": machine.cuda_archs(),
         "cuda": status,
-        "package": "source tree" if ROOT in Path(distaya_ext.__file__).parents else "installed",
+        "package": "source tree" if here == ROOT else "installed",
         "smoke": quick or device == "cpu",
     }
     if device == "cpu":
@@ -202,8 +227,8 @@ def main() -> int:
             file.write(json.dumps(record) + "\n")
         row = record.get("row", {})
         if row:
-            end = row.get("error") or f"{row['ours']['median'] * 1e3:.3f} ms"
-            print(f"  {row['name']:36} {end}", flush=True)
+            told = f"{row['ours']['median'] * 1e3:10.3f} ms  " if "ours" in row else ""
+            print(f"  {row['name']:32} {told}{row.get('error', '')}", flush=True)
 
     try:
         return 0 if run(args.section, args.device, args.quick, args.until, tell) else 1

@@ -125,7 +125,7 @@ def cells(row: dict, ceilings: dict[str, float]) -> list[str]:
         milliseconds(ours),
         "; ".join(rulers),
         *reached(row, ceilings),
-        f"{row['difference']:.0e}",
+        "-" if row["difference"] is None else f"{row['difference']:.0e}",
         notes,
     ]
 

@@ -57,9 +57,9 @@ def child(
 def ending(code: int | None, limit: float, lines: list[str]) -> str:
     """How a child failed, as a sentence: its last line, or the signal that ended it."""
     if code is None:
-        return f"was stopped after {limit:.0f} s, all that the other sections left it"
+        return f"stopped at {limit:.0f} s, all the time that the other sections leave it"
     if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}"
+        return f"the process was ended by {signal.Signals(-code).name}"
     last = lines[-1].replace(str(ROOT), ".").replace(sys.prefix, "(python)") if lines else ""
     return f"exit code {code}: {last[:300] or 'no word of why'}"
 
@@ -88,7 +88,7 @@ def measured(
     section.status = "failed"
     explained = section.said or any("error" in row for row in section.rows)
     if code is None or code < 0 or not explained:
-        section.said = ending(code, limit, lines)
+        section.said = f"{ending(code, limit, lines)} (rows measured: {len(section.rows)})"
 
 
 def measuring(section: str, device: str, quick: bool) -> list[str]:

@@ -1,0 +1,292 @@
+"""bench/gpu.py as far as it can be tested without a GPU: its logic, its cases at tiny shapes."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+# Appended, not inserted: an installed distaya_ext must win over the source folder.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from bench import gpu, gpu_case, gpu_cases, gpu_measure, gpu_report
+
+ROOT = Path(gpu.__file__).resolve().parent.parent
+TINY = gpu_case.Size(hidden=128, ff=256, tokens=192, device="cpu")
+FAR = time.time() + 1e6
+
+
+def tiny_case(**changes):
+    """A case whose ours and ruler agree, unless `changes` says otherwise."""
+    parts = {
+        "ours": lambda x: x + 1,
+        "rulers": {"torch": lambda x: 1 + x},
+        "inputs": gpu_case.rotated(torch.ones(4)),
+        "work": {"fp32": 1e-3, "copy": 1e-6},
+        "difference": gpu_case.relative,
+        "limit": 0.0,
+    }
+    return gpu_case.Case(**(parts | changes))
+
+
+def row_of(**changes):
+    return gpu_measure.measure("row", tiny_case(**changes), gpu_measure.Clock("cpu"), FAR, 4)
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "sections"),
+    [
+        ([], ["tests", "ceilings", "hessian", "cholesky", "obs", "mask"]),
+        (["--build"], list(gpu.BUDGETS)),
+        (["--only", "obs,hessian"], ["ceilings", "hessian", "obs"]),
+        (["--only", "mask", "--skip", "ceilings"], ["mask"]),
+        (["--only", "tests"], ["tests"]),
+        (["--skip", "tests,obs"], ["ceilings", "hessian", "cholesky", "mask"]),
+        (["--device", "cpu", "--quick"], ["ceilings", "hessian", "cholesky", "obs", "mask"]),
+    ],
+)
+def test_sections_chosen(argv, sections):
+    args = gpu.arguments(argv)
+    assert args.sections == sections
+    assert args.build == ("build" in sections)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--only", "obs,nosuch"], "no section named nosuch; there are build, tests"),
+        (["--device", "cpu"], "needs --quick"),
+        (["--device", "cpu", "--quick", "--build"], "need a GPU"),
+        (["--minutes", "0"], "must be more than 0"),
+        (["--only", "tests", "--skip", "tests"], "nothing is left"),
+    ],
+)
+def test_wrong_arguments_are_refused(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.arguments(argv)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_budgets_fit_into_nine_minutes():
+    assert gpu.MINUTES == 9
+    assert sum(gpu.budgets(gpu.MINUTES).values()) + 20 <= 9 * 60
+    assert sum(gpu.budgets(3).values()) == pytest.approx(sum(gpu.BUDGETS.values()) / 3)
+
+
+def test_without_a_gpu_one_sentence_and_exit_code_3(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 3
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.startswith("There is no GPU to measure: torch ")
+    assert out.err.count("\n") == 1
+
+
+# ---- cases ----
+
+
+def test_a_section_for_every_room():
+    rooms = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} - {"core"}
+    assert set(gpu.ROOMS) == rooms
+    assert set(gpu.BUDGETS) == rooms | {"build", "tests", "ceilings"}
+
+
+def test_aya_shapes_and_every_op_are_listed(capsys):
+    assert gpu.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    wanted = ["column_sq_ 14336", "symmetrize_ 14336", "hessian_ 4096 x 8192 bf16"]
+    wanted += ["hessian_ 14336 x 8192 bf16", "quantize 4096x4096 int4"]
+    wanted += [f"{op} {n}" for op in ("factor", "inverse_factor", "inverse") for n in (4096, 14336)]
+    modes = ("50 %", "2:4", "2:4 + int4")
+    wanted += [f"sweep_ {rows}x4096, {mode}" for rows in (4096, 14336) for mode in modes]
+    wanted += [f"{method} 4096x14336" for method in ("magnitude", "wanda", "ria")]
+    wanted += [f"keep_nm 4096x14336 2:4 {along}" for along in ("inputs", "outputs")]
+    wanted += [f"keep_k 4096x14336 half, {along}" for along in ("row", "column", "matrix")]
+    assert [name for name in wanted if f"  {name}" not in out] == []
+    assert len(wanted) == sum(line.startswith("  ") for line in out.splitlines())
+
+
+@pytest.mark.parametrize("section", gpu.ROOMS)
+def test_every_case_agrees_with_its_rulers(section):
+    rows = []
+    table = gpu_cases.cases(section, TINY)
+    clock = gpu_measure.Clock("cpu")
+    assert gpu_measure.measure_all(table, clock, 0.0, lambda record: rows.append(record["row"]))
+    assert [row["name"] for row in rows] == list(table)
+    for row in rows:
+        assert row["difference"] <= row["limit"]
+        assert row["ours"]["runs"] == 1 and "1 of 15 repeats" in row["note"]
+        assert all(amount > 0 for amount in row["work"].values())
+
+
+def test_inputs_rotate_beyond_the_cache():
+    few, many = (gpu_case.rotated(torch.zeros(n)) for n in (1 << 26, 8))
+    assert (len(few), len(many)) == (2, 4)
+    assert len({x.data_ptr() for (x,) in many}) == 4
+
+
+# ---- measuring ----
+
+
+def test_rulers_run_in_every_third_turn():
+    row = row_of()
+    assert (row["ours"]["runs"], row["rulers"]["torch"]["runs"]) == (4, 2)
+    assert "error" not in row and "note" not in row
+
+
+@pytest.mark.parametrize("off", [2.0, math.nan])
+def test_a_wrong_result_is_an_error(off):
+    row = row_of(ours=lambda x: x + off)
+    assert "off torch; at most 0e+00 is right" in row["error"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_failing_ruler_does_not_cost_our_figure():
+    def broken(x):
+        raise RuntimeError("no such operator")
+
+    row = row_of(rulers={"torch": lambda x: x + 1, "other": broken})
+    assert row["error"] == "other: RuntimeError: no such operator"
+    assert row["difference"] == 0.0 and list(row["rulers"]) == ["torch"]
+    row = row_of(rulers={"torch": broken})
+    assert "could not be compared" in row["error"] and row["ours"]["runs"] == 4
+
+
+def test_a_failing_case_leaves_the_others():
+    def broken():
+        raise MemoryError(f"no room under {ROOT}/bench")
+
+    rows = []
+    table = {"one": broken, "two": tiny_case}
+    clock = gpu_measure.Clock("cpu")
+    assert not gpu_measure.measure_all(table, clock, FAR, lambda r: rows.append(r["row"]))
+    assert rows[0] == {"name": "one", "error": "MemoryError: no room under ./bench"}
+    assert "error" not in rows[1]
+
+
+class Event:
+    """A CUDA event as far as Clock uses it; every call takes 2 ms."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        calls.append("event")
+
+    def synchronize(self):
+        calls.append("wait")
+
+    def elapsed_time(self, end):
+        assert end is not self
+        return 2.0
+
+
+calls = []
+
+
+def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
+    class Properties:
+        L2_cache_size = 1 << 10
+
+    class Filler:
+        def zero_(self):
+            calls.append("filler")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: Filler())
+    clock = gpu_measure.Clock("cuda")
+    calls.clear()
+    assert clock.seconds(lambda x: calls.append(x), ("call",)) == pytest.approx(2e-3)
+    assert calls == ["filler", "event", "call", "event", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("built", "status", "said"),
+    [
+        (False, "ok", "built without CUDA kernels; --build makes them"),
+        (True, "driver too old", "cannot use the GPU: driver too old"),
+        (True, "ok", None),
+    ],
+)
+def test_facts_say_why_a_gpu_cannot_be_used(monkeypatch, built, status, said):
+    from distaya_ext.ops import machine
+
+    monkeypatch.setattr(machine, "has_cuda", lambda: built)
+    monkeypatch.setattr(machine, "cuda_status", lambda: {"status": status})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    known = gpu_measure.facts("cuda", quick=False)
+    assert (said is None) == ("refusal" not in known)
+    if said:
+        assert said in known["refusal"]
+    else:
+        assert (known["device"], known["capability"]) == ("NVIDIA H200", "9.0")
+
+
+# ---- report ----
+
+
+def sample_report():
+    facts = {"device": "NVIDIA H100 80GB HBM3", "date": "2031-05-06T07:08:09+00:00"}
+    row = row_of()
+    row["ours"]["median"] = 0.5
+    rows = [row, {"name": "lost", "error": "RuntimeError: no"}]
+    ceilings = {"copy": 3000.0, "bf16": 8e5, "fp32": 0.01}
+    return gpu_report.Report(facts, ceilings, [gpu_report.Section("mask", rows=rows)])
+
+
+def test_the_table_is_markdown():
+    lines = gpu_report.table(sample_report()).splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
+    assert [c.strip() for c in lines[0].strip("|").split("|")] == list(gpu_report.HEADINGS)
+    assert "| 500 ms " in lines[2] and "2e-06 TFLOP/s" in lines[2] and "20.0%" in lines[2]
+    assert "RuntimeError: no" in lines[3]
+    unknown = sample_report()
+    unknown.ceilings = {}
+    assert "0.002 GFLOP/s" not in gpu_report.table(unknown)
+    assert "FAILED mask: lost: RuntimeError: no" in gpu_report.closing(unknown)
+
+
+def test_the_file_is_complete_and_never_overwritten(tmp_path):
+    report = sample_report()
+    path = gpu_report.results_file(report.facts, tmp_path)
+    assert path.name == "nvidia-h100-80gb-hbm3-2031-05-06.json"
+    report.save(path)
+    assert gpu_report.results_file(report.facts, tmp_path).name.endswith("-05-06-2.json")
+    body = json.loads(path.read_text())
+    assert body["failures"] == ["mask: lost: RuntimeError: no"]
+    assert body["sections"][0]["rows"][0]["ours"]["median"] == 0.5
+
+
+def test_circumstances_are_known_or_none():
+    found = gpu_report.circumstances()
+    assert set(found) == {"date", "commit", "changed_since_commit", "driver"}
+    assert gpu_report._first_line("no-such-program-anywhere") is None
+
+
+def test_smoke_test_from_end_to_end(tmp_path, capfd):
+    """Tiny shapes on the CPU through real processes; nothing goes to bench/results by itself."""
+    before = sorted(gpu_report.RESULTS.glob("*")) if gpu_report.RESULTS.exists() else []
+    out = tmp_path / "smoke.json"
+    assert gpu.main(["--device", "cpu", "--quick", "--only", "mask", "--out", str(out)]) == 0
+    body = json.loads(out.read_text())
+    assert body["facts"]["smoke"] and body["facts"]["torch"] == torch.__version__
+    assert set(body["ceilings"]) == {"copy", "bf16", "fp32"}
+    assert [s["status"] for s in body["sections"]] == ["ok", "ok"]
+    assert str(ROOT) not in out.read_text()
+    assert "SMOKE TEST" in capfd.readouterr().out
+    assert before == (sorted(gpu_report.RESULTS.glob("*")) if gpu_report.RESULTS.exists() else [])
+
+
+@pytest.mark.cuda
+def test_smoke_test_on_the_gpu(tmp_path):
+    out = tmp_path / "smoke.json"
+    assert gpu.main(["--quick", "--only", "hessian", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["facts"]["capability"]
