@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = results_file(report.facts)
     run(args, report, end, lambda: report.save(path) if path else None)
     print(f"\n{table(report)}\n\n{closing(report)}")
-    if path:
+    if path and path.exists():
         print(f"Written: {path}")
     return 1 if report.failures else 0
 

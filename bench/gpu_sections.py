@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,9 +76,10 @@ def measured(
         code, lines = child(told, limit, env)
         text = into.read_text(encoding="utf-8") if into.exists() else ""
     for line in text.splitlines():
-        if not line.endswith("}"):  # cut off in the middle of a word
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off in the middle of a word
             continue
-        record = json.loads(line)
         if "row" in record:
             section.rows.append(record["row"])
         report.ceilings.update(record.get("ceilings", {}))
@@ -116,12 +118,20 @@ def device_arch() -> str:
     return f"{major}{minor}{'a' if (major, minor) in ((9, 0), (10, 0)) else ''}-real"
 
 
+def cause(lines: list[str]) -> list[str]:
+    """The first error of cmake or a compiler as one line; pip's own come last and say nothing."""
+    for i, line in enumerate(lines):
+        if re.search(r"CMake Error|\berror\b.*:", line) and "subprocess" not in line:
+            return [" ".join(part.strip() for part in lines[i : i + 2])]
+    return lines
+
+
 def build(section: Section, limit: float, arch: str) -> None:
     """pip install of this tree for one architecture, by the rules of CMakeLists.txt."""
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+    pip += ["--force-reinstall", "."]  # the version number may not have changed
     env = environment(True) | {"CUDAARCHS": arch, "DISTAYA_CUDA": "ON"}
     code, lines = child(pip, limit, env, show=False)
     section.said = f"for {arch}"
     if code != 0:
-        errors = [line for line in lines if "error" in line.lower()]
-        section.status, section.said = "failed", ending(code, limit, errors or lines)
+        section.status, section.said = "failed", ending(code, limit, cause(lines))
