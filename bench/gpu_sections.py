@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,9 +128,16 @@ def cause(lines: list[str]) -> list[str]:
 
 
 def build(section: Section, limit: float, arch: str) -> None:
-    """pip install of this tree for one architecture, by the rules of CMakeLists.txt."""
+    """pip install of this tree for one architecture, in a build folder of its own.
+
+    nvcc is named to cmake, which otherwise remembers that an earlier build did not find it.
+    """
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    pip += ["--force-reinstall", "."]  # the version number may not have changed
+    pip += ["--force-reinstall"]  # the version number may not have changed
+    pip += ["--config-settings=build-dir=build/gpu"]
+    if nvcc := shutil.which("nvcc"):
+        pip += [f"--config-settings=cmake.define.CMAKE_CUDA_COMPILER={nvcc}"]
+    pip += ["."]
     env = environment(True) | {"CUDAARCHS": arch, "DISTAYA_CUDA": "ON"}
     code, lines = child(pip, limit, env, show=False)
     section.said = f"for {arch}"
