@@ -71,6 +71,39 @@ def test_a_failed_build_ends_the_run(monkeypatch, capsys):
     assert "build: exit code 1: no nvcc for 90a-real" in capsys.readouterr().err
 
 
+PIP = """  error: subprocess-exited-with-error
+  -- Looking for a CUDA compiler - NOTFOUND
+  CMake Error at CMakeLists.txt:64 (message):
+    DISTAYA_CUDA=ON but no CUDA compiler (nvcc) was found
+  note: This error originates from a subprocess, and is likely not a problem with pip.
+ERROR: Failed to build one or more wheels"""
+
+
+def test_a_failed_build_names_its_cause():
+    assert gpu_sections.cause(PIP.splitlines()) == [
+        "CMake Error at CMakeLists.txt:64 (message): "
+        "DISTAYA_CUDA=ON but no CUDA compiler (nvcc) was found"
+    ]
+    nvcc = ["[3/9] Building CUDA", "a.cu(7): error: expected a ;", "    int x", "FAILED: [code=2]"]
+    assert gpu_sections.cause(nvcc) == ["a.cu(7): error: expected a ; int x"]
+    assert gpu_sections.cause(["No module named pip"]) == ["No module named pip"]
+
+
+def test_the_build_names_device_and_compiler(monkeypatch):
+    def child(command, limit, env, show):
+        seen.update(env, command=command)
+        return 1, PIP.splitlines()
+
+    seen = {}
+    monkeypatch.setattr(gpu_sections, "child", child)
+    monkeypatch.setattr(gpu_sections.shutil, "which", lambda name: f"bin/{name}")
+    section = gpu_report.Section("build")
+    gpu_sections.build(section, 9.0, "86-real")
+    assert (seen["CUDAARCHS"], seen["DISTAYA_CUDA"]) == ("86-real", "ON")
+    assert "--config-settings=cmake.define.CMAKE_CUDA_COMPILER=bin/nvcc" in seen["command"]
+    assert section.status == "failed" and section.said.endswith("(nvcc) was found")
+
+
 @pytest.mark.parametrize(
     "capability", [(8, 6, "86"), (9, 0, "90a"), (10, 0, "100a"), (12, 0, "120")]
 )
