@@ -58,7 +58,7 @@ struct Entry {
 // Scores of single weights spread over rows and columns: a guess of where the cut lies.
 inline std::vector<float> sample_scores(const Entry& e) {
   const int64_t total = e.rows * e.cols;
-  const int64_t step = std::max<int64_t>(1, total / 16384) | 1;  // odd: visits all columns
+  const int64_t step = std::max<int64_t>(64, total / 16384) | 1;  // odd: visits all columns
   std::vector<float> scores;
   for (int64_t i = 0; i < total; i += step) {
     const int64_t row = i / e.cols, j = i % e.cols;
