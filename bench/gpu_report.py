@@ -1,0 +1,169 @@
+"""What bench/gpu.py leaves behind: the JSON file and the table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+UNITS = {"copy": ("GB/s", 1), "bf16": ("TFLOP/s", 1e3), "fp32": ("TFLOP/s", 1e3)}
+HEADINGS = ("case", "ours", "torch", "reached", "ceiling", "share", "differs", "note")
+
+
+@dataclass
+class Section:
+    """What became of one section. status: ok | failed | skipped; said: why, or what it found."""
+
+    name: str
+    status: str = "ok"
+    said: str = ""
+    seconds: float = 0.0
+    budget: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence per thing that went wrong."""
+        found = [f"{self.name}: {self.said}"] if self.status == "failed" and self.said else []
+        return found + [
+            f"{self.name}: {r['name']}: {r['error']}" for r in self.rows if "error" in r
+        ]
+
+
+@dataclass
+class Report:
+    """A whole run. facts: device, torch, archs ...; ceilings: GB/s ("copy") and GFLOP/s."""
+
+    facts: dict = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[str]:
+        return [line for section in self.sections for line in section.failures]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = asdict(self) | {"failures": self.failures}
+        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def _first_line(*command: str) -> str | None:
+    """What a command says first; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def circumstances() -> dict:
+    """Date, git commit (and whether files differ from it) and driver; None where unknown."""
+    commit = _first_line("git", "rev-parse", "HEAD")
+    changed = _first_line("git", "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "changed_since_commit": None if commit is None else changed is not None,
+        "driver": _first_line(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+        ),
+    }
+
+
+def results_file(facts: dict, folder: Path = RESULTS) -> Path:
+    """<device>-<date>.json, with a number behind where an earlier run of that day has the name."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(facts.get("device", "gpu")).lower()).strip("-")
+    stem = f"{device}-{facts['date'][:10]}"
+    path, number = folder / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    return path
+
+
+def milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+def reached(row: dict, ceilings: dict[str, float]) -> tuple[str, str, str]:
+    """Rate, ceiling and share, by the ceiling that would take longest for this work."""
+    work, seconds = row["work"], row["ours"]["median"]
+    known = [name for name in work if ceilings.get(name)]
+    name = max(known, key=lambda n: work[n] / ceilings[n]) if known else next(iter(work))
+    unit, scale = UNITS[name]
+    rate = work[name] / seconds
+    if not known:
+        return f"{rate / scale:.3g} {unit}", "-", "-"
+    limit = ceilings[name]
+    return f"{rate / scale:.3g} {unit}", f"{limit / scale:.3g} ({name})", f"{rate / limit:.1%}"
+
+
+def cells(row: dict, ceilings: dict[str, float]) -> list[str]:
+    if "ours" not in row:
+        return [row["name"], *["-"] * 6, row["error"]]
+    ours = row["ours"]["median"]
+    rulers = [
+        f"{name} {milliseconds(t['median'])} (x{t['median'] / ours:.2g})"
+        for name, t in row["rulers"].items()
+    ]
+    notes = "; ".join(row[key] for key in ("error", "note") if key in row)
+    return [
+        row["name"],
+        milliseconds(ours),
+        "; ".join(rulers),
+        *reached(row, ceilings),
+        f"{row['difference']:.0e}",
+        notes,
+    ]
+
+
+def table(report: Report) -> str:
+    """The figures as a Markdown table, wide as it needs; under it what the columns mean."""
+    grid = Table(*HEADINGS, box=box.MARKDOWN)
+    for column in grid.columns:
+        column.no_wrap = True
+    for section in report.sections:
+        for row in section.rows:
+            grid.add_row(*cells(row, report.ceilings))
+    out = StringIO()
+    Console(file=out, width=1000).print(grid)
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+    return "\n".join(lines) if grid.row_count else "no figures"
+
+
+def closing(report: Report) -> str:
+    """Circumstances, ceilings, what every section came to, and the failures once more."""
+    facts, ceilings = report.facts, report.ceilings
+    kind = "SMOKE TEST, no figures of any worth, " if facts.get("smoke") else ""
+    commit = (facts.get("commit") or "unknown")[:10]
+    lines = [
+        f"{kind}{facts.get('device', 'unknown device')}, {facts.get('date', '')[:10]}, driver "
+        f"{facts.get('driver') or 'unknown'}, torch {facts.get('torch')}, kernels for "
+        f"{' '.join(facts.get('archs', [])) or 'the CPU alone'}, commit {commit}"
+        + (" with changes" if facts.get("changed_since_commit") else "")
+    ]
+    if ceilings:
+        lines.append(
+            f"Ceilings, measured in this run: copy {ceilings['copy']:.0f} GB/s, matmul bf16 "
+            f"{ceilings['bf16'] / 1e3:.3g}, fp32 {ceilings['fp32'] / 1e3:.3g} TFLOP/s"
+        )
+    for s in report.sections:
+        cut = sum("note" in row for row in s.rows)
+        said = f", {cut} rows with fewer repeats" if cut else ""
+        said += f", {s.said}" if s.said else ""
+        lines.append(f"{s.name:9} {s.status:8} {s.seconds:6.1f} of {s.budget:.0f} s{said}")
+    lines += [f"FAILED {line}" for line in report.failures]
+    return "\n".join(lines)

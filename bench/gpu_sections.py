@@ -1,0 +1,127 @@
+"""How bench/gpu.py runs its sections: one process each, with a limit, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu_report import Report, Section
+
+ROOT = Path(__file__).resolve().parent.parent
+# As `pytest` would be called by name: the working folder must not hide an installed package.
+PYTEST = "import sys; sys.path = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
+
+
+def environment(built: bool) -> dict[str, str]:
+    """The children's. After --build the source tree must not hide the package just installed."""
+    env = dict(os.environ)
+    env.setdefault("OMP_WAIT_POLICY", "passive")
+    if built and "PYTHONPATH" in env:
+        paths = env["PYTHONPATH"].split(os.pathsep)
+        kept = [p for p in paths if p and Path(p).resolve() != ROOT]
+        env["PYTHONPATH"] = os.pathsep.join(kept)
+    return env
+
+
+def child(
+    command: Sequence[str], limit: float, env: dict[str, str], *, show: bool = True
+) -> tuple[int | None, list[str]]:
+    """Run a command in a session of its own: (exit code, None when killed after `limit` s; lines).
+
+    show: its output appears as it comes and only errors are returned; otherwise both, unseen.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        out = None if show else log
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=log, start_new_session=True
+        )
+        try:
+            code = process.wait(max(0.1, limit))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        return code, [line.rstrip() for line in log if line.strip()]
+
+
+def ending(code: int | None, limit: float, lines: list[str]) -> str:
+    """How a child failed, as a sentence: its last line, or the signal that ended it."""
+    if code is None:
+        return f"was stopped after {limit:.0f} s, all that the other sections left it"
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    last = lines[-1].replace(str(ROOT), ".").replace(sys.prefix, "(python)") if lines else ""
+    return f"exit code {code}: {last[:300] or 'no word of why'}"
+
+
+def measured(
+    section: Section, limit: float, env: dict[str, str], command: Sequence[str], report: Report
+) -> None:
+    """Run one measuring process and take over what it wrote, also when it broke off midway."""
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "rows"
+        until = time.time() + min(limit, section.budget)
+        told = [*command, "--until", str(until), "--into", str(into)]
+        code, lines = child(told, limit, env)
+        text = into.read_text(encoding="utf-8") if into.exists() else ""
+    for line in text.splitlines():
+        if not line.endswith("}"):  # cut off in the middle of a word
+            continue
+        record = json.loads(line)
+        if "row" in record:
+            section.rows.append(record["row"])
+        report.ceilings.update(record.get("ceilings", {}))
+        report.facts.update(record.get("facts", {}))
+        section.said = record.get("error", section.said)
+    if code == 0:
+        return
+    section.status = "failed"
+    explained = section.said or any("error" in row for row in section.rows)
+    if code is None or code < 0 or not explained:
+        section.said = ending(code, limit, lines)
+
+
+def measuring(section: str, device: str, quick: bool) -> list[str]:
+    """The command that measures a section (or finds the facts)."""
+    script = str(ROOT / "bench" / "gpu_measure.py")
+    return [sys.executable, script, section, "--device", device, *(["--quick"] if quick else [])]
+
+
+def tests(section: Section, limit: float, env: dict[str, str]) -> None:
+    """pytest -m cuda, from the installed package; keeps the closing line and what failed."""
+    code, lines = child([sys.executable, "-c", PYTEST, "-m", "cuda", "-q"], limit, env, show=False)
+    section.said = lines[-1].strip("= ") if code in (0, 1) and lines else ending(code, limit, lines)
+    print(f"  {section.said}", flush=True)
+    if code != 0:
+        section.status = "failed"
+        failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR "))]
+        section.said = "; ".join([section.said, *failed[:20]])
+
+
+def device_arch() -> str:
+    """The present GPU as CMake names it, e.g. 90a-real."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}{minor}{'a' if (major, minor) in ((9, 0), (10, 0)) else ''}-real"
+
+
+def build(section: Section, limit: float, arch: str) -> None:
+    """pip install of this tree for one architecture, by the rules of CMakeLists.txt."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "."]
+    env = environment(True) | {"CUDAARCHS": arch, "DISTAYA_CUDA": "ON"}
+    code, lines = child(pip, limit, env, show=False)
+    section.said = f"for {arch}"
+    if code != 0:
+        errors = [line for line in lines if "error" in line.lower()]
+        section.status, section.said = "failed", ending(code, limit, errors or lines)
