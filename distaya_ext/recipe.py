@@ -27,6 +27,7 @@ _MAX_DEPTH = 16
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
+SWEEPING = ("sparsegpt", "gptq")
 GROUPS = (0, 32, 64, 128)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
@@ -81,7 +82,6 @@ class Recipe(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
     skip: list[str] = []
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +152,11 @@ class Recipe(_Strict):
             raise ValueError(
                 f"method dense changes nothing, so bits ({self.bits}) must be left out"
             )
+        if self.order == "activation" and (self.method not in SWEEPING or self.nm is not None):
+            why = f"pattern {self.nm} is one" if self.nm else f"method {self.method} has no sweep"
+            raise ValueError(
+                f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
+            )
         return self
 
     @property
@@ -166,7 +171,10 @@ class Recipe(_Strict):
 
     def to_yaml(self, path: str | os.PathLike | None = None) -> str:
         """The recipe as YAML text, written to `path` as well when one is given."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        fields = self.model_dump(mode="json")
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(text) != fields:  # Unicode line breaks survive only as escapes
+            text = yaml.safe_dump(fields, sort_keys=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -195,14 +203,30 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
     try:
         _check_shape(text, path)
-        fields = yaml.safe_load(text)
+        fields = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise UsageError(f"recipe {path} holds a value that is none: {error}") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise UsageError(
             f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}"
         )
     return fields
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses a key given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _check_shape(text: str, path: str | os.PathLike) -> None:
@@ -278,6 +302,8 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] == "extra_forbidden":
+        if model is Recipe and name in CalibrationSpec.model_fields:
+            return f"unknown key {name!r}; it stands under calibration"
         near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
         hint = (
             f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
@@ -289,4 +315,4 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         inner = str(first["ctx"]["error"])
         return f"calibration: {inner}" if name == "calibration" else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} {first['input']!r} is not usable: {reason}"
+    return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .errors import InputError, UsageError
+from .tokenizer import check_tokenised, encode, separator
 
 MAX_LINE_BYTES = 100_000_000
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -34,7 +35,7 @@ class Windows:
     tokens_per_language counts the tokens in the windows, fertility is tokens per character and
     bytes_per_token the UTF-8 bytes a token stands for, both over the text that was tokenised.
     limited_by names the language whose text ran out first when fewer windows than asked for were
-    cut.
+    cut; duplicates counts the documents that repeat an earlier one, where there are any.
     """
 
     ids: torch.Tensor
@@ -43,6 +44,7 @@ class Windows:
     fertility: dict[str, float] = field(default_factory=dict)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     limited_by: str | None = None
+    duplicates: dict[str, int] = field(default_factory=dict)
 
     @property
     def per_language(self) -> int:
@@ -105,17 +107,7 @@ def windows(
     machine. tokens=None takes what the shortest language can give. InputError with the counts when
     a language has too little.
     """
-    if not texts:
-        raise InputError("there is no text in any language")
-    if window < 2:
-        raise InputError(f"a window needs at least 2 tokens, not {window}")
-    wanted = None if tokens is None else tokens // (window * len(texts))
-    if wanted == 0:
-        raise InputError(
-            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} "
-            "languages, "
-            f"{window * len(texts)} tokens"
-        )
+    wanted = share(tokens, window, len(texts))
     bos = tokenizer.bos_token_id
     body = window - (bos is not None)
     streams = {
@@ -138,7 +130,23 @@ def windows(
         fertility={lang: stream.tokens / stream.characters for lang, stream in streams.items()},
         bytes_per_token={lang: stream.bytes / stream.tokens for lang, stream in streams.items()},
         limited_by=shortest if wanted is not None and count < wanted else None,
+        duplicates={lang: n for lang, d in texts.items() if (n := len(d) - len(set(d)))},
     )
+
+
+def share(tokens: int | None, window: int, languages: int) -> int | None:
+    """Windows each language gets out of `tokens` in all (None: no cap). InputError when none."""
+    if not languages:
+        raise InputError("there is no text in any language")
+    if window < 2:
+        raise InputError(f"a window needs at least 2 tokens, not {window}")
+    wanted = None if tokens is None else tokens // (window * languages)
+    if wanted == 0:
+        raise InputError(
+            f"{tokens} tokens are fewer than one window of {window} in each of {languages} "
+            f"languages, {window * languages} tokens"
+        )
+    return wanted
 
 
 class _Stream:
@@ -174,31 +182,6 @@ class _Stream:
         picked = np.sort(_rng(seed, self.lang, 1).choice(len(rows), size=count, replace=False))
         rows = rows[torch.from_numpy(picked)]
         return rows if bos is None else torch.cat([torch.full((count, 1), bos), rows], dim=1)
-
-
-def separator(tokenizer: Any) -> list[int]:
-    """What stands before each document in a stream: BOS, for want of it EOS, for want of both
-    nothing.
-
-    BOS is what a language model met at the start of a document in training. EOS is, in chat models,
-    the end of a turn: nano-aya never saw it, and it costs 21 nats wherever it is put (measured).
-    """
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return [mark for mark in marks if mark is not None][:1]
-
-
-def encode(tokenizer: Any, documents: list[str]) -> list[list[int]]:
-    """Token ids of each document, without any special token."""
-    return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def check_tokenised(lang: str, tokens: int, characters: int) -> None:
-    """InputError when text became no token: transformers makes up a tokenizer for missing files."""
-    if characters and not tokens:
-        raise InputError(
-            f"the tokenizer turns {characters} characters of {lang} into no token at all; "
-            "are the model's tokenizer files missing?"
-        )
 
 
 def _rng(seed: int, lang: str, purpose: int) -> np.random.Generator:

@@ -77,7 +77,7 @@ def test_check_activations_names_where_and_which_language():
         (torch.zeros(4, 1, dtype=torch.int64), ["en"] * 4, "4 windows of 1 tokens; too few"),
         (torch.zeros(4, 8), ["en"] * 4, "int64"),
         (torch.zeros(4, 8, dtype=torch.int64), ["en"] * 3, "3 languages"),
-        (torch.full((4, 8), 97), ["en"] * 4, "token 97 but the model's embedding has 97 rows"),
+        (torch.full((4, 8), 97), ["en"] * 4, "token 97, but the model's embedding has 97 rows"),
         (torch.full((4, 8), -1), ["en"] * 4, "token -1"),
     ],
 )
@@ -90,12 +90,13 @@ def test_calibration_that_cannot_be_used(tmp_path, ids, languages, words):
 
 def test_calibration_texts_are_needed_and_need_a_tokenizer(tmp_path):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
-    with pytest.raises(InputError, match="method wanda needs calibration texts"):
+    with pytest.raises(UsageError, match="method wanda needs calibration texts"):
         compress(source, tmp_path / "out", tiny.recipe("wanda"))
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "en.txt").write_text("one sentence\n" * 50)
-    with pytest.raises(InputError, match="tokenizer of source cannot be read"):
-        compress(source, tmp_path / "out", tiny.recipe("wanda"), tmp_path / "texts")
+    wanda = tiny.recipe("wanda", calibration={"tokens": 320, "window": 32})
+    with pytest.raises(InputError, match="model folder source has no tokenizer; it needs"):
+        compress(source, tmp_path / "out", wanda, tmp_path / "texts")
 
 
 def test_too_little_memory_is_said_before_the_work(tmp_path):

@@ -225,9 +225,10 @@ def test_output_folder_and_reports(tmp_path):
     kinds = [type(event).__name__ for event in seen]
     assert kinds.count("LayerStart") == kinds.count("LayerDone") == 3
     assert kinds.count("StageDone") == 12
-    assert kinds[0] == "Notice" and kinds[1] == "Proved" and kinds[-1] == "Saved"
-    assert "288 calibration tokens are few" in seen[0].message
-    assert report.notices == [seen[0].message] == results["notices"]
+    assert kinds[:3] == ["Calibrated", "Notice", "Proved"] and kinds[-1] == "Saved"
+    assert seen[0].tokens == 288 and seen[0].tokens_per_language == {"en": 144, "fr": 144}
+    assert "288 calibration tokens are few" in seen[1].message
+    assert report.notices == [seen[1].message] == results["notices"]
 
 
 def test_overwriting_is_refused_unless_asked_and_ours(tmp_path):

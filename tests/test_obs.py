@@ -30,6 +30,7 @@ MODES = {
     "int2 g64 mse": {"quant": Quant(2, 64, scale="mse")},
     "int8 g64 bf16": {"quant": Quant(8, 64, scale_dtype=torch.bfloat16)},
     "int4 g32 static f16": {"quant": Quant(4, 32, static=True, scale_dtype=torch.float16)},
+    "int4 g32 published": {"quant": Quant(4, 32), "reference": True},
     "2:4 int4": {"nm": (2, 4), "quant": Quant(4, 128)},
     "2:3 int4 g32": {"nm": (2, 3), "quant": Quant(4, 32)},
     "half int4 row": {"sparsity": 0.5, "quant": Quant(4, 0)},

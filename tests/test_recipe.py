@@ -82,6 +82,9 @@ def test_yaml_round_trip(tmp_path_factory, recipe):
         ({"method": "gptq"}, ["gptq", "2 to 8"]),
         ({"method": "rtn", "bits": 4, "sparsity": 0.5}, ["rtn", "does not prune"]),
         ({"method": "dense", "bits": 4}, ["dense", "4"]),
+        ({"nm": "2:4", "order": "activation"}, ["activation", "2:4"]),
+        ({"method": "wanda", "sparsity": 0.5, "order": "activation"}, ["activation", "wanda"]),
+        ({"sparsity": 0.5, "seed": 3}, ["'seed'", "calibration"]),
     ],
 )
 def test_what_cannot_run(fields, words):
@@ -90,6 +93,14 @@ def test_what_cannot_run(fields, words):
 
 def test_model_is_needed():
     refused(lambda: Recipe(sparsity=0.5), "'model'")
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\ufeff", "ü", "猫"])
+def test_any_name_survives_the_file(tmp_path, mark):
+    recipe = Recipe(model=f"a{mark}b", sparsity=0.5)
+    recipe.to_yaml(tmp_path / "r.yaml")
+    assert Recipe.from_yaml(tmp_path / "r.yaml") == recipe
+    assert mark in recipe.to_yaml() or mark not in "ü猫"
 
 
 @pytest.mark.parametrize("line", ["nm: 2:4", "nm: '2:4'", "sparsity: 2:4", "sparsity: '2:4'"])
@@ -107,6 +118,10 @@ def test_patterns_quoted_or_not(tmp_path, line):
         (b"- a\n- b\n", ["mapping", "list"]),
         (b"", ["mapping", "NoneType"]),
         (b"1: 2\n", ["mapping"]),
+        (b"model: m\nsparsity: 0.5\nsparsity: 0.6\n", ["'sparsity' is given twice", "line 3"]),
+        (b"? [a]\n: 1\n", ["plain YAML"]),
+        (b"model: 2024-13-45\n", ["r.yaml", "month"]),
+        (b"model: m\nbits: " + b"9" * 5000 + b"\n", ["r.yaml", "digits"]),
         (b"model: \xff\n", ["UTF-8", "byte 7"]),
         (b"model: !!python/object/apply:os.system ['true']\n", ["plain YAML"]),
         (b"a: &a [1]\n" + b"b: [" + b"*a, " * 40 + b"]\n", ["aliases"]),

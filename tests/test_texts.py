@@ -8,9 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from speaking import SENTENCES, save_texts, tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import distaya_ext.texts as texts_module
 from distaya_ext.errors import InputError
+from distaya_ext.evaluate import cut_lines, cut_windows
 from distaya_ext.texts import read_texts, windows
 
 
@@ -154,6 +157,20 @@ def test_shortest_language_limits_all_and_is_named():
     got = windows(texts, tokenizer(), tokens=4000, window=8)
     assert got.limited_by == "ja"
     assert Counter(got.languages) == {"en": got.per_language, "ja": got.per_language}
+
+
+def test_script_the_vocabulary_does_not_know():
+    core = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    latin = PreTrainedTokenizerFast(tokenizer_object=core)
+    texts = {"en": ["ab" * 9], "ja": SENTENCES["ja"]}
+    refused(lambda: windows(texts, latin, tokens=9, window=2), "28 characters of ja into no token")
+    refused(lambda: cut_windows(texts, latin, window=2), "of ja into no token")
+    refused(lambda: cut_lines(texts, latin, longest=99), "of ja into no token")
+
+
+def test_repeated_documents_are_counted():
+    texts = {"en": ["a", "b", "a", "a"], "es": ["c", "d"]}
+    assert windows(texts, tokenizer(), tokens=None, window=2).duplicates == {"en": 2}
 
 
 def test_too_little_text():

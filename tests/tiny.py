@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distaya_ext.recipe import Recipe
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from distaya_ext.compress import Calibration
+from distaya_ext.recipe import Recipe
 
 VOCAB = 97
 WINDOW = 24  # longer than the sliding windows below

@@ -54,7 +54,8 @@ struct Obs {
 
   Select select = Select::none;
   double sparsity = 0;     // unstructured: share to prune, 0 <= sparsity < 1
-  bool reference = false;  // unstructured: counts and ties as published, see prune_count
+  bool reference = false;  // as published: counts and ties (see prune_count), and dynamic grids
+                           // from T on entry to the block instead of T at the group's first column
   int64_t n = 0, m = 0;    // nm: n kept of every m
   bool* mask = nullptr;    // [rows, cols] true = kept: in for given, out for unstructured and nm,
                            // null for none

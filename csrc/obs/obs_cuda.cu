@@ -136,6 +136,16 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(const Obs p, const B
     pruned[c] = __ballot_sync(kFullWarp, gone);
   }
 
+  if (quantised && p.dynamic && p.reference) {  // as published: grids from the entry weights
+    for (int j = 0; j < b.width; j += static_cast<int>(p.group)) {
+      const int end = j + static_cast<int>(p.group);
+      const Fitted fit = fit_grid(p.grid, t, j, end < b.width ? end : b.width);
+      const int64_t at = row * p.groups + (b.i1 + j) / p.group;
+      if (lane == 0) p.scales[at] = fit.scale, p.zeros[at] = fit.zero;
+    }
+    __syncwarp();  // lane 0's grids are read by the whole warp below
+  }
+
   double loss = 0;
   float scale = 1.f, zero = 0.f;
 #pragma unroll
@@ -156,7 +166,7 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(const Obs p, const B
           pruned[c + 1 < kSlots ? c + 1 : c] |= static_cast<unsigned>(placed >> 32);
       }
       if (quantised) {
-        if (!p.dynamic) {
+        if (!p.dynamic || p.reference) {
           const int64_t g = row * p.groups + (p.group_of ? p.group_of[column] : column / p.group);
           scale = p.scales[g];
           zero = p.zeros[g];

@@ -55,15 +55,15 @@ struct Entry {
   int64_t height;
 };
 
-// Scores of a sample spread over the block: a guess of where the cut lies.
+// Scores of single weights spread over rows and columns: a guess of where the cut lies.
 inline std::vector<float> sample_scores(const Entry& e) {
-  const int64_t vectors = e.rows / kLanes * e.cols;  // whole vectors only
-  const int64_t step = std::max<int64_t>(1, vectors / 1024) | 1;
+  const int64_t total = e.rows * e.cols;
+  const int64_t step = std::max<int64_t>(64, total / 16384) | 1;  // odd: visits all columns
   std::vector<float> scores;
-  for (int64_t i = 0; i < vectors; i += step) {
-    const int64_t row = i / e.cols * kLanes, j = i % e.cols;
-    const float* w = e.T + ((row / kNR) * e.height + j) * kNR + row % kNR;
-    for (int l = 0; l < kLanes; ++l) scores.push_back(w[l] * w[l] * e.D[j]);
+  for (int64_t i = 0; i < total; i += step) {
+    const int64_t row = i / e.cols, j = i % e.cols;
+    const float w = e.T[((row / kNR) * e.height + j) * kNR + row % kNR];
+    scores.push_back(w * w * e.D[j]);
   }
   return scores;
 }
@@ -93,47 +93,44 @@ inline int64_t scan_panel(const Entry& e, int64_t panel, float low, float high,
   return total;
 }
 
-// The k-th smallest (k >= 1) of the block's scores. A sample brackets it; one pass counts what lies
-// below the bracket and lists what lies inside. Where the guess was wrong, everything is listed.
-inline Cut find_cut(const Entry& e, int64_t k) {
+// The k-th smallest (k >= 1) of the block's scores if it lies in [low, high].
+inline std::optional<Cut> find_between(const Entry& e, int64_t k, float low, float high) {
   const int64_t panels = (e.rows + kNR - 1) / kNR;
   std::vector<std::vector<Cut>> found(static_cast<size_t>(panels));
   std::vector<int64_t> below(static_cast<size_t>(panels));
-  const auto attempt = [&](float low, float high) -> std::optional<Cut> {
-    cpu::parallel_for(panels, [&](int64_t i) {
-      const auto at = static_cast<size_t>(i);
-      found[at].clear();
-      below[at] = scan_panel(e, i, low, high, found[at]);
-    });
-    int64_t skipped = 0;
-    std::vector<Cut> all;
-    for (size_t i = 0; i < found.size(); ++i) {
-      skipped += below[i];
-      all.insert(all.end(), found[i].begin(), found[i].end());
-    }
-    const int64_t at = k - 1 - skipped;
-    if (at < 0 || at >= static_cast<int64_t>(all.size())) return std::nullopt;
-    std::nth_element(all.begin(), all.begin() + at, all.end());
-    return all[static_cast<size_t>(at)];
-  };
+  cpu::parallel_for(panels, [&](int64_t i) {
+    const auto at = static_cast<size_t>(i);
+    below[at] = scan_panel(e, i, low, high, found[at]);
+  });
+  int64_t at = k - 1;
+  std::vector<Cut> all;
+  for (size_t i = 0; i < found.size(); ++i) {
+    at -= below[i];
+    all.insert(all.end(), found[i].begin(), found[i].end());
+  }
+  if (at < 0 || at >= static_cast<int64_t>(all.size())) return std::nullopt;
+  std::nth_element(all.begin(), all.begin() + at, all.end());
+  return all[static_cast<size_t>(at)];
+}
+
+// The k-th smallest (k >= 1) of the block's scores. A sample brackets it; one pass counts what lies
+// below the bracket and lists what lies inside. A wrong guess costs a pass with a wider bracket.
+inline Cut find_cut(const Entry& e, int64_t k) {
   std::vector<float> sample = sample_scores(e);
+  const auto n = static_cast<double>(sample.size());
   const auto rank = [&](double at) {  // the sample's score of that rank, 0 or infinity beyond
     if (at < 0) return 0.f;
-    if (at >= static_cast<double>(sample.size())) return INFINITY;
+    if (at >= n) return INFINITY;
     const auto middle = sample.begin() + static_cast<int64_t>(at);
     std::nth_element(sample.begin(), middle, sample.end());
     return *middle;
   };
-  if (const auto n = static_cast<double>(sample.size()); n > 0) {
-    const double at = n * static_cast<double>(k) / static_cast<double>(e.rows * e.cols);
-    const double margin =
-        2.5 * std::sqrt(n) / 2 + 8;  // of a sample's rank: 2.5 sigma at the median
-    const auto cut = attempt(rank(at - margin), rank(at + margin));
-    if (cut) return *cut;
+  const double at = n * static_cast<double>(k) / static_cast<double>(e.rows * e.cols);
+  for (const double sigmas : {2.5, 12.0, 1e9}) {  // of the sample's rank at the median
+    const double margin = sigmas * (std::sqrt(n) / 2 + 4);
+    if (const auto cut = find_between(e, k, rank(at - margin), rank(at + margin))) return *cut;
   }
-  const auto cut = attempt(0.f, INFINITY);
-  check(cut.has_value(), "W or R holds NaN: ", e.rows, " x ", e.cols, " scores cannot be ordered");
-  return *cut;
+  fail("W or R holds NaN: ", e.rows, " x ", e.cols, " scores cannot be ordered");
 }
 
 // Marks what the cut keeps of one panel. ties: everything with the cut's score goes (as published).

@@ -58,11 +58,21 @@ inline void start_grid(const Obs& p, const Block& b, Panel& x, int64_t j) {
   const int64_t column = b.i1 + j;
   const int64_t group = p.group_of ? p.group_of[column] : column / p.group;
   const int64_t at = x.row0 * p.groups + group;
-  if (!p.dynamic) return read_grids(p.scales + at, p.zeros + at, p.groups, x.rows, x.grids);
+  if (!p.dynamic || p.reference)  // given, or made on entry to the block
+    return read_grids(p.scales + at, p.zeros + at, p.groups, x.rows, x.grids);
   const int64_t n = std::min(p.group, b.cols - j);
   look_ahead(b, x, j, j + n);
   make_grids(p.grid, x.T + j * kNR, n, x.grids);
   write_grids(x.grids, x.rows, p.groups, p.scales + at, p.zeros + at);
+}
+
+// As published: the grids of all groups of a block from its entry weights.
+inline void make_entry_grids(const Obs& p, const Block& b, Panel& x) {
+  for (int64_t j = 0; j < b.cols; j += p.group) {
+    const int64_t at = x.row0 * p.groups + (b.i1 + j) / p.group;
+    make_grids(p.grid, x.T + j * kNR, std::min(p.group, b.cols - j), x.grids);
+    write_grids(x.grids, x.rows, p.groups, p.scales + at, p.zeros + at);
+  }
 }
 
 DISTAYA_INLINE bool starts_grid(const Obs& p, int64_t column) {
@@ -107,6 +117,7 @@ template <bool masked, bool rounded>
 void sweep_block(const Obs& p, const Block& b, Panel& x) {
   std::fill(x.done, x.done + kTiles, int64_t{0});
   std::memset(x.loss, 0, sizeof x.loss);
+  if (rounded && p.dynamic && p.reference) make_entry_grids(p, b, x);
   // Tells that a whole-row grid, or one that spans blocks, is still to be read.
   if (rounded && !starts_grid(p, b.i1)) start_grid(p, b, x, 0);
   for (int64_t t = 0; t < b.tiles; ++t) {

@@ -1,8 +1,8 @@
 """Checkpoints: a strict reader and a writer that never leaves half a model behind."""
 
 from .folder import locate
-from .reader import Checkpoint, Entry, open_checkpoint
-from .writer import MARKER, ShardWriter, Staging, check_output, copy_companions
+from .reader import Checkpoint, Entry, check_finite, open_checkpoint
+from .writer import MARKER, ShardWriter, Staging, check_companions, check_output, copy_companions
 
 __all__ = [
     "MARKER",
@@ -10,6 +10,8 @@ __all__ = [
     "Entry",
     "ShardWriter",
     "Staging",
+    "check_companions",
+    "check_finite",
     "check_output",
     "copy_companions",
     "locate",

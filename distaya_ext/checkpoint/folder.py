@@ -96,7 +96,7 @@ def read_json(folder: Path, name: str) -> dict:
         raise InputError(f"the model folder {folder.name} has no {name}")
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise InputError(f"{name} of {folder.name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(
@@ -119,7 +119,8 @@ def read_config(folder: Path) -> dict:
         )
     describe(config)
     if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        about = config["quantization_config"]
+        method = about.get("quant_method", "unknown") if isinstance(about, dict) else "unknown"
         raise InputError(
             f"the model is already quantised ({method}); start from its bf16 or fp32 weights"
         )

@@ -79,17 +79,22 @@ class Checkpoint:
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self._finite:
-            rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
-            step = max(1, _FINITE_BLOCK // max(1, rows.shape[1]))
-            for start in range(0, rows.shape[0], step):
-                finite = torch.isfinite(rows[start : start + step]).all(dim=1)
-                if not bool(finite.all()):
-                    row = start + int((~finite).nonzero()[0])
-                    raise InputError(
-                        f"weight {name} holds NaN or infinity, first in row {row} of {len(rows)}"
-                    )
+            check_finite(name, tensor)
             self._finite.add(name)
         return tensor
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """InputError naming the tensor and its first row that holds NaN or infinity."""
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    step = max(1, _FINITE_BLOCK // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        finite = torch.isfinite(rows[start : start + step]).all(dim=1)
+        if not bool(finite.all()):
+            row = start + int((~finite).nonzero()[0])
+            raise InputError(
+                f"weight {name} holds NaN or infinity, first in row {row} of {len(rows)}"
+            )
 
 
 def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
@@ -140,7 +145,7 @@ def _check_depth(config: Any, entries: dict[str, Entry]) -> None:
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name is not None:
-        if name not in _CONFIG_DTYPES:
+        if not isinstance(name, str) or name not in _CONFIG_DTYPES:
             raise InputError(
                 f"config.json names dtype {name!r}; one of {', '.join(_CONFIG_DTYPES)} is needed"
             )

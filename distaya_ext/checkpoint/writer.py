@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from .folder import contained
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README*")
-_NOT_COPIED = ("model.safetensors.index.json", "results.json")
+_NOT_COPIED = ("*.index.json", "results.json")  # where the old weights lay, what the old run found
 
 
 class ShardWriter:
@@ -80,11 +81,15 @@ class Staging:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
-        self.out = out
         check_output(out, overwrite=overwrite, source=source)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        self.out = Path(os.path.abspath(out))  # also for "."; links in the way stay as they are
+        self._made: list[Path] = []
 
     def __enter__(self) -> Staging:
+        missing = [p for p in self.out.parents if not p.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
         self.root = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}.partial-"))
         self.model, self.scratch = self.root / "model", self.root / "scratch"
         self.model.mkdir()
@@ -93,6 +98,9 @@ class Staging:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # holds the result, or what somebody else put there
+                folder.rmdir()
 
     def publish(self) -> None:
         """Put the finished folder in the place of `out`; an older result is kept until that
@@ -111,19 +119,22 @@ class Staging:
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output that is the model itself, a file, or a non-empty folder that is not ours."""
-    if source is not None and out.resolve() == source.resolve():
-        raise InputError(f"the output folder {out.name} is the model folder itself")
+    if source is not None and source.resolve().is_relative_to(out.resolve()):
+        same = source.resolve() == out.resolve()
+        raise InputError(
+            f"the output folder {out} {'is' if same else 'holds'} the model folder itself"
+        )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"the output {out.name} exists and is not a folder")
+        raise InputError(f"the output {out} exists and is not a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise InputError(
-            f"the output folder {out.name} is not empty; choose another or ask to overwrite"
+            f"the output folder {out} is not empty; choose another, or --overwrite an older result"
         )
     if not _is_ours(out):
         raise InputError(
-            f"the output folder {out.name} was not written by distaya; it is not overwritten"
+            f"the output folder {out} was not written by distaya; it is not overwritten"
         )
 
 
@@ -141,10 +152,20 @@ def _keep_edited_readme(old: Path, new: Path) -> None:
         shutil.copyfile(kept, fresh)
 
 
+def check_companions(source: Path) -> list[str]:
+    """Names of the config, tokenizer, licence and readme files; InputError for a link that leads
+    out.
+    """
+    paths = {path for pattern in _COPIED for path in source.glob(pattern) if path.is_file()}
+    names = [p.name for p in paths if not any(p.match(pattern) for pattern in _NOT_COPIED)]
+    for name in names:
+        contained(source, name)
+    return sorted(names)
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy config, tokenizer, licence and readme files unchanged; returns their names."""
-    names = {path.name for pattern in _COPIED for path in source.glob(pattern) if path.is_file()}
-    names -= set(_NOT_COPIED)
-    for name in sorted(names):
-        shutil.copyfile(contained(source, name), target / name)
-    return sorted(names)
+    names = check_companions(source)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

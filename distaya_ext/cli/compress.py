@@ -12,7 +12,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
-    from ..texts import Windows
 
 
 def compress(
@@ -65,7 +64,6 @@ def compress(
         bits=bits,
         group=group,
         max_ram=max_ram,
-        seed=seed,
         calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
     )
     from ..compress import compress as run
@@ -73,17 +71,13 @@ def compress(
     from .output import print_json
     from .progress import Reporter
 
+    if from_recipe(whole).statistic is not None and whole.calibration.path is None:
+        raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
     with Reporter(quiet) as reporter:
-        windows = None
-        if from_recipe(whole).statistic is not None:
-            windows = calibration(whole, offline)
-            for line in describe(windows):
-                reporter.say(line)
         report = run(
             whole.model,
             out,
             whole,
-            windows,
             on_event=reporter.on_event,
             overwrite=overwrite,
             device=device,
@@ -127,35 +121,3 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
     if "method" not in fields and "bits" in fields and not {"sparsity", "nm"} & fields.keys():
         fields["method"] = "gptq"
     return Recipe(**fields)
-
-
-def calibration(recipe: Recipe, offline: bool = False) -> Windows:
-    """Token windows of the recipe's texts, cut by the model's own tokenizer."""
-    from ..checkpoint import open_checkpoint
-    from ..compress.calibrate import load_tokenizer
-    from ..texts import read_texts
-    from ..texts import windows as cut
-
-    wanted = recipe.calibration
-    if wanted.path is None:
-        raise UsageError(f"method {recipe.method} learns from text: give a folder with --calib")
-    texts = read_texts(wanted.path)
-    tokenizer = load_tokenizer(open_checkpoint(recipe.model, offline=offline).folder)
-    return cut(texts, tokenizer, tokens=wanted.tokens, window=wanted.window, seed=wanted.seed)
-
-
-def describe(windows: Windows) -> list[str]:
-    """What calibration really uses, in lines for the user."""
-    languages = windows.tokens_per_language
-    lines = [
-        f"calibration: {windows.ids.numel()} tokens, {windows.per_language} windows of "
-        f"{windows.ids.shape[1]} "
-        f"in each of {len(languages)} languages",
-        "tokens per character: "
-        + ", ".join(f"{lang} {f:.2f}" for lang, f in sorted(windows.fertility.items())),
-    ]
-    if windows.limited_by is not None:
-        lines.append(
-            f"note: fewer tokens than asked for, since {windows.limited_by} has no more text"
-        )
-    return lines

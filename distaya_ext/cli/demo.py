@@ -100,21 +100,27 @@ def _compress(
     overwrite: bool,
 ) -> Trial:
     from ..compress import compress as run
-    from ..compress.calibrate import load_tokenizer
     from ..recipe import Recipe
-    from ..texts import read_texts, windows
 
+    texts = assets / "texts" / "calibration"
+    spec = {"path": str(texts), "tokens": _all_tokens(assets), "window": _WINDOW}
     model = assets / "nano-aya"
-    texts = read_texts(assets / "texts" / "calibration")
-    cut = windows(texts, load_tokenizer(model), tokens=None, window=_WINDOW)
-    spec = {"path": "texts/calibration", "tokens": cut.ids.numel(), "window": _WINDOW}
-    recipe = Recipe(model="nano-aya", method="sparsegpt", calibration=spec, **fields)
-    reporter.say(
-        f"{label}: sparsegpt on nano-aya, {cut.ids.numel()} calibration tokens in {len(texts)} "
-        "languages"
-    )
-    report = run(model, folder / name, recipe, cut, on_event=reporter.on_event, overwrite=overwrite)
+    recipe = Recipe(model=str(model), method="sparsegpt", calibration=spec, **fields)
+    reporter.say(f"{label}: sparsegpt on nano-aya")
+    report = run(model, folder / name, recipe, on_event=reporter.on_event, overwrite=overwrite)
     return Trial(label, folder / name, report.seconds, report.sparsity)
+
+
+def _all_tokens(assets: Path) -> int:
+    """As many calibration tokens as every language of the bundled texts can give."""
+    from ..checkpoint import open_checkpoint
+    from ..texts import read_texts, windows
+    from ..tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(assets / "nano-aya")
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    texts = read_texts(assets / "texts" / "calibration")
+    return windows(texts, tokenizer, tokens=None, window=_WINDOW).ids.numel()
 
 
 def _measure(

@@ -51,9 +51,13 @@ def go_on(
     """The continuation alone. The global random state of torch is left as it was."""
     import torch
 
-    from ..evaluate.load import quiet_transformers
-    from ..texts import encode
+    from ..models.whole import quiet_transformers
+    from ..tokenizer import encode
 
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of the shell that were no UTF-8
+        raise UsageError(f"the prompt is not UTF-8 text at character {error.start}") from None
     bos = loaded.tokenizer.bos_token_id
     (ids,) = encode(loaded.tokenizer, [prompt])
     ids = ([] if bos is None else [bos]) + ids

@@ -55,13 +55,15 @@ class Reporter:
     def say(self, line: str) -> None:
         """A line that stays, unless quiet."""
         if not self.quiet:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def on_event(self, event: events.Event) -> None:
         """What compress() calls."""
         match event:
             case events.Notice(message):
                 self.say(f"note: {message}")
+            case events.Calibrated():
+                self._calibrated(event)
             case events.Proved(layers=layers, max_abs_diff=diff):
                 self.say(
                     f"replay of {layers} layers reproduces the model's own logits (max "
@@ -82,6 +84,16 @@ class Reporter:
                 self._advance("layers", layer + 1, layers, f"{seconds:.1f} s{worst}", always=True)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
+
+    def _calibrated(self, event: events.Calibrated) -> None:
+        languages = event.tokens_per_language
+        self.say(
+            f"calibration: {event.tokens} tokens in windows of {event.window}, "
+            f"{len(languages)} languages"
+        )
+        if event.fertility:
+            each = (f"{lang} {value:.2f}" for lang, value in sorted(event.fertility.items()))
+            self.say("tokens per character: " + ", ".join(each))
 
     def on_progress(self, done: int, total: int, what: str) -> None:
         """What evaluate() calls: tokens scored, tokens in all, language."""

@@ -2,10 +2,11 @@
 
 from .calibrate import Calibration
 from .driver import compress
-from .events import Event, LayerDone, LayerStart, Notice, Proved, Saved, StageDone
+from .events import Calibrated, Event, LayerDone, LayerStart, Notice, Proved, Saved, StageDone
 from .report import ModuleReport, Report
 
 __all__ = [
+    "Calibrated",
     "Calibration",
     "Event",
     "LayerDone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,22 +11,28 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..recipe import Recipe
 from ..texts import read_texts
 from ..texts import windows as token_windows
+from ..tokenizer import check_rows, load_tokenizer
 
 CHUNK_TOKENS = 4096  # tokens run at once; fixed, so that results do not depend on the memory given
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows ids int64 [windows, length] and the language of each window."""
+    """Token windows ids int64 [windows, length] and the language of each window.
+
+    The rest is what the texts told: see texts.Windows.
+    """
 
     ids: torch.Tensor
     languages: list[str]
     tokens_per_language: dict[str, int] = field(default_factory=dict)
-    limited_by: str | None = None  # the language whose text ran out first
+    limited_by: str | None = None
+    fertility: dict[str, float] = field(default_factory=dict)
+    duplicates: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -48,13 +55,14 @@ def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Cali
     """Calibration from token windows, or from a folder of texts cut by the model's own tokenizer.
 
     texts: an object with ids and languages (as texts.windows returns), a folder, or None for the
-    folder named in the recipe. Raises InputError for no windows, windows of one token, wrong
+    folder named in the recipe. Raises UsageError for no texts or windows longer than the model's
+    positions, InputError for texts that cannot be used, no windows, windows of one token, wrong
     shapes, and token numbers the embedding does not have.
     """
     if texts is None:
         texts = recipe.calibration.path
     if texts is None:
-        raise InputError(f"method {recipe.method} needs calibration texts and none are given")
+        raise UsageError(f"method {recipe.method} needs calibration texts and none are given")
     windows = _cut(Path(texts), recipe, checkpoint) if isinstance(texts, (str, Path)) else texts
     ids, languages = windows.ids, list(windows.languages)
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] != len(languages):
@@ -66,40 +74,32 @@ def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Cali
         raise InputError(
             f"the calibration texts give {ids.shape[0]} windows of {ids.shape[1]} tokens; too few"
         )
-    vocab, low, high = checkpoint.config.vocab_size, int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab:
-        raise InputError(
-            f"the calibration windows use token {high if high >= vocab else low} but the "
-            f"model's embedding "
-            f"has {vocab} rows; the tokenizer is not the model's"
-        )
-    limited = getattr(windows, "limited_by", None)
-    per_language: dict[str, int] = {}
-    for language in languages:
-        per_language[language] = per_language.get(language, 0) + ids.shape[1]
-    return Calibration(ids.contiguous(), languages, per_language, limited)
+    for token in (int(ids.min()), int(ids.max())):
+        check_rows(token, checkpoint.config.vocab_size, "the calibration windows use token")
+    return Calibration(
+        ids.contiguous(),
+        languages,
+        {lang: n * ids.shape[1] for lang, n in Counter(languages).items()},
+        getattr(windows, "limited_by", None),
+        getattr(windows, "fertility", {}),
+        getattr(windows, "duplicates", {}),
+    )
 
 
 def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     wanted = recipe.calibration
+    room = getattr(checkpoint.config, "max_position_embeddings", None)
+    if room is not None and wanted.window > room:
+        raise UsageError(
+            f"calibration windows of {wanted.window} tokens exceed the model's {room} positions"
+        )
     return token_windows(
         read_texts(folder),
-        load_tokenizer(checkpoint.folder),
+        load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size),
         tokens=wanted.tokens,
         window=wanted.window,
         seed=wanted.seed,
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; InputError when the folder has none that transformers can read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # many kinds, depending on which file is missing or broken
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the tokenizer of {folder.name} cannot be read: {reason}") from error
 
 
 def check_activations(x: torch.Tensor, chunk: int, where: str, calibration: Calibration) -> None:

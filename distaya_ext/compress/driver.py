@@ -15,11 +15,13 @@ from ..checkpoint import (
     Checkpoint,
     ShardWriter,
     Staging,
+    check_companions,
     check_output,
     copy_companions,
     open_checkpoint,
 )
-from ..errors import InputError, UsageError
+from ..device import find_device
+from ..errors import InputError
 from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
@@ -55,7 +57,8 @@ def compress(
 
     model      local Hugging Face folder or hub id (offline=True: the hub's local cache only)
     texts      folder of <lang>.txt, .jsonl or .parquet, token windows as texts.windows returns
-               them, or None for the recipe's folder; magnitude, rtn and dense need none
+               them, or None for the recipe's folder; magnitude, rtn and dense need none. A folder
+               is noted in the recipe that is written, so that this repeats the run bit for bit
     on_event   is called with the records of compress.events as the run goes
     overwrite  replaces an older result of ours
     device     "cpu" or "cuda"
@@ -64,29 +67,26 @@ def compress(
     by layer gives the model's own logits. `out` appears when it is complete.
     Raises InputError or UsageError (both ValueError) in one sentence.
     """
-    recipe = recipe.model_copy(update={"model": str(model)})
+    place = find_device(device, kernels=True)
+    local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
+    check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
+    recipe = _as_run(recipe, model, texts)
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
-    check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
-    run = _Run(
-        checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), _device(device)
-    )
+    check_companions(checkpoint.folder)
+    run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
     if settings.statistic is not None:
         run.calibration = load_calibration(texts, recipe, checkpoint)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
         return run.go(staging)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device {name!r} is unknown; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported; use cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda is asked for and torch sees no CUDA GPU")
-    return device
+def _as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
+    """The recipe with the model and the folder of texts that are really used."""
+    used: dict[str, Any] = {"model": str(model)}
+    if isinstance(texts, (str, Path)):
+        used["calibration"] = recipe.calibration.model_copy(update={"path": str(texts)})
+    return recipe.model_copy(update=used)
 
 
 class _Run:
@@ -147,6 +147,13 @@ class _Run:
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
+        self.on_event(
+            events.Calibrated(
+                report.tokens, report.window, report.tokens_per_language, calibration.fertility
+            )
+        )
+        for lang, count in sorted(calibration.duplicates.items()):
+            self._notice(f"{count} documents in {lang} repeat an earlier one")
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"

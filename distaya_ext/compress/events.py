@@ -13,6 +13,19 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """The texts are cut: `tokens` in windows of `window`, the same in every language.
+
+    fertility is tokens per character, empty where windows were given instead of texts.
+    """
+
+    tokens: int
+    window: int
+    tokens_per_language: dict[str, int]
+    fertility: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Proved:
     """The layer-by-layer replay reproduced the model's own logits (see proof.Proof)."""
 
@@ -64,4 +77,4 @@ class Saved:
     bytes: int
 
 
-Event = Notice | Proved | LayerStart | StageDone | LayerDone | Saved
+Event = Notice | Calibrated | Proved | LayerStart | StageDone | LayerDone | Saved

@@ -9,6 +9,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..models.skeleton import build_skeleton
+from ..models.whole import load_whole
 from .capture import Ends, load_layer
 
 _LOGIT_ELEMENTS = 1 << 24  # logits compared at most (the last positions of each window)
@@ -87,7 +88,7 @@ def _own(
     checkpoint: Checkpoint, ids: torch.Tensor, device: torch.device, layers: int | None, keep: int
 ) -> torch.Tensor:
     if layers is None:
-        model = _load_whole(checkpoint).to(device)
+        model = load_whole(checkpoint.folder, checkpoint.dtype).to(device)
     else:
         model = build_skeleton(checkpoint.config, checkpoint.dtype, layers)
         ends = Ends(model, checkpoint, device)
@@ -97,19 +98,3 @@ def _own(
             parent[index] = load_layer(layer, prefix, checkpoint, device)
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
-
-
-def _load_whole(checkpoint: Checkpoint) -> torch.nn.Module:
-    """The model as transformers loads it by itself, without its progress bar."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=checkpoint.dtype, use_safetensors=True, local_files_only=True
-        ).eval()
-    finally:
-        if shown:
-            logging.enable_progress_bar()

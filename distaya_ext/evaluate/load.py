@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import open_checkpoint
-from ..compress.calibrate import load_tokenizer
+from ..checkpoint import check_finite, open_checkpoint
+from ..device import find_device
 from ..errors import InputError, UsageError
+from ..models.whole import load_whole
+from ..tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
@@ -45,25 +45,17 @@ def load(
     """
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    place = find_device(device)
     checkpoint = open_checkpoint(model, offline=offline)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if dtype == "auto":
         chosen = torch.float32 if checkpoint.nbytes < _FLOAT32_BELOW else checkpoint.dtype
     else:
         chosen = DTYPES[dtype]
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM
-
-        try:
-            network = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=chosen, use_safetensors=True, local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"{model} passed our checks but transformers cannot load it: {reason}"
-            ) from error
-    return Loaded(str(model), network.eval().to(device), tokenizer)
+    network = load_whole(checkpoint.folder, chosen)
+    for name, weight in network.named_parameters():
+        check_finite(name, weight.data)
+    return Loaded(str(model), network.to(place), tokenizer)
 
 
 def check_same_vocabulary(model: Loaded, base: Loaded) -> None:
@@ -78,19 +70,3 @@ def check_same_vocabulary(model: Loaded, base: Loaded) -> None:
         raise InputError(
             f"the tokenizers of {model.name} and {base.name} differ; token by token needs the same"
         )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside the block transformers shows no bars and gives no advice; both come back after."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import InputError
 from ..texts import read_texts
+from ..tokenizer import check_rows
 from .load import Loaded, check_same_vocabulary, load
 from .result import Evaluation, LanguageResult
 from .samples import Samples, cut_lines, cut_windows
@@ -183,8 +184,4 @@ def _longest(loaded: Loaded) -> int:
 
 def _check_ids(model: Loaded, samples: Sequence[Samples]) -> None:
     highest = max(int(row.max()) for sample in samples for row in sample.rows)
-    if highest >= model.vocabulary:
-        raise InputError(
-            f"the tokenizer of {model.name} gives token {highest} and the embedding has "
-            f"{model.vocabulary} rows"
-        )
+    check_rows(highest, model.vocabulary, f"the texts use, in the tokenizer of {model.name}, token")

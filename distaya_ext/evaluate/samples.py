@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..texts import check_tokenised, counts, encode, separator
+from ..texts import counts, share
+from ..tokenizer import check_tokenised, encode, separator
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,7 @@ def cut_windows(
     middle of documents too; what is left at the end is not scored. tokens caps the total, the same
     for every language. InputError with the counts when a language does not fill one window.
     """
-    if window < 2:
-        raise InputError(f"a window needs at least 2 tokens, not {window}")
-    most = None if tokens is None else tokens // (window * len(texts))
-    if most == 0:
-        raise InputError(
-            f"{tokens} tokens are fewer than one window of {window} in each of {len(texts)} "
-            "languages, "
-            f"{window * len(texts)} tokens"
-        )
+    most = share(tokens, window, len(texts))
     samples, short = [], {}
     for lang, documents in texts.items():
         stream, ratio = _stream(lang, documents, tokenizer, None if most is None else most * window)

@@ -23,7 +23,7 @@ def describe(config: Any) -> Architecture:
     """
     get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
     model_type = get("model_type")
-    if model_type not in _TABLE:
+    if not isinstance(model_type, str) or model_type not in _TABLE:
         hint = " (use the text model gemma3_text)" if model_type == "gemma3" else ""
         raise InputError(
             f"model_type {model_type!r} is not supported{hint}; "

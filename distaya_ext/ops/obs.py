@@ -159,7 +159,8 @@ def sweep_(
     nm       (n, m): n kept of every m <= 32 inputs of a row (a shorter last group keeps at most n)
     mask     bool [rows, cols], True = kept
     quant    grids; with any of the above, the kept weights are rounded in the same pass
-    reference  unstructured counts as published: per block floor(size * s) + 1 and all ties
+    reference  as published: unstructured counts (per block floor(size * s) + 1 and all ties), and
+             dynamic grids from the weights on entry to their block of 128 columns
     given_grids, group_of  scales and zeros [rows, groups] to use instead of grids(W) when the grids
              are not dynamic, and int64 [cols], the group of each column
 
@@ -225,8 +226,9 @@ def obs(
     order    "activation" sweeps columns by descending diagonal of H (GPTQ's act-order); the result
              comes back in the original order with the permutation
     damp     share of the mean diagonal added to it (ignored with factor=)
-    reference  the published conventions: SparseGPT's counts, and columns whose input never fired
-             (H_jj = 0) get a unit diagonal and zero weights
+    reference  the published conventions: SparseGPT's counts, GPTQ's group grids from the weights on
+             entry to the block, and columns whose input never fired (H_jj = 0) get a unit diagonal
+             and zero weights
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """
@@ -297,9 +299,10 @@ def reference(
     clear, loss = torch.ones(rows, dtype=torch.bool), W.new_zeros(rows)
     codes = torch.zeros(rows, cols, dtype=torch.uint8) if quant else None
     placed: list[tuple[Tensor, Tensor]] = []
-    width = quant.width(cols) if quant else cols
+    width, entry = quant.width(cols) if quant else cols, W
     for j in range(cols):
         ahead = torch.arange(j, min(cols, j + 128))
+        entry = W.clone() if j % 128 == 0 else entry
         score = W[:, ahead] ** 2 / U.diagonal()[ahead] ** 2
         if sparsity and j % 128 == 0:
             count = int(rows * (j + len(ahead)) * sparsity) - int(rows * j * sparsity)
@@ -314,7 +317,7 @@ def reference(
         q = W[:, j] * keep[:, j]
         if quant:
             if j % width == 0:
-                now = W if quant.dynamic() else dense
+                now = (entry if reference else W) if quant.dynamic() else dense
                 *grid, sure = quant.grid(now[:, j : j + width])
                 placed.append((grid[0], grid[1]))
                 clear &= sure
