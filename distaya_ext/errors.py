@@ -19,6 +19,12 @@ class InputError(DistayaError):
     exit_code = 3
 
 
+class ResourceError(DistayaError):
+    """The machine has too little memory or disk for the run (exit code 5)."""
+
+    exit_code = 5
+
+
 class GateError(DistayaError):
     """The result was produced but failed a quality gate the user asked for (exit code 6)."""
 

@@ -149,6 +149,13 @@ def share(tokens: int | None, window: int, languages: int) -> int | None:
     return wanted
 
 
+def check_window(window: int, config: Any) -> None:
+    """UsageError for windows that are longer than the model of the config has positions."""
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and window > room:
+        raise UsageError(f"windows of {window} tokens exceed the model's {room} positions")
+
+
 class _Stream:
     """Tokens of one language: documents in seeded order, each behind a separator, until enough."""
 

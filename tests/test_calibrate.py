@@ -13,7 +13,7 @@ import distaya_ext
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration, budget, calibrate, compress
 from distaya_ext.compress.store import Store
-from distaya_ext.errors import InputError, UsageError
+from distaya_ext.errors import InputError, ResourceError, UsageError
 
 ASSETS = Path(distaya_ext.__file__).parent / "assets"
 
@@ -108,7 +108,7 @@ def test_too_little_memory_is_said_before_the_work(tmp_path):
 def test_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UsageError, match=r"writes 0\.00 GiB .* only 0\.00 GiB are free"):
+    with pytest.raises(ResourceError, match=r"writes 0\.00 GiB .* only 0\.00 GiB are free"):
         compress(source, tmp_path / "out", tiny.recipe(), tiny.windows())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

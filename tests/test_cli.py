@@ -207,6 +207,7 @@ def test_generate_bad_input(model):
         (["--sparsity", "0.5"], ["--calib"]),
         (["--sparsity", "0.5", "--device", "tpu", "--method", "magnitude"], ["'tpu'"]),
         (["--sparsty", "0.5"], ["--sparsty"]),
+        (["--sparsity", "0.5", "--group", "64"], ["--group", "--bits"]),
         (["--recipe", "none.yaml"], ["none.yaml"]),
     ],
 )
@@ -359,3 +360,27 @@ def test_as_a_program_and_interrupted(model, texts, tmp_path):
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
     assert "Interrupted" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle_nothing_is_left(model, tmp_path, number, code):
+    """Neither at the output, nor beside it, nor the folders above it that were made for it."""
+    texts = save_texts(tmp_path / "texts", repeat=3000)
+    flags = ["--sparsity", "0.5", "--calib", texts, "--tokens", 120_000, "--window", 16]
+    run = _start("compress", model, "--out", tmp_path / "deep" / "out", *flags)
+    lines = iter(run.stderr.readline, "")
+    assert any(line.startswith("replay of") for line in lines)
+    inside = sorted(path.name for path in (tmp_path / "deep").iterdir())
+    assert len(inside) == 1 and inside[0].startswith(".out.partial-")
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == code, err
+    assert out == "" and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_calibration_that_is_not_used_is_told(model, texts, tmp_path):
+    flags = ["--out", tmp_path / "out", "--method", "magnitude", "--sparsity", "0.5"]
+    result = distaya("compress", model, *flags, "--calib", texts)
+    assert result.exit_code == 0 and "note: method magnitude learns nothing" in result.stderr
+    assert "note" not in distaya("compress", model, *flags, "--overwrite").stderr

@@ -1,12 +1,13 @@
 """`distaya`: the commands, and the one place where errors become a sentence and an exit code.
 
 Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 5 out of memory or disk, 6 a
-quality gate failed, 130 interrupted.
+quality gate failed, 130 interrupted, 143 and 129 told to stop (SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -100,5 +101,12 @@ app.command("doctor")(doctor)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Being told to stop cleans up as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stays
+            signal.signal(number, _stop)
     app(prog_name="distaya")
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -66,14 +66,19 @@ def compress(
         max_ram=max_ram,
         calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
     )
+    if group is not None and whole.bits is None:
+        raise UsageError("--group says how weights share a scale, so it needs --bits")
     from ..compress import compress as run
     from ..compress.settings import from_recipe
     from .output import print_json
     from .progress import Reporter
 
-    if from_recipe(whole).statistic is not None and whole.calibration.path is None:
+    learns = from_recipe(whole).statistic is not None
+    if learns and whole.calibration.path is None:
         raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
     with Reporter(quiet) as reporter:
+        if calib is not None and not learns:
+            reporter.say(f"note: method {whole.method} learns nothing from text; --calib is unused")
         report = run(
             whole.model,
             out,

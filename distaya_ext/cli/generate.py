@@ -51,7 +51,7 @@ def go_on(
     """The continuation alone. The global random state of torch is left as it was."""
     import torch
 
-    from ..models.whole import quiet_transformers
+    from ..checkpoint.whole import quiet_transformers
     from ..tokenizer import encode
 
     try:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
-from ..errors import UsageError
+from ..errors import ResourceError, UsageError
 from .calibrate import CHUNK_TOKENS
 
 GIB = 1 << 30
@@ -47,10 +47,10 @@ def physical_bytes() -> int:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """UsageError when the disk that will hold the result (and spilled activations) is too full."""
+    """ResourceError when the disk that holds the result and spilled activations is too full."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UsageError(
+        raise ResourceError(
             f"the run writes {needed / GIB:.2f} GiB beside the output folder "
             f"and only {free / GIB:.2f} GiB are free there"
         )

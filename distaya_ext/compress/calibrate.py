@@ -13,7 +13,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import InputError, UsageError
 from ..recipe import Recipe
-from ..texts import read_texts
+from ..texts import check_window, read_texts
 from ..texts import windows as token_windows
 from ..tokenizer import check_rows, load_tokenizer
 
@@ -88,11 +88,7 @@ def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Cali
 
 def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     wanted = recipe.calibration
-    room = getattr(checkpoint.config, "max_position_embeddings", None)
-    if room is not None and wanted.window > room:
-        raise UsageError(
-            f"calibration windows of {wanted.window} tokens exceed the model's {room} positions"
-        )
+    check_window(wanted.window, checkpoint.config)
     return token_windows(
         read_texts(folder),
         load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size),

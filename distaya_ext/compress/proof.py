@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.whole import load_whole
 from ..errors import InputError
 from ..models.skeleton import build_skeleton
-from ..models.whole import load_whole
 from .capture import Ends, load_layer
 
 _LOGIT_ELEMENTS = 1 << 24  # logits compared at most (the last positions of each window)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..checkpoint import check_finite, open_checkpoint
+from ..checkpoint.whole import load_whole
 from ..device import find_device
 from ..errors import InputError, UsageError
-from ..models.whole import load_whole
 from ..tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

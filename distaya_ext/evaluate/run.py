@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..texts import read_texts
+from ..texts import check_window, read_texts
 from ..tokenizer import check_rows
 from .load import Loaded, check_same_vocabulary, load
 from .result import Evaluation, LanguageResult
@@ -56,6 +56,7 @@ def evaluate(
     if per_line:
         samples = cut_lines(texts, loaded.tokenizer, longest=_longest(loaded))
     else:
+        check_window(window, loaded.model.config)
         samples = cut_windows(texts, loaded.tokenizer, window=window, tokens=tokens)
     (found,) = evaluate_loaded(
         [loaded], samples, base=base, window=None if per_line else window, on_progress=on_progress

@@ -46,9 +46,7 @@ def cut_windows(
     return samples
 
 
-def cut_lines(
-    texts: Mapping[str, list[str]], tokenizer: Any, *, longest: int, lines: int | None = None
-) -> list[Samples]:
+def cut_lines(texts: Mapping[str, list[str]], tokenizer: Any, *, longest: int) -> list[Samples]:
     """One row per line, BOS first where there is one. The texts must be parallel (read_texts says
     so).
 
@@ -57,7 +55,6 @@ def cut_lines(
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     samples = []
     for lang, sentences in texts.items():
-        sentences = sentences[:lines]
         rows = [torch.tensor(bos + ids, dtype=torch.int64) for ids in encode(tokenizer, sentences)]
         check_tokenised(lang, sum(len(row) - len(bos) for row in rows), sum(map(len, sentences)))
         for number, row in enumerate(rows, 1):

@@ -35,10 +35,11 @@ def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -
     except (
         ValueError,
         TypeError,
-        KeyError,
+        LookupError,
         AttributeError,
         RuntimeError,
-        ZeroDivisionError,
+        ArithmeticError,
+        AssertionError,
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

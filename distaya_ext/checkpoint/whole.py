@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from .folder import read_json
 
 
 def load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -19,10 +22,10 @@ def load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
+    with quiet_transformers(), _with_metadata(folder) as readable:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True
+                readable, dtype=dtype, use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -30,6 +33,25 @@ def load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
                 f"{folder.name} passed our checks but transformers cannot load it: {reason}"
             ) from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def _with_metadata(folder: Path) -> Iterator[Path]:
+    """The folder, or links to its files beside an index that has the metadata it lacks.
+
+    The format leaves an index's metadata optional and our reader does too; transformers does not.
+    """
+    name = "model.safetensors.index.json"
+    index = {} if (folder / "model.safetensors").is_file() else read_json(folder, name)
+    if not index or "metadata" in index:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="distaya-") as beside:
+        for path in folder.iterdir():
+            if path.is_file() and path.name != name:
+                (Path(beside) / path.name).symlink_to(path.resolve())
+        (Path(beside) / name).write_text(json.dumps({**index, "metadata": {}}), encoding="utf-8")
+        yield Path(beside)
 
 
 @contextlib.contextmanager
