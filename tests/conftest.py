@@ -1,9 +1,22 @@
 """Shared by all tests: GPU tests run only where a GPU is; every instruction set can be chosen."""
 
+import os
+
 import pytest
 import torch
 
 from distaya_ext.ops import machine
+
+# Child interpreters find what this one finds, wherever they are started.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path
+)
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_source(tmp_path, monkeypatch) -> None:
+    """Run every test in its own folder: `python -c` there cannot pick up the unbuilt sources."""
+    monkeypatch.chdir(tmp_path)
 
 
 def gpu_ready() -> bool:

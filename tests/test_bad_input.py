@@ -32,8 +32,8 @@ from damage import (
 from speaking import save_model, save_texts
 from typer.testing import CliRunner
 
-import distaya_ext.compress.budget as budget
 from distaya_ext.cli.app import app
+from distaya_ext.compress import budget
 
 USAGE, INPUT = 2, 3
 

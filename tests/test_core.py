@@ -14,14 +14,11 @@ from distaya_ext.ops import machine
 GOOD = torch.zeros(4, 5)
 
 
-def python(code: str, folder, **env: str) -> str:
-    """Run code in a fresh interpreter, away from the source tree (cwd is on its path)."""
-    inherited = os.environ.get("PYTHONPATH", "")
-    paths = os.pathsep.join(os.path.abspath(p) for p in inherited.split(os.pathsep) if p)
+def python(code: str, **env: str) -> str:
+    """Run code in a fresh interpreter."""
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": paths} | env,
+        env=os.environ | env,
         capture_output=True,
         text=True,
         check=True,
@@ -92,14 +89,14 @@ def test_torch_threads_reach_the_kernels():
         torch.set_num_threads(before)
 
 
-def test_one_openmp_runtime_is_loaded(tmp_path):
+def test_one_openmp_runtime_is_loaded():
     code = (
         "from distaya_ext import doctor; import torch; torch.set_num_threads(1);"
         "from distaya_ext.ops import machine;"
         "assert len(doctor._openmp_runtimes()) == 1, doctor._openmp_runtimes();"
         "assert machine.threads() == 1"
     )
-    python(code, tmp_path)
+    python(code)
 
 
 def test_isa_can_be_lowered_and_comes_back():
@@ -114,9 +111,9 @@ def test_isa_can_be_lowered_and_comes_back():
         pass
 
 
-def test_isa_from_the_environment(tmp_path):
+def test_isa_from_the_environment():
     code = "from distaya_ext.ops import machine; print(machine.isa())"
-    assert python(code, tmp_path, DISTAYA_ISA="portable").strip() == "portable"
+    assert python(code, DISTAYA_ISA="portable").strip() == "portable"
 
 
 def test_peaks_are_measured(isa):
@@ -132,10 +129,10 @@ def test_doctor_reports_every_section():
     assert all(value for section in report.values() for value in section.values())
 
 
-def test_import_starts_nothing(tmp_path):
+def test_import_starts_nothing():
     code = (
         "import distaya_ext, distaya_ext.ops.machine, sys, torch;"
         "assert not torch.cuda.is_initialized();"
         "assert 'transformers' not in sys.modules"
     )
-    python(code, tmp_path)
+    python(code)

@@ -1,6 +1,7 @@
 """Evaluation: every figure against a second way to compute it."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ def test_scores_against_float64_and_padding_changes_nothing(loaded):
 def test_scores_do_not_depend_on_the_memory_given(loaded, monkeypatch):
     rows = [torch.arange(3, 3 + n) for n in (5, 40, 12, 40)]
     want = score([item.model for item in loaded], rows)[1]
-    monkeypatch.setattr("distaya_ext.evaluate.score._LOGIT_BYTES", 1)
-    monkeypatch.setattr("distaya_ext.evaluate.score._SOFTMAX_BYTES", 7 * 4 * 300)
+    monkeypatch.setattr(import_module("distaya_ext.evaluate.score"), "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(import_module("distaya_ext.evaluate.score"), "_SOFTMAX_BYTES", 7 * 4 * 300)
     got = score([item.model for item in loaded], rows)[1]
     np.testing.assert_allclose(got.nll, want.nll, rtol=1e-6)
     np.testing.assert_allclose(got.kl, want.kl, rtol=1e-5)
@@ -200,7 +201,7 @@ def test_interval_is_the_same_every_time_and_needs_two_samples():
 def test_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     sums, weights = np.arange(1.0, 9.0), np.full(8, 2.0)
     want = interval(sums, weights)
-    monkeypatch.setattr("distaya_ext.evaluate.statistics._AT_ONCE", 100)
+    monkeypatch.setattr(import_module("distaya_ext.evaluate.statistics"), "_AT_ONCE", 100)
     assert interval(sums, weights) == want
 
 

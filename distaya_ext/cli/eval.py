@@ -54,12 +54,12 @@ def evaluate(
     if lines and tokens is not None:
         raise UsageError("--tokens cuts windows and has no meaning with --lines")
 
-    from .. import evaluate as evaluation
+    from ..evaluate import evaluate as compare
     from .output import console, evaluation_table, print_json, verdict
     from .progress import Reporter
 
     with Reporter(quiet) as reporter:
-        found = evaluation.evaluate(
+        found = compare(
             model,
             texts,
             against=against,
