@@ -130,11 +130,12 @@ def cause(lines: list[str]) -> list[str]:
 def build(section: Section, limit: float, arch: str) -> None:
     """pip install of this tree for one architecture, in a build folder of its own.
 
-    nvcc is named to cmake, which otherwise remembers that an earlier build did not find it.
+    cmake's cache would keep an earlier build's architectures, and that it had found no nvcc: hence
+    one folder per architecture, and nvcc by name.
     """
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     pip += ["--force-reinstall"]  # the version number may not have changed
-    pip += ["--config-settings=build-dir=build/gpu"]
+    pip += [f"--config-settings=build-dir=build/gpu-{arch}"]
     if nvcc := shutil.which("nvcc"):
         pip += [f"--config-settings=cmake.define.CMAKE_CUDA_COMPILER={nvcc}"]
     pip += ["."]

@@ -101,6 +101,7 @@ def test_the_build_names_device_and_compiler(monkeypatch):
     gpu_sections.build(section, 9.0, "86-real")
     assert (seen["CUDAARCHS"], seen["DISTAYA_CUDA"]) == ("86-real", "ON")
     assert "--config-settings=cmake.define.CMAKE_CUDA_COMPILER=bin/nvcc" in seen["command"]
+    assert "--config-settings=build-dir=build/gpu-86-real" in seen["command"]
     assert section.status == "failed" and section.said.endswith("(nvcc) was found")
 
 
