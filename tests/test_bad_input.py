@@ -4,6 +4,7 @@ Every case damages a copy of a healthy model, of its texts or of a recipe and ru
 `eval` where it reads the same thing). Nothing may be left at or beside the output folder.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -229,8 +230,9 @@ def test_texts(place, case):
 def test_repeated_text_is_told_and_counted(place):
     result = compress(place)
     assert result.exit_code == 0
-    assert "note: 21 documents in en repeat an earlier one" in result.stderr
-    assert "note: 21 documents in ja repeat" in result.stderr
+    assert "note: documents that repeat an earlier one: en 21, es 21, ja 21" in result.stderr
+    told = json.loads((place / "out" / "results.json").read_text())["notices"]
+    assert any("en 21" in notice for notice in told)
 
 
 def test_too_few_tokens_for_all_languages(place):
@@ -306,6 +308,7 @@ def a_file(place: Path) -> Path:
         (occupied, ["--overwrite"], ["not written by distaya"]),
         (linked, ["--overwrite"], ["is not a folder"]),
         (a_file, ["--overwrite"], ["is not a folder"]),
+        (lambda place: a_file(place) / "x", [], ["cannot be made", "out is no folder"]),
         (lambda place: place / "model", ["--overwrite"], ["is the model folder"]),
         (lambda place: place, ["--overwrite"], ["holds the model folder"]),
     ],
