@@ -162,6 +162,14 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "only its config": (remove("tokenizer.json"), ["has no tokenizer", "tokenizer.json"]),
     "only its vocabulary": (remove("tokenizer_config.json"), ["_token", "300 rows"]),
     "tokenizer broken": (write("tokenizer.json", b"{"), ["tokenizer of model cannot be read"]),
+    "tokenizer setting": (
+        edit_json("tokenizer_config.json", model_max_length="x"),
+        ["tokenizer of model cannot be read"],
+    ),
+    "generation setting": (
+        edit_json("generation_config.json", pad_token_id="x"),
+        ["transformers cannot load it"],
+    ),
     "tokenizer empty": (
         change_tokenizer(lambda t: t["model"].update(vocab={}, merges=[])),
         ["tokenizer of model"],
