@@ -148,6 +148,7 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
         edit_json("config.json", dtype=["float32"]),
         ["config.json", "not usable"],
     ),
+    "number lost": (edit_json("config.json", logit_scale=None), ["None for logit_scale"]),
     "quantised": (
         edit_json("config.json", quantization_config={"quant_method": "gptq"}),
         ["already quantised (gptq)"],
