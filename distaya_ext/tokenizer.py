@@ -33,6 +33,7 @@ def load_tokenizer(folder: Path, rows: int) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
+        encode(tokenizer, ["a b"])  # some settings are looked at only now
     except Exception as error:  # many kinds, depending on which file is broken
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines)[:300] or type(error).__name__

@@ -4,6 +4,7 @@ Every case damages a copy of a healthy model, of its texts or of a recipe and ru
 `eval` where it reads the same thing). Nothing may be left at or beside the output folder.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,7 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
         edit_json("config.json", dtype=["float32"]),
         ["config.json", "not usable"],
     ),
+    "number lost": (edit_json("config.json", logit_scale=None), ["None for logit_scale"]),
     "quantised": (
         edit_json("config.json", quantization_config={"quant_method": "gptq"}),
         ["already quantised (gptq)"],
@@ -161,6 +163,14 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "only its config": (remove("tokenizer.json"), ["has no tokenizer", "tokenizer.json"]),
     "only its vocabulary": (remove("tokenizer_config.json"), ["_token", "300 rows"]),
     "tokenizer broken": (write("tokenizer.json", b"{"), ["tokenizer of model cannot be read"]),
+    "tokenizer setting": (
+        edit_json("tokenizer_config.json", model_max_length="x"),
+        ["tokenizer of model cannot be read"],
+    ),
+    "generation setting": (
+        edit_json("generation_config.json", pad_token_id="x"),
+        ["transformers cannot load it"],
+    ),
     "tokenizer empty": (
         change_tokenizer(lambda t: t["model"].update(vocab={}, merges=[])),
         ["tokenizer of model"],
@@ -229,8 +239,9 @@ def test_texts(place, case):
 def test_repeated_text_is_told_and_counted(place):
     result = compress(place)
     assert result.exit_code == 0
-    assert "note: 21 documents in en repeat an earlier one" in result.stderr
-    assert "note: 21 documents in ja repeat" in result.stderr
+    assert "note: documents that repeat an earlier one: en 21, es 21, ja 21" in result.stderr
+    told = json.loads((place / "out" / "results.json").read_text())["notices"]
+    assert any("en 21" in notice for notice in told)
 
 
 def test_too_few_tokens_for_all_languages(place):
@@ -306,6 +317,7 @@ def a_file(place: Path) -> Path:
         (occupied, ["--overwrite"], ["not written by distaya"]),
         (linked, ["--overwrite"], ["is not a folder"]),
         (a_file, ["--overwrite"], ["is not a folder"]),
+        (lambda place: a_file(place) / "x", [], ["cannot be made", "out is no folder"]),
         (lambda place: place / "model", ["--overwrite"], ["is the model folder"]),
         (lambda place: place, ["--overwrite"], ["holds the model folder"]),
     ],

@@ -307,7 +307,7 @@ def test_heartbeats_tell_how_long_is_left(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "note: few tokens"
     layers = [line for line in lines if line.startswith("layers")]
-    assert len(layers) == 2 and "2.50e-01 (down_proj)" in layers[0]
+    assert len(layers) == 2 and "2.50e-01 (down)" in layers[0]
     assert "0 s left" not in layers[0] and layers[1].endswith(" 0 s left")
     assert lines[-1] == "2 shards, 3.0 MiB"
 

@@ -21,6 +21,8 @@ _FETCH = [
 ]
 _SKIP = ["*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# transformers takes null for these and falls only in the first forward.
+_NUMBERS = ("layer_norm_eps", "rms_norm_eps", "logit_scale")
 _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as A; '
     "A.from_pretrained('MODEL').save_pretrained('OUT')\""
@@ -118,6 +120,9 @@ def read_config(folder: Path) -> dict:
             "use a checkpoint whose model_type transformers knows"
         )
     describe(config)
+    for name in _NUMBERS:
+        if not isinstance(config.get(name, 0.0), (int, float)):
+            raise InputError(f"config.json gives {config[name]!r} for {name}; it must be a number")
     if "quantization_config" in config:
         about = config["quantization_config"]
         method = about.get("quant_method", "unknown") if isinstance(about, dict) else "unknown"

@@ -27,7 +27,14 @@ def load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
             model = AutoModelForCausalLM.from_pretrained(
                 readable, dtype=dtype, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"{folder.name} passed our checks but transformers cannot load it: {reason}"

@@ -118,7 +118,9 @@ class Staging:
 
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Refuse an output that is the model itself, a file, or a non-empty folder that is not ours."""
+    """Refuse an output that is or holds the model, is a file, lies where nothing can be written, or
+    is a non-empty folder that is not ours.
+    """
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         same = source.resolve() == out.resolve()
         raise InputError(
@@ -126,6 +128,9 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
         )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"the output {out} exists and is not a folder")
+    above = next(p for p in Path(os.path.abspath(out)).parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"the output {out} cannot be made: {above} is no folder to write in")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:

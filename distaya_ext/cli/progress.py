@@ -81,7 +81,9 @@ class Reporter:
                     if self._worst
                     else ""
                 )
-                self._advance("layers", layer + 1, layers, f"{seconds:.1f} s{worst}", always=True)
+                # A bar of 80 columns has no room for the details.
+                detail = "" if self._bar is not None else f"{seconds:.1f} s{worst}"
+                self._advance("layers", layer + 1, layers, detail, always=True)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
 
@@ -100,7 +102,7 @@ class Reporter:
         self._advance("tokens", done, total, what, always=done == total)
 
     def _stage(self, event: events.StageDone) -> None:
-        short = ", ".join(name.rsplit(".", 1)[-1] for name in event.names)
+        short = ", ".join(name.rsplit(".", 1)[-1].removesuffix("_proj") for name in event.names)
         if event.relative_loss is not None and (
             not self._worst or event.relative_loss > self._worst[0]
         ):

@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
+from ..texts import counts
 from . import events
 from .budget import Budget, activation_bytes, check_disk
 from .calibrate import Calibration, check_activations, load_calibration
@@ -152,8 +153,9 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        for lang, count in sorted(calibration.duplicates.items()):
-            self._notice(f"{count} documents in {lang} repeat an earlier one")
+        if calibration.duplicates:
+            each = counts(calibration.duplicates, int)
+            self._notice(f"documents that repeat an earlier one: {each}")
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
