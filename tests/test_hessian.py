@@ -292,3 +292,18 @@ def test_cuda_agrees_with_double_precision(shape, dtype, kind):
     symmetrize_(runs[0][0])
     symmetrize_(H)
     assert torch.equal(runs[0][0].cpu(), H)
+
+
+def test_more_than_2_31_elements():
+    """X of 2^31 + 320 elements (4.3 GB of address space; untouched zero pages cost no memory)."""
+    columns = 64
+    X = torch.zeros(2**31 // columns + 5, columns, dtype=torch.bfloat16)
+    X[-1] = 3.0
+    s = torch.zeros(columns)
+    column_sq_(s, X)
+    assert torch.equal(s, torch.full((columns,), 9.0))
+    weights = torch.zeros(X.shape[0])
+    weights[-2:] = 2.0
+    H = torch.zeros(columns, columns)
+    hessian_(H, X, weights)  # weight 0: only the last two tokens are read
+    assert torch.equal(H.triu(), torch.full((columns, columns), 18.0).triu())

@@ -1,4 +1,4 @@
-"""What the package is for, on the bundled model and texts: SparseGPT loses least, as the ruler says.
+"""On the bundled model and texts: SparseGPT loses least, and no more than the ruler says.
 
 Judged on the first passages of every language, so that it takes seconds; bench/quality.py judges on
 more text. All figures are the change of NLL per token, over all languages, against the dense model.
