@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError, UsageError
+from ..finite import all_finite
 from ..recipe import Recipe
 from ..texts import check_window, read_texts
 from ..texts import windows as token_windows
@@ -100,7 +101,7 @@ def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
 
 def check_activations(x: torch.Tensor, chunk: int, where: str, calibration: Calibration) -> None:
     """InputError naming layer and language when x [windows, length, columns] is not finite."""
-    if bool(torch.isfinite(x).all()):
+    if all_finite(x):
         return
     window = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
     raise InputError(

@@ -22,6 +22,7 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
+from ..finite import all_finite
 from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
@@ -270,7 +271,7 @@ class _Run:
 
 
 def _check_finite(W: torch.Tensor, where: str) -> None:
-    if not bool(torch.isfinite(W).all()):
+    if not all_finite(W):
         raise InputError(
             f"the compressed weights of {where} are not finite; raise damp or give more texts"
         )

@@ -46,7 +46,8 @@ class LayerStart:
 @dataclass(frozen=True)
 class StageDone:
     """The Linears `names` of a layer are compressed. loss is half the squared output error
-    per token; relative_loss divides it by the dense output energy. None where no Hessian was taken.
+    per token; relative_loss divides it by the dense output's energy (over at most 512 rows per
+    matrix). None where no Hessian was taken.
     """
 
     layer: int

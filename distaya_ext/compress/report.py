@@ -170,11 +170,15 @@ class Report:
 
 
 def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None]:
-    """Loss and relative loss of some rows, (None, None) when no Hessian was taken."""
+    """Loss of some rows and its share of the dense output's energy over those rows where that is
+    known, (None, None) when no Hessian was taken.
+    """
     if solution.loss is None:
         return None, None
-    loss, energy = float(solution.loss[rows].sum()), float(solution.energy[rows].sum())
-    return loss, loss / energy if energy > 0 else 0.0
+    loss, energy = solution.loss[rows], solution.energy[rows]
+    known = ~energy.isnan()
+    total = float(energy[known].sum())
+    return float(loss.sum()), float(loss[known].sum()) / total if total > 0 else 0.0
 
 
 def _row(m: ModuleReport) -> list[Any]:

@@ -15,7 +15,7 @@ from ..ops import obs as obs_op
 from ..ops.hessian import Hessian, column_sq_
 from .settings import Settings
 
-_ENERGY_ROWS = 1024  # rows whose output energy is computed at once (bounds the fp32 copy of W)
+_ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
 
 
 class Statistic:
@@ -50,8 +50,9 @@ class Statistic:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    loss, energy: fp64 [rows], half the mean squared output error and dense output, or None without
-    a Hessian. floored: pivots lifted in the factorisation. dead: input columns never active.
+    loss: fp64 [rows], half the mean squared output error, or None without a Hessian. energy: the
+    same of the dense output, fp64 [rows], NaN in rows where it was not computed. floored: pivots
+    lifted in the factorisation. dead: input columns never active.
     """
 
     W: torch.Tensor
@@ -70,7 +71,8 @@ def solve(weights: list[torch.Tensor], settings: Settings, statistic: Statistic 
     if settings.method == "dense":
         return Solution(torch.cat(weights))
     if settings.statistic == "hessian":
-        return _sweep(torch.cat(weights), settings, statistic.matrix())
+        sizes = [len(W) for W in weights]
+        return _sweep(torch.cat(weights), settings, statistic.matrix(), sizes)
     norms = statistic.norms() if statistic is not None else None
     parts = [_score_and_round(W, settings, norms) for W in weights]
     dead = int((norms == 0).sum()) if norms is not None else 0
@@ -86,10 +88,10 @@ def quantiser(settings: Settings) -> obs_op.Quant | None:
     )
 
 
-def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor) -> Solution:
+def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int]) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first."""
     _check_pattern(W, settings)
-    energy, dead = output_energy(W, H), int((H.diagonal() == 0).sum())
+    energy, dead = output_energy(W, H, sizes), int((H.diagonal() == 0).sum())
     perm = None
     if settings.order == "activation":
         perm = torch.argsort(H.diagonal(), descending=True, stable=True)
@@ -102,14 +104,20 @@ def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor) -> Solution:
     return Solution(Q, result.loss, energy, factor.floored, dead)
 
 
-def output_energy(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """Half the mean squared dense output of each row: 1/2 diag(W H W^T), fp64 [rows]."""
-    energy = torch.empty(W.shape[0], dtype=torch.float64, device=W.device)
-    for start in range(0, W.shape[0], _ENERGY_ROWS):
-        rows = W[start : start + _ENERGY_ROWS].float()
-        energy[start : start + _ENERGY_ROWS] = (rows @ H).mul_(rows).sum(
-            dim=1, dtype=torch.float64
-        ) / 2
+def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Half the mean squared dense output of rows: 1/2 diag(W H W^T), fp64 [rows].
+
+    W stacks matrices of `sizes` rows. A larger matrix gives evenly spaced rows, at most
+    _ENERGY_ROWS of them, and NaN in the others: this serves only to put the loss into proportion,
+    and all rows would cost more than the sweep.
+    """
+    energy = torch.full((W.shape[0],), torch.nan, dtype=torch.float64, device=W.device)
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size, -(-size // _ENERGY_ROWS))
+        rows = W[part].float()
+        energy[part] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
+        start += size
     return energy
 
 

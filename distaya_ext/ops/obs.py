@@ -19,6 +19,7 @@ from torch import Tensor
 from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.errors import InputError
+from distaya_ext.finite import all_finite
 from distaya_ext.quant import Quant
 
 
@@ -202,7 +203,7 @@ def _check(W: Tensor, H: Tensor | None, factor: object, nm, order: str) -> None:
         raise InputError("order='activation' needs H: the factor depends on the order")
     if order == "activation" and nm is not None:
         raise InputError(f"order='activation' would tear the {nm[0]}:{nm[1]} groups apart")
-    if W.numel() and not all(torch.isfinite(x) for x in W.detach().aminmax()):  # one cheap pass
+    if not all_finite(W):
         row, col = (~torch.isfinite(W)).nonzero()[0].tolist()
         raise InputError(f"W[{row}, {col}] of {list(W.shape)} is {W[row, col].item()}, not finite")
 
