@@ -86,7 +86,7 @@ int64_t touch(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d
 
 #ifndef DISTAYA_CUDA
 std::map<std::string, std::string> cuda_status() {
-  return {{"status", "this build has no CUDA kernels (no nvcc was found when it was built)"}};
+  return {{"status", "this build has no CUDA kernels (built without nvcc or with DISTAYA_CUDA=OFF)"}};
 }
 #endif
 
