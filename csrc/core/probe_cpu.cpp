@@ -86,7 +86,8 @@ int64_t touch(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d
 
 #ifndef DISTAYA_CUDA
 std::map<std::string, std::string> cuda_status() {
-  return {{"status", "this build has no CUDA kernels (built without nvcc or with DISTAYA_CUDA=OFF)"}};
+  return {
+      {"status", "this build has no CUDA kernels (built without nvcc or with DISTAYA_CUDA=OFF)"}};
 }
 #endif
 
