@@ -181,3 +181,17 @@ def test_cuda_rounds_alike(quant, dtype):
     W = problem(70, 200)[0].to(dtype)
     for a, b in zip(quantize(W, quant), quantize(W.cuda(), quant), strict=True):
         assert (a == b.cpu()).double().mean() > 0.995
+
+
+def test_lifted_pivots_are_told_and_H_is_kept():
+    """A rank-1 H without damping cannot be factorised as it is; whose H it was decides its fate."""
+    W, _ = problem(6, 40)
+    x = torch.linspace(1, 2, 40)
+    H = torch.outer(x, x)
+    kept = H.clone()
+    assert obs(W, H, nm=(2, 4), damp=0.0).floored > 0
+    assert torch.equal(H, kept)
+    healthy = obs(W, H, nm=(2, 4), damp=0.01)
+    assert healthy.floored == 0 and torch.equal(H, kept)
+    again = obs(W, H, nm=(2, 4), damp=0.01, overwrite_H=True)
+    assert torch.equal(again.W, healthy.W) and not torch.equal(H, kept)

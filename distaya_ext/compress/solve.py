@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
-from ..ops import cholesky as cholesky_op
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.hessian import Hessian, column_sq_
@@ -92,16 +91,17 @@ def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int
     """One OBS sweep over the stack; in activation order the busiest inputs come first."""
     _check_pattern(W, settings)
     energy, dead = output_energy(W, H, sizes), int((H.diagonal() == 0).sum())
-    perm = None
-    if settings.order == "activation":
-        perm = torch.argsort(H.diagonal(), descending=True, stable=True)
-        W, H = W[:, perm].contiguous(), H[perm][:, perm].contiguous()
-    factor = cholesky_op.cholesky(H, damp=settings.damp, overwrite=True)
     result = obs_op.obs(
-        W, factor=factor, sparsity=settings.sparsity, nm=settings.nm, quant=quantiser(settings)
+        W,
+        H,
+        sparsity=settings.sparsity,
+        nm=settings.nm,
+        quant=quantiser(settings),
+        order=settings.order,
+        damp=settings.damp,
+        overwrite_H=True,
     )
-    Q = result.W if perm is None else result.W[:, torch.argsort(perm)]
-    return Solution(Q, result.loss, energy, factor.floored, dead)
+    return Solution(result.W, result.loss, energy, result.floored, dead)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -46,6 +46,8 @@ class ObsResult(NamedTuple):
                             W, mask and codes are in the ORIGINAL order. With dynamic groups,
                             group g covers columns perm[g * group : (g + 1) * group]; static
                             groups and whole rows keep the original order.
+    floored                 pivots that had to be lifted to factorise H (``cholesky``): H was
+                            singular even when damped, and H' differs from it in those columns
     """
 
     W: Tensor
@@ -55,6 +57,7 @@ class ObsResult(NamedTuple):
     zeros: Tensor | None
     loss: Tensor
     perm: Tensor | None
+    floored: int
 
 
 @op(mutates=("W", "mask", "codes", "scales", "zeros", "loss"))
@@ -220,6 +223,7 @@ def obs(
     order: str = "natural",
     damp: float = 0.01,
     reference: bool = False,
+    overwrite_H: bool = False,
 ) -> ObsResult:
     """Compress W [rows, cols] (not modified) for inputs with second moments H. See ``sweep_``.
 
@@ -230,6 +234,7 @@ def obs(
     reference  the published conventions: SparseGPT's counts, GPTQ's group grids from the weights on
              entry to the block, and columns whose input never fired (H_jj = 0) get a unit diagonal
              and zero weights
+    overwrite_H  H may be destroyed, which saves a copy of it
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """
@@ -253,7 +258,8 @@ def obs(
         if given is not None and quant.group:
             group_of = perm // quant.group
     if factor is None:
-        factor = cholesky(H, damp)
+        # A permuted H is a copy already.
+        factor = cholesky(H, damp, overwrite=overwrite_H or perm is not None)
     mask = None if mask is None else mask.contiguous()
     s = sweep_(W, factor.R, sparsity=sparsity, nm=nm, mask=mask, quant=quant,
                reference=reference, given_grids=given, group_of=group_of)  # fmt: skip
@@ -263,7 +269,7 @@ def obs(
         back = torch.argsort(perm)
         W, kept = W[:, back], kept[:, back]
         codes = None if codes is None else codes[:, back]
-    return ObsResult(W, kept, codes, s.scales, s.zeros, s.loss, perm)
+    return ObsResult(W, kept, codes, s.scales, s.zeros, s.loss, perm, factor.floored)
 
 
 class Reference(NamedTuple):
