@@ -27,7 +27,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16", \
-                   "avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+                   "avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 #define DISTAYA_ISA avx512
 #define DISTAYA_LANES 16
 #include "core/simd.h"
