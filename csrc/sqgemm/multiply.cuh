@@ -177,7 +177,7 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
   // Slabs at a time: what the registers hold, against reading x again.
   constexpr int slabs = n_tiles * parts <= 2 ? 4 : n_tiles == 8 && body == Body::int8 ? 1 : 2;
   constexpr int kGroup = 8 * pack::kTileCols * 2;      // bytes of 8 tokens
-  const bool fine = s.shift == 5;                      // a scale for every 32 columns
+  const bool fine = s.shift == 5;                 // a scale for every 32 columns
 #pragma unroll 1
   for (int block64 = 0; block64 < 2; ++block64) {
 #pragma unroll

@@ -53,6 +53,7 @@ template <int n_tiles, int parts>
 __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
   constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
   constexpr int tokens = n_tiles * 8, rows = parts * tokens;
+#pragma unroll 2
   for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
     const int chunk = i % kChunks, row = i / kChunks;
     const int column_tile = tile + row / rows;
@@ -115,7 +116,7 @@ __device__ void write_sums(const Launch& p, const float* sums) {
 
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, n_tiles * parts <= 2 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, n_tiles * parts == 1 ? 3 : 2)
     multiply_kernel(const __grid_constant__ Launch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
@@ -291,6 +292,7 @@ int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype,
 
 void run_cuda(const Problem& p, Stream stream) {
   if (p.tokens == 0 || p.format.rows == 0) return;
+  const DeviceGuard guard(p.device);
   Launch launch{};
   launch.plan = make_plan(p.format, p.tokens, p.dtype, p.up != nullptr);
   const int64_t wanted = launch.plan.x_bytes + launch.plan.partial_bytes;

@@ -64,6 +64,7 @@ __device__ inline void stage_record(const pack::Format& f, const uint8_t* buffer
   const bool lines = f.kind == Kind::int4 || f.kind == Kind::int8 || f.kind == Kind::int4_24;
   const uint64_t policy = ptx::evict_first();
   const int head = f.body_at() / 16;
+#pragma unroll 2
   for (int i = threadIdx.x % 32; i < bytes / 16; i += 32) {
     const int slot = i - head;
     const int at = slot < 0 ? 16 * i : body_at + 16 * (lines ? shuffled_slot(slot) : slot);
