@@ -16,6 +16,11 @@ using sqgemm::Problem;
 // clang-format off
 #include "sqgemm/decode.h"
 #include "sqgemm/activations.h"
+#if DISTAYA_LANES == 16
+#include "sqgemm/decode_avx512.h"
+#include "sqgemm/gemv.h"
+#include "sqgemm/gemm.h"
+#endif
 #include "sqgemm/int8.h"
 #include "sqgemm/exact.h"
 #include "sqgemm/epilogue.h"
@@ -42,8 +47,8 @@ void each_tile(const Problem& p, const Rows& rows) {
     const int64_t t1 = std::min(p.tokens, t0 + step);
     rows(p.weights, tile, t0, t1, sums[0]);
     if (p.up) rows(p.up, tile, t0, t1, sums[1]);
-    dispatch<float, f16, bf16>(
-        p.dtype, "x", [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
+    dispatch<float, f16, bf16>(p.dtype, "x",
+                               [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
   });
 }
 
