@@ -183,8 +183,8 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
 #pragma unroll
     for (int first = 0; first < 4; first += slabs) {
       Weights<T, body, slabs> w;
-      if constexpr (n_tiles == 8) __syncwarp();
       w.load(at, s, block64, first);
+      if constexpr (n_tiles == 8) __syncwarp();
 #pragma unroll
       for (int n = 0; n < n_tiles; ++n) {
         if constexpr (n_tiles >= 2) __syncwarp();  // no loads ahead of here: registers are short
