@@ -7,7 +7,8 @@
 
 namespace distaya::ptx {
 
-// D += A B, fp32 sums. With g = lane / 4, c = lane % 4 and two values to a register, low half first:
+// D += A B, fp32 sums. With g = lane / 4, c = lane % 4 and two values to a register, low half
+// first:
 //   A [16, 16]  a[0] row g, columns 2c, 2c+1      a[1] row g + 8, the same
 //               a[2] row g, columns 2c+8, 2c+9    a[3] row g + 8, the same
 //   B [16, 8]   b0 rows 2c, 2c+1 of column g      b1 rows 2c+8, 2c+9

@@ -111,10 +111,10 @@ __device__ inline void expand_mask(const pack::Format& f, const Scales& s, const
     }
     Codes left(values, first, low != 0), right(values, second, high != 0);
     const int eighth = pair / 8 * 2 + pair % 2, row = pair / 2 % 4 * 16;
-    const int q = 8 * eighth >> s.shift;
+    const int q = 8 * eighth >> s.shift();
 #pragma unroll 2
     for (int i = 0; i < 16; ++i) {
-      const uint32_t zero = static_cast<uint32_t>(load_zero(s, q, row + i));
+      const uint32_t zero = s.zeros<1>(q, row + i);
       const uint32_t a = left.take(static_cast<int>(low & 15), zero, selectors);
       const uint32_t b = right.take(static_cast<int>(high & 15), zero, selectors);
       *word_at(out, eighth, row + i) = int4_word(a, b);

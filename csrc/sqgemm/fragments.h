@@ -22,8 +22,11 @@ DISTAYA_HD constexpr int lane_slot(int lane) { return 8 * (lane % 4) + lane / 4;
 
 // Lines of a body. half: 0 for rows g of a slab, 1 for rows g + 8, g = lane / 4.
 DISTAYA_HD constexpr int int4_line(int block32, int half) { return block32 * 2 + half; }
+
 DISTAYA_HD constexpr int int8_line(int block16, int half) { return block16 * 2 + half; }
+
 DISTAYA_HD constexpr int sparse_line(int block64, int half) { return block64 * 2 + half; }
+
 DISTAYA_HD constexpr int meta_line(int block64) { return 4 + block64; }
 
 // Word of the body that this lane hands to slab `slab` from line `line`.

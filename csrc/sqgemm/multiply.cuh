@@ -1,6 +1,6 @@
 // One warp multiplies a tile in shared memory by the tokens of a pass. Codes become 16-bit floats
-// code - zero, which are exact; the tensor cores sum exact products in fp32 over a group of columns;
-// the group's scale multiplies that sum in fp32.
+// code - zero, which are exact; the tensor cores sum exact products in fp32 over a group of
+// columns; the group's scale multiplies that sum in fp32.
 #pragma once
 
 #include "sqgemm/tile.cuh"
@@ -23,8 +23,8 @@ __device__ inline void int4_pairs(uint32_t word, int zero, uint32_t (&out)[4]) {
     out[i] = ptx::subtract2<T>((word >> 4 * i & 0x000f000fu) | magic<T>, less);
 }
 
-// The two pairs of neighbouring bytes of a word, less `zero`. |code - zero| <= 255 is exact in bf16,
-// but needs a float in between: 2^23 + code.
+// The two pairs of neighbouring bytes of a word, less `zero`. |code - zero| <= 255 is exact in
+// bf16, but needs a float in between: 2^23 + code.
 template <class T>
 __device__ inline void int8_pairs(uint32_t word, int zero, uint32_t (&out)[2]) {
   if constexpr (dtype_of<T> == Dtype::f16) {
@@ -48,31 +48,32 @@ __device__ inline void load_words(uint32_t (&out)[n], const uint8_t* body, int l
   struct alignas(4 * n) Several {
     uint32_t value[n];
   };
+
   const int slot = shuffled_slot(line * 32 + lane_slot(threadIdx.x % 32));
   const Several all = *reinterpret_cast<const Several*>(body + 16 * slot + 4 * first);
 #pragma unroll
   for (int i = 0; i < n; ++i) out[i] = all.value[i];
 }
 
-// Operand B of a block of 64 columns for 8 tokens. x: [8][128] of 16 bits, chunks shuffled.
-template <Body body>
+// Operand B of a block of columns for 8 tokens. x: [8][128] of 16 bits, chunks shuffled.
+template <Body body, int columns>
 struct Activations {
-  uint32_t b[4][2];  // of the four steps
+  uint32_t b[columns / 16][2];  // of each step
 
-  __device__ void load(const uint8_t* x, int block64) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  __device__ void load(const uint8_t* x, int block) {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, first = columns / 8 * block;
     const uint8_t* token = x + g * pack::kTileCols * 2;
     if constexpr (body == Body::int4) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int chunk = shuffled_chunk(g, 8 * block64 + 4 * i + c);
+      for (int i = 0; i < columns / 32; ++i) {
+        const int chunk = shuffled_chunk(g, first + 4 * i + c);
         const uint4 v = *reinterpret_cast<const uint4*>(token + 16 * chunk);
         b[2 * i][0] = v.x, b[2 * i][1] = v.y, b[2 * i + 1][0] = v.z, b[2 * i + 1][1] = v.w;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int chunk = shuffled_chunk(g, 8 * block64 + 2 * i + c / 2);
+      for (int i = 0; i < columns / 16; ++i) {
+        const int chunk = shuffled_chunk(g, first + 2 * i + c / 2);
         const uint2 v = *reinterpret_cast<const uint2*>(token + 16 * chunk + c % 2 * 8);
         b[i][0] = v.x, b[i][1] = v.y;
       }
@@ -81,7 +82,7 @@ struct Activations {
 };
 
 template <>
-struct Activations<Body::sparse> {
+struct Activations<Body::sparse, 64> {
   uint32_t b[2][4];  // of the two steps
 
   // Register r holds columns 16 (c / 2) + 8 step + 2 (c % 2) + 32 (r % 2) + 4 (r / 2) + {0, 1}.
@@ -102,35 +103,31 @@ struct Activations<Body::sparse> {
   }
 };
 
-// Operand A of `slabs` slabs over 64 columns.
-template <class T, Body body, int slabs>
+// Operand A of `slabs` slabs over a block of columns: 64, or 32 where registers are short.
+template <class T, Body body, int slabs, int columns>
 struct Weights {
-  static constexpr int kSteps = body == Body::sparse ? 2 : 4;
+  static constexpr int kSteps = body == Body::sparse ? 2 : columns / 16;
+  static constexpr int kParts = columns / 32;
   uint32_t a[slabs][kSteps][4];
-  uint32_t meta[slabs];     // sparse
-  float scale[2][2][slabs]; // of columns 0..31 and 32..63; rows g, rows g + 8
+  uint32_t meta[slabs];           // sparse
+  float scale[kParts][2][slabs];  // of every 32 columns; rows g, rows g + 8
 
-  __device__ void load(const uint8_t* at, const Scales& s, int block64, int first) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-    if constexpr (body == Body::sparse) load_words(meta, at, meta_line(block64), first);
+  __device__ void load(const uint8_t* at, const Scales& s, int block, int first) {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, shift = s.shift();
+    if constexpr (body == Body::sparse) load_words(meta, at, meta_line(block), first);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = 32 * half + 4 * g + first;
+      if constexpr (body == Body::sparse)  // all of this lane's columns lie in one group
+        decode(at, s, sparse_line(block, half), 64 * block + 16 * c >> shift, 0, half, first);
 #pragma unroll
-      for (int part = 0; part < 2; ++part)
-        load_scales(scale[part][half], s, 64 * block64 + 32 * part >> s.shift, row);
-      if constexpr (body == Body::sparse) {  // all of this lane's columns lie in one group
-        decode(at, s, sparse_line(block64, half), 64 * block64 + 16 * c >> s.shift, 0, half, first);
-      } else {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int q = 64 * block64 + 32 * part >> s.shift;
-          if constexpr (body == Body::int4) {
-            decode(at, s, int4_line(2 * block64 + part, half), q, 2 * part, half, first);
-          } else {
-            decode(at, s, int8_line(4 * block64 + 2 * part, half), q, 2 * part, half, first);
-            decode(at, s, int8_line(4 * block64 + 2 * part + 1, half), q, 2 * part + 1, half, first);
-          }
+      for (int part = 0; part < kParts; ++part) {
+        const int block32 = kParts * block + part, q = 32 * block32 >> shift;
+        load_scales(scale[part][half], s, q, 32 * half + 4 * g + first);
+        if constexpr (body == Body::int4)
+          decode(at, s, int4_line(block32, half), q, 2 * part, half, first);
+        if constexpr (body == Body::int8) {
+          decode(at, s, int8_line(2 * block32, half), q, 2 * part, half, first);
+          decode(at, s, int8_line(2 * block32 + 1, half), q, 2 * part + 1, half, first);
         }
       }
     }
@@ -143,9 +140,10 @@ struct Weights {
     uint32_t words[slabs];
     load_words(words, at, line, first);
     const int row = 32 * half + 4 * (threadIdx.x % 32 / 4) + first;
+    const uint32_t zeros = s.zeros<slabs>(q, row);
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
-      const int zero = load_zero(s, q, row + i);
+      const int zero = static_cast<int>(zeros >> 8 * i & 0xffu);
       if constexpr (body == Body::int8) {
         uint32_t pairs[2];
         int8_pairs<T>(words[i], zero, pairs);
@@ -174,24 +172,26 @@ __device__ inline void settle(float (&sum)[4], float (&part)[4], float low, floa
 template <class T, Body body, int n_tiles, int parts>
 __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t* at,
                                      const Scales& s, const uint8_t* x) {
-  // Slabs at a time: what the registers hold, against reading x again.
-  constexpr int slabs = n_tiles * parts <= 2 ? 4 : n_tiles == 8 && body == Body::int8 ? 1 : 2;
-  constexpr int kGroup = 8 * pack::kTileCols * 2;      // bytes of 8 tokens
-  const bool fine = s.shift == 5;                 // a scale for every 32 columns
+  constexpr int kGroup = 8 * pack::kTileCols * 2;  // bytes of 8 tokens
+  // What the registers hold at a time: more slabs read x less often, more columns settle less
+  // often.
+  constexpr int slabs = n_tiles * parts <= 2 ? 4 : 2;
+  constexpr int columns = n_tiles == 8 && body != Body::sparse ? 32 : 64;
+  const bool fine = s.format.group == 32;
 #pragma unroll 1
-  for (int block64 = 0; block64 < 2; ++block64) {
+  for (int block = 0; block < pack::kTileCols / columns; ++block) {
 #pragma unroll
     for (int first = 0; first < 4; first += slabs) {
-      Weights<T, body, slabs> w;
-      w.load(at, s, block64, first);
-      if constexpr (n_tiles == 8) __syncwarp();
+      if constexpr (n_tiles == 8) __syncwarp();  // as below
+      Weights<T, body, slabs, columns> w;
+      w.load(at, s, block, first);
 #pragma unroll
       for (int n = 0; n < n_tiles; ++n) {
         if constexpr (n_tiles >= 2) __syncwarp();  // no loads ahead of here: registers are short
         float part[slabs][4] = {};
-        Activations<body> v[parts];
+        Activations<body, columns> v[parts];
 #pragma unroll
-        for (int p = 0; p < parts; ++p) v[p].load(x + (p * n_tiles + n) * kGroup, block64);
+        for (int p = 0; p < parts; ++p) v[p].load(x + (p * n_tiles + n) * kGroup, block);
         const auto flush = [&](int which) {
 #pragma unroll
           for (int i = 0; i < slabs; ++i)
@@ -223,15 +223,15 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
           }
         } else {
 #pragma unroll
-          for (int step = 0; step < 4; ++step) {
+          for (int step = 0; step < w.kSteps; ++step) {
 #pragma unroll
             for (int p = 0; p < parts; ++p)
 #pragma unroll
               for (int i = 0; i < slabs; ++i)
                 ptx::mma<T>(part[i], w.a[i][step], v[p].b[step][0], v[p].b[step][1]);
-            if (step == 1 && fine) flush(0);
+            if (step == 1 && w.kParts == 2 && fine) flush(0);
           }
-          flush(1);
+          flush(w.kParts - 1);
         }
       }
     }

@@ -39,7 +39,8 @@ constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 // Fills in the shared memory of a plan; false where it does not fit.
 inline bool lay_out(Plan& p, const pack::Format& f) {
   const int most_values = pack::kTileWeights / 2;  // of int4_mask
-  const int body = f.kind == pack::Kind::int4_mask ? pack::kMaskBytes + most_values : f.body_bytes();
+  const int body =
+      f.kind == pack::Kind::int4_mask ? pack::kMaskBytes + most_values : f.body_bytes();
   p.body_at = round_up(f.body_at(), 128);
   p.record_bytes = round_up(p.body_at + body, 128);
   p.stage_bytes = kWarps * p.record_bytes + p.ways * p.parts * p.n_tiles * 8 * pack::kTileCols * 2;
@@ -85,7 +86,8 @@ inline Plan make_plan(const pack::Format& f, int64_t tokens, Dtype dtype, bool g
   if (splits < 1) splits = 1;
   p.split_tiles = steps > 0 ? cuda::ceil_div<int64_t>(steps, splits) * p.ways : p.ways;
   p.splits = steps > 0 ? cuda::ceil_div<int64_t>(f.col_tiles(), p.split_tiles) : 1;
-  p.x_bytes = cuda::ceil_div<int64_t>(p.parts * tokens * f.col_tiles() * pack::kTileCols * 2, 256) * 256;
+  p.x_bytes =
+      cuda::ceil_div<int64_t>(p.parts * tokens * f.col_tiles() * pack::kTileCols * 2, 256) * 256;
   if (p.splits > 1)
     p.partial_bytes = p.splits * p.matrices * tokens * f.row_tiles() * pack::kTileRows * 4;
   return p;

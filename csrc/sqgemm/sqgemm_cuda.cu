@@ -92,8 +92,8 @@ __device__ void write_sums(const Launch& p, const float* sums) {
   for (int i = threadIdx.x; i < plan.row_ways * per_tile; i += kThreads) {
     const int row_way = i / per_tile, t = i % per_tile / pack::kTileRows;
     const int64_t token = first_token + t;
-    const int64_t row = (block / plan.passes * plan.row_ways + row_way) * pack::kTileRows +
-                        i % pack::kTileRows;
+    const int64_t row =
+        (block / plan.passes * plan.row_ways + row_way) * pack::kTileRows + i % pack::kTileRows;
     if (token >= p.out.tokens || row >= p.out.rows) continue;
     const auto total = [&](int m) {
       float sum = 0.f;
@@ -116,7 +116,7 @@ __device__ void write_sums(const Launch& p, const float* sums) {
 
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, n_tiles * parts == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 ? 3 : 2)
     multiply_kernel(const __grid_constant__ Launch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, n_tiles * parts == 1 ? 3 : 2)
     const uint8_t* stage = shared + step % plan.stages * plan.stage_bytes;
     const uint8_t* record = stage + warp * plan.record_bytes;
     const uint8_t* codes = record + plan.body_at;
-    const Scales scales = scales_in(p.format, p.format.group == 0 ? rows : record);
+    const Scales scales{p.format.group == 0 ? rows : record, p.format};
     if (body == Body::int4 && p.format.kind != Kind::int4) {
       uint8_t* words = shared + plan.expanded_at + warp * (pack::kTileWeights / 2);
       __syncwarp();  // all lanes have read the tile before
@@ -171,8 +171,7 @@ __global__ void __launch_bounds__(kThreads, n_tiles * parts == 1 ? 3 : 2)
       codes = words;
     }
     const uint8_t* x = stage + kWarps * plan.record_bytes;
-    multiply_tile<T, body, n_tiles, parts>(sum, codes, scales,
-                                           x + w.way * kActivations);
+    multiply_tile<T, body, n_tiles, parts>(sum, codes, scales, x + w.way * kActivations);
   }
   ptx::copy_wait<0>();
   __syncthreads();  // the stages are free for the sums
@@ -296,16 +295,16 @@ void run_cuda(const Problem& p, Stream stream) {
   Launch launch{};
   launch.plan = make_plan(p.format, p.tokens, p.dtype, p.up != nullptr);
   const int64_t wanted = launch.plan.x_bytes + launch.plan.partial_bytes;
-  check(p.work_bytes >= wanted, "work has ", p.work_bytes, " bytes but this product needs ", wanted);
+  check(p.work_bytes >= wanted, "work has ", p.work_bytes, " bytes but this product needs ",
+        wanted);
   for (const uint8_t* data : {p.weights, p.up})
-    check(reinterpret_cast<uintptr_t>(data) % 16 == 0, "packed weights must begin at a multiple of ",
-          "16 bytes");
+    check(reinterpret_cast<uintptr_t>(data) % 16 == 0,
+          "packed weights must begin at a multiple of ", "16 bytes");
   launch.out = {p.y, p.bias, p.up_bias, p.tokens, p.format.rows, p.act, p.up != nullptr};
   launch.format = p.format;
   launch.weights[0] = p.weights;
   launch.weights[1] = p.up;
-  launch.partial =
-      reinterpret_cast<float*>(static_cast<uint8_t*>(p.work) + launch.plan.x_bytes);
+  launch.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(p.work) + launch.plan.x_bytes);
   dispatch<float, f16, bf16>(p.dtype, "x", [&]<class T>() { run<T>(p, launch, raw(stream)); });
 }
 

@@ -6,31 +6,33 @@
 
 namespace distaya::sqgemm {
 
-// Scales and zeros of a tile: number q * 64 + row, q = column >> shift.
+// Scales and zeros of a tile: number q * 64 + row, q = column >> shift().
 struct Scales {
-  const uint8_t* scales;
-  int zeros_at;  // bytes behind `scales`; 0: `zero` everywhere
-  int zero;
-  int shift;
-  Dtype dtype;
+  const uint8_t* at;
+  const pack::Format& format;
+
+  // 32 -> 5, 64 -> 6, 128 -> 7; one scale for a row: 7, so that q is 0 for all columns of a tile.
+  __device__ int shift() const { return format.group == 32 ? 5 : format.group == 64 ? 6 : 7; }
+
+  // Zeros of rows row .. row + n - 1 in group q, a byte each.
+  template <int n>
+  __device__ uint32_t zeros(int q, int row) const {
+    if (format.symmetric) return static_cast<uint32_t>(format.symmetric_zero()) * 0x01010101u;
+    const int groups = format.group ? format.tile_groups() : 1;
+    const uint8_t* from =
+        at + groups * pack::kTileRows * format.scale_bytes() + q * pack::kTileRows + row;
+    if constexpr (n == 4) return *reinterpret_cast<const uint32_t*>(from);
+    if constexpr (n == 2) return *reinterpret_cast<const uint16_t*>(from);
+    return *from;
+  }
 };
-
-// 32 -> 5, 64 -> 6, 128 -> 7; one scale for a row: 7, so that q is 0 for all columns of a tile.
-__device__ inline int group_shift(const pack::Format& f) {
-  return f.group == 32 ? 5 : f.group == 64 ? 6 : 7;
-}
-
-__device__ inline Scales scales_in(const pack::Format& f, const uint8_t* at) {
-  const int groups = f.group ? f.tile_groups() : 1;
-  return {at, f.symmetric ? 0 : groups * pack::kTileRows * f.scale_bytes(), f.symmetric_zero(),
-          group_shift(f), f.scale};
-}
 
 template <class S, int n>
 __device__ inline void read_scales(float (&out)[n], const uint8_t* from, int index) {
   struct alignas(sizeof(S) * n) Several {
     S value[n];
   };
+
   const Several all = *reinterpret_cast<const Several*>(from + index * sizeof(S));
 #pragma unroll
   for (int i = 0; i < n; ++i) out[i] = cuda::load_float(&all.value[i]);
@@ -40,16 +42,12 @@ __device__ inline void read_scales(float (&out)[n], const uint8_t* from, int ind
 template <int n>
 __device__ inline void load_scales(float (&out)[n], const Scales& s, int q, int row) {
   const int index = q * pack::kTileRows + row;
-  if (s.dtype == Dtype::bf16)
-    read_scales<bf16>(out, s.scales, index);
-  else if (s.dtype == Dtype::f16)
-    read_scales<f16>(out, s.scales, index);
+  if (s.format.scale == Dtype::bf16)
+    read_scales<bf16>(out, s.at, index);
+  else if (s.format.scale == Dtype::f16)
+    read_scales<f16>(out, s.at, index);
   else
-    read_scales<float>(out, s.scales, index);
-}
-
-__device__ inline int load_zero(const Scales& s, int q, int row) {
-  return s.zeros_at ? s.scales[s.zeros_at + q * pack::kTileRows + row] : s.zero;
+    read_scales<float>(out, s.at, index);
 }
 
 // One warp starts copying a record. Its body begins at body_at, slots shuffled where lanes will
