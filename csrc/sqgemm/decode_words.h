@@ -104,7 +104,8 @@ DISTAYA_INLINE uint64_t nibbles_at(const uint8_t* values, int n) {
   uint64_t low, high;
   std::memcpy(&low, values + n / 2, sizeof low);
   std::memcpy(&high, values + n / 2 + 8, sizeof high);
-  return n % 2 ? low >> 4 | high << 60 : low;
+  const int shift = n % 2 * 4;
+  return low >> shift | high << 1 << (63 - shift);
 }
 
 inline void decode_mask(const Format& f, const uint8_t* body, const uint8_t* const* zeros,

@@ -17,7 +17,7 @@ DISTAYA_INLINE void dot(vi& acc, vi codes, vi x) {
 // C [T][64] += panel times tokens; x, sums, scales: of the first token.
 template <int T>
 void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-              const int32_t* sums, const float* scales, float* C) {
+              const int32_t* sums, const float* scales, Ahead next, float* C) {
   const int steps = 32 / groups;
   for (int q = 0; q < groups; ++q) {
     vi acc[4][T];
@@ -28,6 +28,9 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
       for (int t = 0; t < T; ++t) acc[v][t] = zero * -sums[t * groups + q];
     }
     for (int k = 0; k < steps; ++k, panel += 256, x += 4) {
+      __builtin_prefetch(next.at);
+      __builtin_prefetch(next.at + 64);
+      next.at += next.bytes / 32;
       vi w[4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) w[v] = load_codes(panel + 64 * v);
@@ -54,13 +57,13 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
 // The same for 1 <= n <= kTogether tokens. (8-bit codes need no care here.)
 template <Kind>
 void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-                     const int32_t* sums, const float* scales, float* C) {
+                     const int32_t* sums, const float* scales, Ahead next, float* C) {
   switch (n) {
-    case 1: return multiply<1>(panel, grid, groups, x, sums, scales, C);
-    case 2: return multiply<2>(panel, grid, groups, x, sums, scales, C);
-    case 3: return multiply<3>(panel, grid, groups, x, sums, scales, C);
-    case 4: return multiply<4>(panel, grid, groups, x, sums, scales, C);
-    case 5: return multiply<5>(panel, grid, groups, x, sums, scales, C);
-    default: return multiply<6>(panel, grid, groups, x, sums, scales, C);
+    case 1: return multiply<1>(panel, grid, groups, x, sums, scales, next, C);
+    case 2: return multiply<2>(panel, grid, groups, x, sums, scales, next, C);
+    case 3: return multiply<3>(panel, grid, groups, x, sums, scales, next, C);
+    case 4: return multiply<4>(panel, grid, groups, x, sums, scales, next, C);
+    case 5: return multiply<5>(panel, grid, groups, x, sums, scales, next, C);
+    default: return multiply<6>(panel, grid, groups, x, sums, scales, next, C);
   }
 }

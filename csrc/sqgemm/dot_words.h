@@ -32,6 +32,7 @@ DISTAYA_INLINE vi load_words(const void* p) {
 // token.
 template <int T>
 DISTAYA_INLINE void unit_wide(const uint8_t* panel, const int8_t* x, vi (&acc)[kDown][T]) {
+#pragma GCC unroll 1
   for (int j = 0; j < 8; ++j, panel += 4 * kTileRows, x += 4) {
     vi even[T], odd[T];
 #pragma GCC unroll 2
@@ -53,6 +54,7 @@ DISTAYA_INLINE void unit_wide(const uint8_t* panel, const int8_t* x, vi (&acc)[k
 template <int T>
 DISTAYA_INLINE void unit_narrow(const uint8_t* panel, const int8_t* x, vi (&acc)[kDown][T]) {
   vs sum[kDown][T] = {};
+#pragma GCC unroll 1  // unrolled, gcc 12 adds in another order and spills all products
   for (int j = 0; j < 8; ++j, panel += 4 * kTileRows, x += 4) {
     vi a[T];
 #pragma GCC unroll 2
@@ -119,7 +121,7 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
 // The same for 1 <= n <= kTogether tokens.
 template <Kind kind>
 void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-                     const int32_t* sums, const float* scales, float* C) {
+                     const int32_t* sums, const float* scales, Ahead, float* C) {
   constexpr bool wide = kind == Kind::int8 || DISTAYA_LANES < 8;
   if (n == 1) return multiply<wide, 1>(panel, grid, groups, x, sums, scales, C);
   multiply<wide, 2>(panel, grid, groups, x, sums, scales, C);

@@ -41,7 +41,6 @@ void gemm(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
   const int64_t blocks = (t1 - t0 + kTogether - 1) / kTogether;
   for (int64_t c = 0; c < x.col_tiles; ++c) {
     const Ahead next = ahead(f, buffer, row_tile * x.col_tiles + c);
-    for (int u = 0; u < 4; ++u) prefetch_quarter(next, u);
     decode<kind, false>(f, buffer, row_tile, c, panel);
     tile_grid(f, buffer, row_tile, c, grid.scales, grid.zeros);
     for (int64_t b = 0; b < blocks; ++b) {  // sizes differ by at most one
@@ -49,6 +48,7 @@ void gemm(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
       const int64_t at = c * x.tokens + t;
       multiply_tokens<kind>(n, panel, grid, groups, x.values.get() + at * kTileCols,
                             x.sums.get() + at * groups, x.scales.get() + at * groups,
+                            {next.at + b * next.bytes / blocks, next.bytes / blocks},
                             C + (t - t0) * kTileRows);
     }
   }
