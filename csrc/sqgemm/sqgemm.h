@@ -53,6 +53,19 @@ void run_cpu(const Problem& p);
 void run_cuda(const Problem& p, Stream stream);
 int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype, bool glu);
 
+// The most tokens that run_cuda is meant for; with more, to dequantize W and multiply it with the
+// dense product of the framework is faster. Counted for an H100, not measured: that way moves
+// b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass of 64 tokens here takes about 1500
+// instructions of a warp for 8192 weights, 0.25 ps, and half as many again where records are
+// expanded first. Six and four such passes, less a third. float32, whose dense product has no
+// tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
+constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
+  if (dtype == Dtype::f32) return INT64_MAX;
+  const bool whole =
+      kind == pack::Kind::int4 || kind == pack::Kind::int8 || kind == pack::Kind::int4_24;
+  return whole ? 256 : 192;
+}
+
 // Bytes of `work` the doors want for this call: 0 on the CPU.
 int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu);
 
