@@ -49,7 +49,7 @@ struct Exact {
 
 // acc + w * (the word at x, for all lanes).
 template <bool kPairs>
-DISTAYA_INLINE vf dot(vf w, const float* x, vf acc) {
+DISTAYA_INLINE vf multiply_add(vf w, const float* x, vf acc) {
 #if DISTAYA_LANES == 16
   if constexpr (kPairs) {
     int32_t word;
@@ -89,14 +89,20 @@ template <Source kSource, bool kPairs>
 struct Decoder {
   static constexpr bool kNibbles = kSource == Source::symmetric || kSource == Source::nibbles;
   static constexpr int kColumns = kNibbles ? 8 : 4;
+  // A float of a byte is made with 2^23 on top, which its zero then takes away.
+  static constexpr bool kBiased =
+      kLanes == 16 && (kSource == Source::wide || (kSource == Source::bytes && !kPairs));
   static constexpr int kWords = words_of(kPairs, kColumns);  // operands of a word of codes
-  static constexpr int kSteps = kTileCols / kColumns;
+  static constexpr int kSteps = 32 / kColumns;  // words of codes in a unit of 32 columns
 
   const uint32_t* words;
 
-  const uint32_t* at(int step, int row) const {
-    if constexpr (kSource == Source::bytes) return words + step * kTileRows + row;
-    return words + pack::word_of(step / 4, step % 4, row);
+  const uint32_t* unit(int u) const { return words + u * kSteps * kTileRows; }
+
+  // Word of a unit: of body order, or of decode_panel's.
+  static constexpr int at(int step, int row) {
+    if (kSource == Source::bytes) return step * kTileRows + row;
+    return pack::word_of(step / 4, step % 4, row);
   }
 
 #if DISTAYA_LANES == 16
@@ -115,18 +121,29 @@ struct Decoder {
 
   // Two neighbours' codes in the halves of a lane, minus their zero -> bf16.
   DISTAYA_INLINE vf pair(const Decoder& d, vu w, int i, vf zero) {
-    if constexpr (kSource == Source::symmetric) return look_up16((__m512i)(w >> (4 * i)), d.table);
-    if constexpr (kSource == Source::nibbles) w = (w >> (4 * i)) & 0x000f000fu;
-    if constexpr (!kNibbles) {
-      w = w >> (16 * i);
-      w = (w & 0xffu) | ((w & 0xff00u) << 8);
+    if constexpr (kSource == Source::symmetric)
+      return look_up16((__m512i)(w >> (4 * i)), d.table);
+    if constexpr (kSource == Source::wide) {  // two exact floats, their upper halves
+      const vf low = byte_of(w, 2 * i) - zero, high = byte_of(w, 2 * i + 1) - zero;
+      return bits_to_float(float_to_bits(low) >> 16 | float_to_bits(high));
     }
-    const __m512i value = _mm512_sub_epi16((__m512i)w, (__m512i)zero);
-    if constexpr (kSource != Source::wide) return look_up16(value, d.table);
-    const vi low = (vi)value << 16 >> 16, high = (vi)value >> 16;  // |.| < 256: exact in bf16
-    const vu a = float_to_bits(__builtin_convertvector(low, vf));
-    const vu b = float_to_bits(__builtin_convertvector(high, vf));
-    return bits_to_float(a >> 16 | b);
+    const __m512i codes = kSource == Source::nibbles
+                              ? (__m512i)((w >> (4 * i)) & 0x000f000fu)
+                              : _mm512_maskz_shuffle_epi8(0x5555555555555555, (__m512i)w, spread(i));
+    return look_up16(_mm512_sub_epi16(codes, (__m512i)zero), d.table);
+  }
+
+  // Where bytes 2 i and 2 i + 1 of a lane go: to the low bytes of its halves.
+  DISTAYA_INLINE __m512i spread(int i) {
+    return _mm512_set4_epi32(0x0d000c00 + i * 0x02000200, 0x09000800 + i * 0x02000200,
+                             0x05000400 + i * 0x02000200, 0x01000000 + i * 0x02000200);
+  }
+
+  // 2^23 + byte i of a lane, as a float: the byte is put under a fixed exponent.
+  DISTAYA_INLINE vf byte_of(vu w, int i) {
+    const __m512i from = _mm512_set4_epi32(12 + i, 8 + i, 4 + i, i);
+    return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111,
+                                        (__m512i)w, from);
   }
 #else
   explicit Decoder(const uint32_t* codes) : words(codes) {}
@@ -135,8 +152,9 @@ struct Decoder {
   // The zeros of kLanes rows as operand() wants them.
   DISTAYA_INLINE vf zero(const float* zeros) {
     const vf z = load(zeros);
+    if constexpr (kBiased) return z + splat(0x1p23f);
     if constexpr (!kPairs) return z;
-    const vu code = (vu) __builtin_convertvector(z, vi);
+    const vu code = (vu)__builtin_convertvector(z, vi);
     return bits_to_float(code | code << 16);
   }
 
@@ -166,45 +184,64 @@ struct ExactGrid {
   int groups;
 };
 
+// The record that is wanted two tiles from now, asked for by quarters: a core reaches the bandwidth
+// of the memory only if it asks early, and across the 4 KB pages where the hardware stops.
+struct Coming {
+  const uint8_t* at = nullptr;
+  int64_t bytes = 0;
+
+  Coming(const Format& f, const uint8_t* buffer, int64_t row_tile, int64_t col_tile) {
+    const int64_t last = f.tiles(), tile = std::min(last, row_tile * f.col_tiles() + col_tile + 2);
+    const int64_t from = pack::record_at(f, buffer, 0, tile);
+    at = buffer + from;
+    bytes = pack::record_at(f, buffer, 0, std::min(last, tile + 1)) - from;
+  }
+
+  void prefetch(int64_t part, int64_t parts) const {
+    for (int64_t i = part * bytes / parts; i < (part + 1) * bytes / parts; i += 64)
+      __builtin_prefetch(at + i);
+  }
+};
+
 // C [T][64] += scale * sum over a tile, codes straight into products. x [T][words of 128 columns].
-// One sum is kept in kSplit parts where there are too few to hide the latency of a product.
+// One sum is kept in kParts where there are too few to hide the latency of a product.
 template <int T, Source kSource, bool kPairs>
-void few_tokens(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, const float* x,
-                float* C) {
+void few_tokens(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid,
+                const Coming& coming, const float* x, float* C) {
   using D = Decoder<kSource, kPairs>;
   constexpr int kX = words_of(kPairs, kTileCols), kWanted = kVectors == 4 ? 12 : 6;
   constexpr int kSplit = kVectors * T >= kWanted ? 1 : kVectors * T * 2 >= kWanted ? 2 : 4;
   constexpr int kParts = kSplit < D::kWords ? kSplit : D::kWords;
-  constexpr int kAhead = 4096;  // bytes: what memory needs to answer
   const D d = decoder;
-  const int steps = D::kSteps / grid.groups;
+  const int units = 4 / grid.groups;
   for (int r0 = 0; r0 < kTileRows; r0 += kVectors * kLanes)
     for (int q = 0; q < grid.groups; ++q) {
       vf acc[kParts][T][kVectors] = {}, zero[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
         zero[v] = D::zero(grid.zeros + q * kTileRows + r0 + v * kLanes);
-      for (int s = q * steps; s < (q + 1) * steps; ++s) {
-        vu w[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const uint32_t* from = d.at(s, r0 + v * kLanes);
-          w[v] = load_words(from);
-          if constexpr (kSource != Source::bytes)
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
-        }
+      for (int u = q * units; u < (q + 1) * units; ++u) {
+        if (r0 == 0) coming.prefetch(u, 4);
+        const uint32_t* words = d.unit(u) + D::at(0, r0);
+        const float* a = x + u * D::kSteps * D::kWords;
 #pragma GCC unroll 8
-        for (int i = 0; i < D::kWords; ++i) {
-          vf b[kVectors];
+        for (int s = 0; s < D::kSteps; ++s) {
+          vu w[kVectors];
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) b[v] = D::operand(d, w[v], i, zero[v]);
+          for (int v = 0; v < kVectors; ++v) w[v] = load_words(words + D::at(s, v * kLanes));
+#pragma GCC unroll 8
+          for (int i = 0; i < D::kWords; ++i) {
+            vf b[kVectors];
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t)
+            for (int v = 0; v < kVectors; ++v) b[v] = D::operand(d, w[v], i, zero[v]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              vf& sum = acc[i % kParts][t][v];
-              sum = dot<kPairs>(b[v], x + t * kX + s * D::kWords + i, sum);
-            }
+            for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+              for (int v = 0; v < kVectors; ++v) {
+                vf& sum = acc[i % kParts][t][v];
+                sum = multiply_add<kPairs>(b[v], a + t * kX + s * D::kWords + i, sum);
+              }
+          }
         }
       }
 #pragma GCC unroll 4
@@ -212,6 +249,7 @@ void few_tokens(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, 
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           vf sum = acc[0][t][v];
+#pragma GCC unroll 4
           for (int part = 1; part < kParts; ++part) sum = sum + acc[part][t][v];
           const int r = r0 + v * kLanes;
           float* c = C + t * kTileRows + r;
@@ -225,15 +263,26 @@ template <Source kSource, bool kPairs>
 void fill_panel(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, float* panel) {
   using D = Decoder<kSource, kPairs>;
   const D d = decoder;
-  const int steps = D::kSteps / grid.groups;
+  const int units = 4 / grid.groups;
   for (int q = 0; q < grid.groups; ++q)
-    for (int r = 0; r < kTileRows; r += kLanes) {
-      const vf zero = D::zero(grid.zeros + q * kTileRows + r);
-      for (int s = q * steps; s < (q + 1) * steps; ++s) {
-        const vu w = load_words(d.at(s, r));
-        float* out = panel + s * D::kWords * kTileRows + r;
+    for (int r0 = 0; r0 < kTileRows; r0 += kVectors * kLanes) {
+      vf zero[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        zero[v] = D::zero(grid.zeros + q * kTileRows + r0 + v * kLanes);
+      for (int u = q * units; u < (q + 1) * units; ++u) {
+        const uint32_t* words = d.unit(u) + D::at(0, r0);
+        float* out = panel + u * D::kSteps * D::kWords * kTileRows + r0;
 #pragma GCC unroll 8
-        for (int i = 0; i < D::kWords; ++i) store(out + i * kTileRows, D::operand(d, w, i, zero));
+        for (int s = 0; s < D::kSteps; ++s)
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            const vu w = load_words(words + D::at(s, v * kLanes));
+#pragma GCC unroll 8
+            for (int i = 0; i < D::kWords; ++i)
+              store(out + (s * D::kWords + i) * kTileRows + v * kLanes,
+                    D::operand(d, w, i, zero[v]));
+          }
       }
     }
 }
@@ -256,7 +305,7 @@ void many_tokens(const ExactGrid& grid, const float* panel, const float* x, floa
 #pragma GCC unroll 6
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) acc[t][v] = dot<kPairs>(w[v], a + t * kX, acc[t][v]);
+          for (int v = 0; v < kVectors; ++v) acc[t][v] = multiply_add<kPairs>(w[v], a + t * kX, acc[t][v]);
       }
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t)
@@ -292,16 +341,21 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
     else
       codes = buffer + pack::record_at(f, buffer, row_tile, c) + f.body_at();
     const Decoder<kSource, kPairs> decoder(reinterpret_cast<const uint32_t*>(codes));
+    const Coming coming(f, buffer, row_tile, c);
     if (x.tokens <= kInline) {
       with_constant<kInline>(t1 - t0,
-                             [&](auto n) { few_tokens<n.value>(decoder, grid, x.at(c, t0), C); });
+                             [&](auto n) { few_tokens<n.value>(decoder, grid, coming, x.at(c, t0), C); });
       continue;
     }
     fill_panel(decoder, grid, panel);
-    for (int64_t t = t0; t < t1; t += kAcross)
+    const int64_t blocks = (t1 - t0 + kAcross - 1) / kAcross;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t t = t0 + i * kAcross;
+      coming.prefetch(i, blocks);
       with_constant<kAcross>(std::min<int64_t>(kAcross, t1 - t), [&](auto n) {
         many_tokens<n.value, kPairs>(grid, panel, x.at(c, t), C + (t - t0) * kTileRows);
       });
+    }
   }
 }
 

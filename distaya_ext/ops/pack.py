@@ -130,13 +130,13 @@ class Format:
         """Size of the buffer; for int4-mask the expected one when ``density`` of W is kept."""
         if self.nbytes is not None:
             return self.nbytes
-        # A chunk of 16 x 4 weights keeps a binomial number of codes; an odd one takes half a byte
-        # more, a record half of 15 bytes.
-        weights = self.rows * self.cols
-        chunks = _up(self.rows, 16) * _up(self.cols, 4)
-        odd = (1 - (1 - 2 * density) ** (weights / chunks if chunks else 0)) / 2
-        values = (density * weights + odd * chunks) / 2
-        return round(self.tiles * (self._record_bytes() + 7.5) + values) + self._rest_bytes()
+        # A chunk of 16 x 4 weights keeps a binomial number of codes, the last of a row or column
+        # one of fewer; an odd number takes half a byte more, and a record half of 15 bytes.
+        codes = density * self.rows * self.cols
+        for height, tall in ((16, self.rows // 16), (self.rows % 16, 1)):
+            for width, across in ((4, self.cols // 4), (self.cols % 4, 1)):
+                codes += tall * across * (1 - (1 - 2 * density) ** (height * width)) / 2
+        return round(self.tiles * (self._record_bytes() + 7.5) + codes / 2) + self._rest_bytes()
 
 
 @dataclass(frozen=True)
@@ -399,9 +399,12 @@ def best_kind(codes: Tensor, zeros: Tensor | None = None) -> tuple[str, tuple[in
         return "int4-out", (2, 4)
     if rows8 <= 4:
         return "int4-out", (4, 8)
-    # 8 bytes of offset, and a record is filled up to 16.
-    records = ((found[:, 0] + MASK_BYTES + 15) // 16 * 16 + 8).sum().item()
-    return ("int4-mask" if records < DENSE_BODY["int4"] * len(found) else "int4"), None
+    values = found[:, 0]
+    # 8 bytes of offset, and a record is filled up to 16. Padding, which costs only int4, is no
+    # reason to mask a matrix that is not pruned: hence the second condition, on real weights.
+    masked = int(((values + MASK_BYTES + 15) // 16 * 16 + 8).sum())
+    smaller = masked < DENSE_BODY["int4"] * len(found) and int(values.sum()) < codes.numel() * 3 / 8
+    return ("int4-mask" if smaller else "int4"), None
 
 
 def from_dense(
