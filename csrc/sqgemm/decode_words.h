@@ -1,7 +1,7 @@
 // Textual part of sqgemm_cpu.cpp, AVX2 and portable: codes of a tile -> its panel, kLanes rows at a
 // time, one 32-bit word each.
 
-inline constexpr int kVectors = kTileRows / kLanes;
+inline constexpr int kRowVectors = kTileRows / kLanes;
 
 DISTAYA_INLINE vu load_bits(const uint8_t* p) {
   typedef uint32_t any __attribute__((vector_size(DISTAYA_LANES * 4), aligned(4), may_alias));
@@ -21,7 +21,7 @@ DISTAYA_INLINE const uint8_t* word_at(const uint8_t* body, int block, int quarte
 template <bool natural>
 void decode_int4(const uint8_t* body, uint8_t* panel) {
   for (int k = 0; k < kTileCols; k += 8)
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kRowVectors; ++v) {
       const vu w = load_bits(word_at(body, k / 32, k / 8 % 4, v));
       vu low = w & 0x0f0f0f0fu, high = (w >> 4) & 0x0f0f0f0fu;  // columns 0 4 1 5 and 2 6 3 7
       if constexpr (natural) {
@@ -38,13 +38,13 @@ void decode_int4(const uint8_t* body, uint8_t* panel) {
 
 inline void decode_int8(const uint8_t* body, uint8_t* panel) {
   for (int k = 0; k < kTileCols; k += 4)
-    for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kRowVectors; ++v)
       put_codes(panel, k, v, load_bits(word_at(body, k / 16, k / 4 % 4, v)));
 }
 
 inline void decode_int3(const uint8_t* body, uint8_t* panel) {
   for (int k = 0; k < kTileCols; k += 16)
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kRowVectors; ++v) {
       const vu two = load_bits(word_at(body, k / 64, k / 16 % 4, v));
       const vu one = load_bits(word_at(body, 0, k / 32, v) + 2048) >> (k % 32 / 4);
 #pragma GCC unroll 4
@@ -65,7 +65,7 @@ DISTAYA_INLINE vu zero_words(const Format& f, const uint8_t* zeros, int v) {
 // A kept code is shifted to the byte its two bits of metadata name.
 inline void decode_24(const Format& f, const uint8_t* body, const uint8_t* const* zeros, int width,
                       uint8_t* panel) {
-  for (int v = 0; v < kVectors; ++v)
+  for (int v = 0; v < kRowVectors; ++v)
     for (int k = 0; k < kTileCols; k += 16) {
       const vu zero = zero_words(f, zeros[k / width], v);
       const vu w = load_bits(word_at(body, k / 64, k / 16 % 4, v));

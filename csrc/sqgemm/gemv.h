@@ -1,8 +1,6 @@
 // Textual part of sqgemm_cpu.cpp, AVX-512 only: 64 rows times a few tokens. Codes go from the
 // buffer straight into the multiplication; weights are read once, in the order of memory.
 
-inline constexpr int64_t kFew = 4;  // tokens
-
 // Scales of 16 rows.
 DISTAYA_INLINE vf scales16(Dtype dtype, const uint8_t* scales, int row) {
   if (dtype == Dtype::bf16) return load(reinterpret_cast<const bf16*>(scales) + row);

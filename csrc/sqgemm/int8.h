@@ -20,6 +20,8 @@ void int8_rows_of(const Format& f, const uint8_t* buffer, int64_t row_tile, cons
     case 2: return gemv<kind, 2>(f, buffer, row_tile, x, t0, C);
     case 3: return gemv<kind, 3>(f, buffer, row_tile, x, t0, C);
     case 4: return gemv<kind, 4>(f, buffer, row_tile, x, t0, C);
+    case 5: return gemv<kind, 5>(f, buffer, row_tile, x, t0, C);
+    case 6: return gemv<kind, 6>(f, buffer, row_tile, x, t0, C);
     default: break;
   }
 #endif
