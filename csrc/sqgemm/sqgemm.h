@@ -66,18 +66,19 @@ constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   return whole ? 256 : 192;
 }
 
-// Bytes of `work` the doors want for this call: 0 on the CPU.
+// Bytes of `work` the doors want for this call: 0 on the CPU, and where they decline it.
 int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu);
 
 }  // namespace sqgemm
 
 // Doors. x [..., cols], y [..., rows] of one dtype; data, gate, up: uint8 buffers of the format
 // that spec says (pack::read_spec); biases [rows] of x's dtype; work: uint8, sqgemm::work_bytes()
-// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh.
-void sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
+// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh. False: all
+// is well but y was not computed, as x has more than cuda_most_tokens() tokens.
+bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
                    const std::optional<Tensor>& bias, bool exact, const std::optional<Tensor>& work,
                    const Tensor& y);
-void sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
+bool sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
                 const std::vector<int64_t>& spec, const std::string& act,
                 const std::optional<Tensor>& bias_gate, const std::optional<Tensor>& bias_up,
                 bool exact, const std::optional<Tensor>& work, const Tensor& y);

@@ -15,7 +15,7 @@ using namespace cuda;
 
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 && body != Body::int8 ? 3 : 2)
     multiply_kernel(const __grid_constant__ Launch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
