@@ -121,15 +121,15 @@ struct Decoder {
 
   // Two neighbours' codes in the halves of a lane, minus their zero -> bf16.
   DISTAYA_INLINE vf pair(const Decoder& d, vu w, int i, vf zero) {
-    if constexpr (kSource == Source::symmetric)
-      return look_up16((__m512i)(w >> (4 * i)), d.table);
+    if constexpr (kSource == Source::symmetric) return look_up16((__m512i)(w >> (4 * i)), d.table);
     if constexpr (kSource == Source::wide) {  // two exact floats, their upper halves
       const vf low = byte_of(w, 2 * i) - zero, high = byte_of(w, 2 * i + 1) - zero;
       return bits_to_float(float_to_bits(low) >> 16 | float_to_bits(high));
     }
-    const __m512i codes = kSource == Source::nibbles
-                              ? (__m512i)((w >> (4 * i)) & 0x000f000fu)
-                              : _mm512_maskz_shuffle_epi8(0x5555555555555555, (__m512i)w, spread(i));
+    const __m512i codes =
+        kSource == Source::nibbles
+            ? (__m512i)((w >> (4 * i)) & 0x000f000fu)
+            : _mm512_maskz_shuffle_epi8(0x5555555555555555, (__m512i)w, spread(i));
     return look_up16(_mm512_sub_epi16(codes, (__m512i)zero), d.table);
   }
 
@@ -154,7 +154,7 @@ struct Decoder {
     const vf z = load(zeros);
     if constexpr (kBiased) return z + splat(0x1p23f);
     if constexpr (!kPairs) return z;
-    const vu code = (vu)__builtin_convertvector(z, vi);
+    const vu code = (vu) __builtin_convertvector(z, vi);
     return bits_to_float(code | code << 16);
   }
 
@@ -305,7 +305,8 @@ void many_tokens(const ExactGrid& grid, const float* panel, const float* x, floa
 #pragma GCC unroll 6
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) acc[t][v] = multiply_add<kPairs>(w[v], a + t * kX, acc[t][v]);
+          for (int v = 0; v < kVectors; ++v)
+            acc[t][v] = multiply_add<kPairs>(w[v], a + t * kX, acc[t][v]);
       }
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t)
@@ -343,8 +344,8 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
     const Decoder<kSource, kPairs> decoder(reinterpret_cast<const uint32_t*>(codes));
     const Coming coming(f, buffer, row_tile, c);
     if (x.tokens <= kInline) {
-      with_constant<kInline>(t1 - t0,
-                             [&](auto n) { few_tokens<n.value>(decoder, grid, coming, x.at(c, t0), C); });
+      with_constant<kInline>(
+          t1 - t0, [&](auto n) { few_tokens<n.value>(decoder, grid, coming, x.at(c, t0), C); });
       continue;
     }
     fill_panel(decoder, grid, panel);
