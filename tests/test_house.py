@@ -59,11 +59,17 @@ def test_a_room_has_its_section_in_the_table_of_contents(room):
     assert "m.def(" in section[1]
 
 
+# The layout of packed weights has two readers: the room that writes it and the one that multiplies.
+SHARED = {"sqgemm": {"pack/layout.h", "pack/pack.h"}}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_includes_only_itself_and_the_core(room):
     others = {f"{other}/" for other in ROOMS if other != room}
+    allowed = SHARED.get(room, set())
     for path in files(CODE, f"csrc/{room}"):
-        assert [i for i in includes(path) if i.startswith(tuple(others))] == [], short(path)
+        found = {i for i in includes(path) if i.startswith(tuple(others))}
+        assert found <= allowed, short(path)
 
 
 def test_core_knows_no_room():
