@@ -1,5 +1,8 @@
 // Textual part of sqgemm_cpu.cpp, AVX2 and portable: codes of a tile -> its panel, kLanes rows at a
 // time, one 32-bit word each.
+//
+// Without vpexpandb the sparse kinds save memory, not time: on AVX2 one token costs 1.5 ms per 58 M
+// weights as int4, 3.5 ms as int4_24, 8.8 ms as int4_mask (4 pdep for 16 weights) on one core.
 
 inline constexpr int kRowVectors = kTileRows / kLanes;
 
