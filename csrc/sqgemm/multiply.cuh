@@ -173,8 +173,7 @@ template <class T, Body body, int n_tiles, int parts>
 __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t* at,
                                      const Scales& s, const uint8_t* x) {
   constexpr int kGroup = 8 * pack::kTileCols * 2;  // bytes of 8 tokens
-  // What the registers hold at a time: more slabs read x less often, more columns settle less
-  // often.
+  // As the registers allow: more slabs read x less often, more columns settle less often.
   constexpr bool tight = n_tiles == 8 && body == Body::int4;
   constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight ? 1 : 2;
   constexpr int columns = n_tiles == 8 && body == Body::int8 ? 32 : 64;

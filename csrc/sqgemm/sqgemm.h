@@ -11,8 +11,9 @@
 //   W4A8    at most half an activation step per element more: sum_k |w_k| s_x(k) / 2
 // provided every sum of x_k (code_k - zero) over a group is inside the range of fp32. bf16 inputs
 // enter the products unrounded; the AVX512-BF16 path takes activations and partial sums below
-// 2^-126 for 0, at most 2^-126 |scale| (1 + |code - zero|) more per element. NaN and Inf in x reach
-// the outputs of their token and no other.
+// 2^-126 for 0, at most 2^-126 |scale| (1 + |code - zero|) more per element; CUDA loses 2^-133 of a
+// float32 activation, and its tensor cores may cut where a sum would round: twice the bound. NaN
+// and Inf in x reach the outputs of their token and no other.
 //
 // Order. The columns of one sum are added in an order that depends on the sizes and the instruction
 // set (or device) only, never on the number of threads.

@@ -103,7 +103,8 @@ __global__ void add_splits_kernel(const __grid_constant__ Launch p) {
 }
 
 // [parts][tokens][stride] from x [tokens, cols]: padded with zeros; float32 as three bf16 that add
-// up to it exactly (each the leading 8 bits of what the ones before left).
+// up to it exactly, but for what lies below 2^-133, the least bf16: each term takes the leading 8
+// bits of what those before left.
 template <class T>
 __global__ void prepare_kernel(const T* x, int64_t tokens, int64_t cols, int64_t stride,
                                uint16_t* out) {
