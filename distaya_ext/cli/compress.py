@@ -135,4 +135,7 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
         raise UsageError("say which model: the first argument, or model: in the recipe")
     if "method" not in fields and "bits" in fields and not {"sparsity", "nm"} & fields.keys():
         fields["method"] = "gptq"
+    asked = {"method", "sparsity", "nm", "bits", "embed_bits"} & fields.keys()
+    if asked == {"embed_bits"}:
+        fields["method"] = "dense"
     return Recipe(**fields)
