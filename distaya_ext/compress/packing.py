@@ -126,10 +126,7 @@ class Packing:
         if self.format == "pack-quantized":
             symmetric = recipe.symmetric is None or recipe.symmetric
             if not symmetric:
-                self.notices.append(
-                    "asymmetric pack-quantized weights load in vLLM and here; transformers with "
-                    "compressed-tensors up to 0.20 load only symmetric ones"
-                )
+                self.notices.append(compressed.ASYMMETRIC)
         return dataclasses.replace(
             settings,
             scale_dtype=self.dtype,
