@@ -70,7 +70,7 @@ PACKED = ("standard", "asymmetric", "rows", "ours", "mask", "gptq-standard", "gp
 def test_codes_are_carried_over(folders, tmp_path, name, to):
     found = export(folders / name, tmp_path / "out", to)
     assert same_codes(folders / name, tmp_path / "out") == 21
-    ends = {k for k in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
     after = tensors_of(tmp_path / "out")
     assert ends <= after.keys() and all(after[k].dtype == torch.bfloat16 for k in ends)
     told = [notice for notice in found.notices if "becomes dense bfloat16" in notice]
@@ -205,7 +205,7 @@ def test_odd_rows_do_not_fit_the_words_of_gptq(tmp_path):
     config = LlamaConfig(**{**tiny.FAMILIES["llama"].to_dict(), "intermediate_size": 100})
     source = tiny.make(tmp_path / "source", config)
     compress(source, tmp_path / "rows", tiny.recipe("rtn", bits=4, group=0))
-    with pytest.raises(UsageError, match="100x64 of 4 bits .*words of 32 bits"):
+    with pytest.raises(UsageError, match=r"100x64 of 4 bits .*words of 32 bits"):
         export(tmp_path / "rows", tmp_path / "out", "gptq")
 
 
@@ -229,6 +229,16 @@ def test_the_command_line(folders, tmp_path):
 
 
 # ---- hostile folders, through the command line ----
+
+
+def only_dense(folder):
+    for suffix in ("weight_packed", "weight_scale", "weight_shape"):
+        drop(suffix)(folder)
+    put(weight=torch.zeros(64, 64))(folder)
+
+
+def add_head(folder):
+    edit_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(97, 64)}))(folder)
 
 
 def put(**tensors):
@@ -284,14 +294,13 @@ HOSTILE = {
     "zeros too many": ("standard", put(weight_zero_point=torch.zeros(8, 2, dtype=torch.int32)),
                        ["weight_zero_point does not belong"]),
     "both": ("standard", put(weight=torch.zeros(64, 64)), [f"{Q}.weight beside its packed"]),
-    "only dense": ("standard", lambda f: [drop(s)(f) for s in ("weight_packed", "weight_scale",
-                   "weight_shape")] + [put(weight=torch.zeros(64, 64))(f)], ["holds", f"{Q}.weight"]),
+    "only dense": ("standard", only_dense, ["holds", f"{Q}.weight"]),
     "dtype": ("standard", unknown_dtype, ["weight_packed is float32", "int32"]),
     "shape": ("standard", put(weight_packed=torch.zeros(64, 9, dtype=torch.int32)),
               ["64x9", "64x64 matrix", "64x8"]),
     "shape lies": ("mask", change("weight_shape", lambda t: t.fill_(2**62)), ["weight_shape says"]),
-    "scale nan": ("mask", change("weight_scale", lambda t: t[3].fill_(torch.nan)), ["NaN", "row 3"]),
-    "scale negative": ("ours", change("weight_scale", lambda t: t[5].neg_()), ["negative", "row 5"]),
+    "scale nan": ("mask", change("weight_scale", lambda t: t[3].fill_(torch.nan)), ["NaN"]),
+    "scale negative": ("ours", change("weight_scale", lambda t: t[5].neg_()), ["negative"]),
     "mask full": ("mask", change("weight_mask", lambda t: t.fill_(255)), ["keeps 4096 weights"]),
     "values lost": ("mask", put(weight_values=torch.zeros(1, dtype=torch.uint8)), ["it has 1"]),
     "twice": ("ours", twice, ["'quantization_config' is given twice"]),
@@ -308,9 +317,10 @@ HOSTILE = {
     "quantises nothing": ("standard", config(config_groups={"g": {"targets": ["Conv2d"],
                           "weights": {"num_bits": 4, "group_size": 32}}}), ["no matrix"]),
     "truncated": ("mask", truncate, ["promises", "download it again"]),
-    "head too many": ("ours", lambda f: edit_tensors(lambda t: t.update({"lm_head.weight":
-                      torch.zeros(97, 64)}))(f), ["lm_head is quantised", "lm_head.weight beside"]),
-    "config a list": ("ours", edit_json("config.json", quantization_config=[1]), ["mapping", "list"]),
+    "head too many": ("ours", add_head, ["lm_head is quantised", "lm_head.weight beside"]),
+    "config a list": ("ours", edit_json("config.json", quantization_config=[1]), ["mapping"]),
+    "sizes that overflow": ("ours", edit_json("config.json", hidden_size=1 << 40), ["config.json"]),
+    "rows that overflow": ("mask", edit_json("config.json", vocab_size=1 << 60), ["config.json"]),
 }  # fmt: skip
 
 
