@@ -225,6 +225,10 @@ def test_the_command_line(folders, tmp_path):
     assert {(x["bits"], x["group"], x["encoding"], x["kind"]) for x in facts["linears"]} == {
         (8, 0, "gptq", "int8")
     }
+    facts = json.loads(distaya("inspect", folders / "standard", "--json").stdout)
+    assert {(x["bits"], x["encoding"], x["kind"]) for x in facts["linears"]} == {
+        (4, "pack-quantized", "int4")
+    }
     assert distaya("export", folders / "mask", "--to", "dense").exit_code == 2
 
 

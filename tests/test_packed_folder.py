@@ -149,7 +149,7 @@ def test_int8_embedding_and_bitmasks_are_ours(tmp_path, pruning):
         assert bool(((grid.dense(torch.float32) - W).abs() <= bound).all())
         assert report.ends[name]["bits"] == 8
     kinds = {held.scheme.kind for held in checkpoint.stored.values()}
-    expected = {"2:4": "int4-2:4", None: "int4-mask"}[pruning.get("nm")] if pruning else None
+    expected = {"2:4": "int4-2:4", None: "int4-mask"}[pruning.get("nm")] if pruning else "int4"
     assert kinds == {"int8", expected}
 
 
