@@ -69,6 +69,8 @@ class Reporter:
                     f"replay of {layers} layers reproduces the model's own logits (max "
                     f"difference {diff:g})"
                 )
+            case events.Planned(form, count):
+                self.say(f"packed as {form}, about {size(count)}")
             case events.LayerStart(layer, layers):
                 self._worst = None
                 if layer == 0 or self._bar is not None:
@@ -100,6 +102,10 @@ class Reporter:
     def on_progress(self, done: int, total: int, what: str) -> None:
         """What evaluate() calls: tokens scored, tokens in all, language."""
         self._advance("tokens", done, total, what, always=done == total)
+
+    def on_module(self, done: int, total: int, name: str) -> None:
+        """What export() calls after each module."""
+        self._advance("modules", done, total, always=done == total)
 
     def _stage(self, event: events.StageDone) -> None:
         short = ", ".join(name.rsplit(".", 1)[-1].removesuffix("_proj") for name in event.names)
