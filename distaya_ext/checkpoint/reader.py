@@ -134,7 +134,9 @@ def open_checkpoint(
     checkpoint = Checkpoint(folder, config, dtype, entries, scheme, stored)
     head = f"{checkpoint.architecture.head}.weight"
     if tied and checkpoint.architecture.embed in stored and head in entries:
-        raise InputError(f"the checkpoint holds {head} beside the quantised embedding it is tied to")
+        raise InputError(
+            f"the checkpoint holds {head} beside the quantised embedding it is tied to"
+        )
     for name in unused:  # some writers of GPTQ give every Linear a bias
         if bool(checkpoint.read([name])[name].any()):
             raise InputError(f"the checkpoint holds {name}, which the model of config.json has not")
@@ -183,7 +185,7 @@ def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     paths = sorted(set(weight_map.values())) or [contained(folder, "model.safetensors")]
     entries: dict[str, Entry] = {}
     for path in paths:
-        for name, entry in _header(path).items():
+        for name, entry in read_header(path).items():
             if weight_map and weight_map.get(name) != path:
                 raise InputError(f"{path.name} holds {name}, which the index does not place there")
             entries[name] = entry
@@ -192,7 +194,8 @@ def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     return entries
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
+    """What one shard holds, by name. InputError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import check_finite
+from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..device import find_device
 from ..errors import InputError, UsageError
 from ..runtime.load import DTYPES, load_opened
-from ..runtime.opened import open_model
 from ..tokenizer import load_tokenizer
 
 # Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
@@ -55,19 +54,25 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     place = find_device(device)
-    opened = open_model(model, offline=offline)
-    checkpoint = opened.checkpoint
-    if opened.about is not None:
+    checkpoint = open_checkpoint(model, offline=offline, packed=True)
+    if checkpoint.scheme is not None:
         find_device(device, kernels=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if dtype == "auto":
-        chosen = torch.float32 if opened.dense_bytes < _FLOAT32_BELOW else checkpoint.dtype
+        chosen = torch.float32 if _dense_bytes(checkpoint) < _FLOAT32_BELOW else checkpoint.dtype
     else:
         chosen = DTYPES[dtype]
-    network = load_opened(opened, chosen, exact=exact)
+    network = load_opened(checkpoint, chosen, exact=exact)
     for name, weight in network.named_parameters():
         check_finite(name, weight.data)
     return Loaded(str(model), network.to(place), tokenizer)
+
+
+def _dense_bytes(checkpoint: Checkpoint) -> int:
+    """What all tensors take, or would if none were packed."""
+    packed = checkpoint.stored
+    sizes = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] not in packed]
+    return sum(sizes) + checkpoint.dtype.itemsize * sum(m.rows * m.cols for m in packed.values())
 
 
 def check_same_vocabulary(model: Loaded, base: Loaded) -> None:

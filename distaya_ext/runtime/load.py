@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.whole import load_whole
 from ..device import find_device
 from ..errors import UsageError
-from .opened import Opened, open_model
 from .register import METHOD, register
-from .swap import freeze, set_exact
+from .swap import set_exact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,23 +37,22 @@ def load(
     InputError and UsageError in one sentence. Remote code is never run, pickles are never read.
     """
     chosen = _dtype(dtype)
-    opened = open_model(path, offline=offline)
-    place = find_device(device, kernels=opened.about is not None)
-    return load_opened(opened, chosen or opened.checkpoint.dtype, exact=exact).to(place)
+    checkpoint = open_checkpoint(path, offline=offline, packed=True)
+    place = find_device(device, kernels=checkpoint.scheme is not None)
+    return load_opened(checkpoint, chosen or checkpoint.dtype, exact=exact).to(place)
 
 
-def load_opened(opened: Opened, dtype: torch.dtype, *, exact: bool = False) -> Any:
+def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False) -> Any:
     """The model of a folder that is checked, on the CPU in eval mode."""
-    checkpoint = opened.checkpoint
-    if opened.about is None:
+    if checkpoint.scheme is None:
         return load_whole(checkpoint.folder, dtype)
     register()
     # Stock methods go through our hooks too, under our name; the model's config keeps theirs.
     config = copy.deepcopy(checkpoint.config)
-    config.quantization_config = {"quant_method": METHOD, "holds": opened.about}
+    config.quantization_config = {"quant_method": METHOD, "holds": config.quantization_config}
     model = load_whole(checkpoint.folder, dtype, config)
     set_exact(model, exact)
-    return freeze(model)
+    return model
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -93,7 +93,9 @@ class Packed(nn.Module):
         held = self.weights()
         codes, scales, zeros = (part if part is None else part.cpu() for part in pack.unpack(held))
         scales = scales.to(self.stored)
-        tensors = self.scheme.encode(Grid(codes, scales, zeros, self.scheme.bits, self.scheme.group))
+        tensors = self.scheme.encode(
+            Grid(codes, scales, zeros, self.scheme.bits, self.scheme.group)
+        )
         return {suffix: tensor.to(held.data.device) for suffix, tensor in tensors.items()}
 
     def _save_to_state_dict(

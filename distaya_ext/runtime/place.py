@@ -12,6 +12,7 @@ from ..errors import InputError
 from .modules import Packed, PackedEmbedding, PackedHead, PackedLinear
 
 if TYPE_CHECKING:
+    from ..checkpoint import Entry
     from ..formats import Scheme
 
 
@@ -94,39 +95,26 @@ def _check_named(scheme: Scheme, found: Mapping[str, Packed], above: str, tied: 
         )
 
 
-def check_held(
-    modules: Mapping[str, Packed], held: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
-) -> set[str]:
-    """Compare the headers of a folder (name -> dtype, shape) with what the modules need.
+def check_held(modules: Mapping[str, Packed], entries: Mapping[str, Entry]) -> set[str]:
+    """Compare the headers of a folder with what the modules need; returns the names they need.
 
-    Returns the names that belong to the modules. InputError for what is absent or misshapen, and
-    for a dense weight beside a packed one.
+    InputError for what is absent, misshapen or of another type, and for a dense weight beside.
     """
-    names: set[str] = set()
+    found: dict[str, dict[str, Entry]] = {name: {} for name in modules}
+    for full, entry in entries.items():
+        name, _, suffix = full.rpartition(".")
+        if name in found and suffix != "bias":
+            found[name][suffix] = entry
     for name, module in modules.items():
-        mine = [suffix for suffix in module.tensors() if f"{name}.{suffix}" in held]
-        if f"{name}.weight" in held:
-            raise InputError(f"the folder holds {name}.weight, which config.json says is quantised")
-        module.scheme.check(
-            {suffix: held[f"{name}.{suffix}"] for suffix in mine}, module.rows, module.cols, name
-        )
-        names |= {f"{name}.{suffix}" for suffix in mine}
-        if stray_bias(module) and f"{name}.bias" in held:
-            names.add(f"{name}.bias")
-    return names
-
-
-def stray_bias(module: Packed) -> bool:
-    """Whether a file may hold a bias that the model has not: GPTQ writers add them, mostly zero."""
-    return (
-        isinstance(module, PackedLinear)
-        and module.bias is None
-        and module.scheme.encoding == "gptq"
-    )
+        headers = {suffix: (entry.dtype, entry.shape) for suffix, entry in found[name].items()}
+        if "weight" in headers:
+            raise InputError(f"{name} is quantised, but the folder holds {name}.weight")
+        module.scheme.check(headers, module.rows, module.cols, name)
+    return {f"{name}.{suffix}" for name, parts in found.items() for suffix in parts}
 
 
 def some(names: Iterable[str], what: str) -> str:
-    """"3 modules (a, b, c)", the first three by name."""
+    """ "3 modules (a, b, c)", the first three by name."""
     names = list(names)
     head = ", ".join(name[:80] for name in names[:3])
     dots = ", ..." if len(names) > 3 else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checkpoint import Entry
+from ..checkpoint.reader import read_header
 from ..errors import InputError, UsageError
 from ..formats import read_scheme
 from .dense import to_dense
-from .files import Held, fill, read_headers
+from .files import fill
 from .glu import fuse
 from .modules import Packed
 from .place import check_held, place, prefix
@@ -31,7 +34,7 @@ class FolderConfig(QuantizationConfigMixin):
     """quantization_config of a packed folder, of whatever method, exactly as config.json has it."""
 
     def __init__(self, **fields: Any) -> None:
-        self.fields = fields[HOLDS] if HOLDS in fields else fields
+        self.fields = fields.get(HOLDS, fields)
         self.quant_method = self.fields.get("quant_method")
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,8 +53,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FolderConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._modules: dict[str, Packed] = {}
-        self._held: Held = {}
-        self._device: Any = "cpu"
+        self._entries: dict[str, Entry] = {}
 
     def update_device_map(self, device_map: Any) -> Any:
         """One device only: packed modules are not spread or offloaded."""
@@ -71,26 +73,24 @@ class PackedQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **_: Any,
     ) -> None:
-        if not checkpoint_files or any(not str(f).endswith(".safetensors") for f in checkpoint_files):
+        files = [Path(name) for name in checkpoint_files or []]
+        if not files or any(file.suffix != ".safetensors" for file in files):
             raise InputError("packed weights are read from safetensors files and there are none")
-        config = {"quantization_config": self.quantization_config.to_dict()}
-        scheme = read_scheme(config, "config.json")
+        scheme = read_scheme({"quantization_config": self.quantization_config.to_dict()})
         assert scheme is not None
         self._modules = place(model, scheme, dtype or torch.get_default_dtype())
-        self._held = read_headers(checkpoint_files)
-        mine = check_held(self._modules, {n: (d, s) for n, (_, d, s) in self._held.items()})
+        self._entries = {n: entry for file in files for n, entry in read_header(file).items()}
+        mine = check_held(self._modules, self._entries)
         # transformers need not read them, and should not say that nobody does.
-        endings = sorted({re.escape(name.rpartition(".")[2]) for name in mine})
-        ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-        names = sorted({re.escape(name.rpartition(".")[0]) for name in mine})
-        if mine:
-            start = re.escape(prefix(model))
-            ignored.append(rf"^({start})?({'|'.join(names)})\.({'|'.join(endings)})$")
-            model._keys_to_ignore_on_load_unexpected = ignored
+        endings = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mine}))
+        names = "|".join(re.escape(name.removeprefix(prefix(model))) for name in self._modules)
+        ignored = list(model._keys_to_ignore_on_load_unexpected or [])
+        pattern = rf"^({re.escape(prefix(model))})?({names})\.({endings})$"
+        model._keys_to_ignore_on_load_unexpected = [*ignored, pattern]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        fill(self._modules, self._held, next(model.parameters()).device)
-        self._modules, self._held = {}, {}
+        fill(self._modules, self._entries, next(model.parameters()).device)
+        self._modules, self._entries = {}, {}
         fuse(model)
         return freeze(model)
 
