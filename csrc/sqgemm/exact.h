@@ -163,7 +163,7 @@ DISTAYA_INLINE vu load_words(const uint32_t* p) {
 }
 
 // Scales and zeros of a tile, [groups][64].
-struct Grid {
+struct ExactGrid {
   alignas(64) float scales[4 * kTileRows];
   alignas(64) float zeros[4 * kTileRows];
   int groups;
@@ -172,7 +172,7 @@ struct Grid {
 // C [T][64] += scale * sum over a tile, codes straight into products. x [T][words of 128 columns].
 // One sum is kept in kSplit parts where there are too few to hide the latency of a product.
 template <int T, Source kSource, bool kPairs>
-void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const float* x,
+void few_tokens(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, const float* x,
                 float* C) {
   using D = Decoder<kSource, kPairs>;
   constexpr int kX = words_of(kPairs, kTileCols), kWanted = kVectors == 4 ? 12 : 6;
@@ -225,7 +225,7 @@ void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const
 
 // panel [words of 128 columns][64]: the operands of a tile, for many tokens.
 template <Source kSource, bool kPairs>
-void fill_panel(const Decoder<kSource, kPairs>& decoder, const Grid& grid, float* panel) {
+void fill_panel(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, float* panel) {
   using D = Decoder<kSource, kPairs>;
   const D d = decoder;
   const int steps = D::kSteps / grid.groups;
@@ -244,7 +244,7 @@ void fill_panel(const Decoder<kSource, kPairs>& decoder, const Grid& grid, float
 
 // C [T][64] += scale * (panel x^T) for T tokens.
 template <int T, bool kPairs>
-void many_tokens(const Grid& grid, const float* panel, const float* x, float* C) {
+void many_tokens(const ExactGrid& grid, const float* panel, const float* x, float* C) {
   constexpr int kX = words_of(kPairs, kTileCols);
   const int words = kX / grid.groups;
   for (int r = 0; r < kTileRows; r += kVectors * kLanes)
@@ -285,7 +285,7 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
                  int64_t t0, int64_t t1, float* C) {
   alignas(64) uint8_t bytes[kSource == Source::bytes ? pack::kTileWeights : 1];
   alignas(64) float panel[words_of(kPairs, kTileCols) * kTileRows];
-  Grid grid;
+  ExactGrid grid;
   grid.groups = std::max(1, f.tile_groups());
   for (int64_t c = 0; c < f.col_tiles(); ++c) {
     tile_grid(f, buffer, row_tile, c, grid.scales, grid.zeros);
@@ -332,7 +332,7 @@ inline void exact_rows(const Format& f, const uint8_t* buffer, int64_t row_tile,
   else
     exact_sums<false>(f, buffer, row_tile, x, t0, t1, C);
   if (f.group) return;
-  Grid grid;
+  ExactGrid grid;
   tile_grid(f, buffer, row_tile, 0, grid.scales, grid.zeros);
   for (int64_t i = 0; i < (t1 - t0) * kTileRows; i += kLanes)
     store(C + i, load(C + i) * load(grid.scales + i % kTileRows));
