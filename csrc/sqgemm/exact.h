@@ -115,16 +115,14 @@ struct Decoder {
 
   // Two neighbours' codes in the halves of a lane, minus their zero -> bf16.
   DISTAYA_INLINE vf pair(const Decoder& d, vu w, int i, vf zero) {
-    if constexpr (kSource == Source::symmetric)
-      return look_up16((__m512i)(w >> (4 * i)), d.table);
+    if constexpr (kSource == Source::symmetric) return look_up16((__m512i)(w >> (4 * i)), d.table);
     if constexpr (kSource == Source::nibbles) w = (w >> (4 * i)) & 0x000f000fu;
     if constexpr (!kNibbles) {
       w = w >> (16 * i);
       w = (w & 0xffu) | ((w & 0xff00u) << 8);
     }
     const __m512i value = _mm512_sub_epi16((__m512i)w, (__m512i)zero);
-    if constexpr (kSource != Source::wide)
-      return look_up16(value, d.table);
+    if constexpr (kSource != Source::wide) return look_up16(value, d.table);
     const vi low = (vi)value << 16 >> 16, high = (vi)value >> 16;  // |.| < 256: exact in bf16
     const vu a = float_to_bits(__builtin_convertvector(low, vf));
     const vu b = float_to_bits(__builtin_convertvector(high, vf));
@@ -138,7 +136,7 @@ struct Decoder {
   DISTAYA_INLINE vf zero(const float* zeros) {
     const vf z = load(zeros);
     if constexpr (!kPairs) return z;
-    const vu code = (vu)__builtin_convertvector(z, vi);
+    const vu code = (vu) __builtin_convertvector(z, vi);
     return bits_to_float(code | code << 16);
   }
 
@@ -149,8 +147,7 @@ struct Decoder {
 #endif
     const int shift = kNibbles ? 4 * (i / 2 + 4 * (i % 2)) : 8 * i;
 #if DISTAYA_LANES == 16
-    if constexpr (kSource == Source::symmetric)
-      return look_up32((__m512i)(w >> shift), d.table);
+    if constexpr (kSource == Source::symmetric) return look_up32((__m512i)(w >> shift), d.table);
 #endif
     (void)d;
     const vu code = (w >> shift) & (kNibbles ? 15u : 255u);
@@ -236,8 +233,7 @@ void fill_panel(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, 
         const vu w = load_words(d.at(s, r));
         float* out = panel + s * D::kWords * kTileRows + r;
 #pragma GCC unroll 8
-        for (int i = 0; i < D::kWords; ++i)
-          store(out + i * kTileRows, D::operand(d, w, i, zero));
+        for (int i = 0; i < D::kWords; ++i) store(out + i * kTileRows, D::operand(d, w, i, zero));
       }
     }
 }
@@ -297,9 +293,8 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
       codes = buffer + pack::record_at(f, buffer, row_tile, c) + f.body_at();
     const Decoder<kSource, kPairs> decoder(reinterpret_cast<const uint32_t*>(codes));
     if (x.tokens <= kInline) {
-      with_constant<kInline>(t1 - t0, [&](auto n) {
-        few_tokens<n.value>(decoder, grid, x.at(c, t0), C);
-      });
+      with_constant<kInline>(t1 - t0,
+                             [&](auto n) { few_tokens<n.value>(decoder, grid, x.at(c, t0), C); });
       continue;
     }
     fill_panel(decoder, grid, panel);

@@ -37,9 +37,7 @@ def _work(x: Tensor, spec: list[int], glu: bool) -> Tensor | None:
 
 
 @op(fake=_fake_linear)
-def sqgemm(
-    x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, exact: bool
-) -> Tensor:
+def sqgemm(x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, exact: bool) -> Tensor:
     """See linear; data and spec are those of the PackedWeight, x is contiguous."""
     y = _output(x, spec)
     _C.sqgemm_linear(x, data, spec, bias, exact, _work(x, spec, False), y)
@@ -104,7 +102,7 @@ def glu(
 
 
 def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with W as unpack() gives it, in plain torch float64. Returns fp64 [..., rows]."""
+    """x W^T + bias with the W of unpack(), in plain torch float64. Returns fp64 [..., rows]."""
     W = pack.reference_dequantize(*pack.unpack(packed), bits=packed.format.bits)
     y = x.double() @ W.t()
     return y if bias is None else y + bias.double()
