@@ -130,7 +130,9 @@ def test_a_stock_method_is_still_loaded_by_stock_code(stock):
 
 def test_what_our_hooks_refuse(folder):
     with pytest.raises(InputError, match="safetensors files"):
-        CohereForCausalLM.from_pretrained(None, config=AutoConfig.from_pretrained(folder), state_dict={})
+        CohereForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(folder), state_dict={}
+        )
     from distaya_ext.runtime.quantizer import FolderConfig, PackedQuantizer
 
     quantizer = PackedQuantizer(FolderConfig(quant_method="distaya"))

@@ -79,7 +79,7 @@ def test_what_we_load_saves_for_stock_transformers_too(folder, tmp_path):
 def test_nothing_to_swap(source, folder):
     model = stock(folder)
     logits(model)
-    with pytest.raises(UsageError, match="made dense already.*right after from_pretrained"):
+    with pytest.raises(UsageError, match=r"made dense already.*right after from_pretrained"):
         distaya_ext.use_kernels(model)
     with pytest.raises(UsageError, match="holds no packed compressed-tensors weights"):
         distaya_ext.use_kernels(stock(source))
@@ -93,7 +93,7 @@ def test_a_spoilt_tensor_is_told_and_the_model_stays_usable(folder):
     gate = model.model.layers[1].mlp.gate_proj
     whole = gate.weight_shape.data.clone()
     gate.weight_shape.data = torch.tensor([1, 2])
-    with pytest.raises(InputError, match="layers.1.mlp.gate_proj.weight_shape says 1x2"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate_proj\.weight_shape says 1x2"):
         distaya_ext.use_kernels(model)
     gate.weight_shape.data = whole
     distaya_ext.use_kernels(model, exact=True)
