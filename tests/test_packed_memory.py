@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import packed
+import packed_folders
 import tiny
 import torch
-from packed import w4
+from packed_folders import w4
 from transformers import LlamaConfig
 
 # 24 layers of 3.4 million weights: 326 MiB dense in fp32, 163 in bf16, 45 packed.
@@ -58,9 +58,9 @@ print(status("VmHWM") - before, Largest.bytes / 2**20, distaya_ext.resident_byte
 
 def test_the_peak_is_that_of_the_packed_model(tmp_path):
     small = tiny.make(tmp_path / "small", tiny.FAMILIES["llama"], dtype=torch.bfloat16)
-    small, _ = packed.write(small, tmp_path / "small-out", w4(), method="distaya")
+    small, _ = packed_folders.write(small, tmp_path / "small-out", w4(), method="distaya")
     big = tiny.make(tmp_path / "big", _CONFIG, dtype=torch.bfloat16)
-    big, twin = packed.write(big, tmp_path / "big-out", w4(128), method="distaya")
+    big, _ = packed_folders.write(big, tmp_path / "big-out", w4(128), method="distaya")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}
     for way in ("ours", "plain"):
