@@ -10,7 +10,7 @@ from torch import nn
 
 from distaya_ext.checkpoint import copy_companions, open_checkpoint
 from distaya_ext.formats import Grid, ModuleScheme, compressed, gptq, own
-from distaya_ext.models.skeleton import build_skeleton
+from distaya_ext.models.skeleton import build_skeleton, is_tied
 from distaya_ext.ops import obs
 from distaya_ext.quant import Quant
 
@@ -57,8 +57,9 @@ def write(
     table = checkpoint.architecture
     packed, dense, modules = {}, {}, {}
     weights = checkpoint.read(checkpoint.entries)
+    tied = is_tied(skeleton, table)
     for name, module in skeleton.named_modules():
-        if name == table.embed and embed_bits:
+        if embed_bits and (name == table.embed or (name == table.head and not tied)):
             modules[name] = ModuleScheme(embed_bits, 0, True, kind=f"int{embed_bits}")
         elif isinstance(module, nn.Linear) and name.startswith(f"{table.layers}."):
             modules[name] = scheme

@@ -68,9 +68,9 @@ def test_the_peak_is_that_of_the_packed_model(tmp_path):
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert run.returncode == 0, run.stderr
         growth, largest, resident = map(float, run.stdout.split())
-        print(f"{way}: peak +{growth:.0f} MiB, largest float {largest:.1f}, model {resident:.0f}")
+        print(f"{way}: peak +{growth:.0f} MiB, largest float {largest:.2f}, model {resident:.0f}")
         assert resident < 50
         # Beside the model: one matrix being decoded (a few bytes per weight, 0.8 million weights).
         assert growth <= resident + 30, way
         # No matrix was ever dense: the largest float is the embedding, 512 x 512 in 2 bytes.
-        assert largest <= 512 * 512 * 2 / 2**20, way
+        assert 0 < largest <= 512 * 512 * 2 / 2**20, way

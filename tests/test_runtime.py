@@ -85,7 +85,7 @@ def test_every_family_equals_its_dense_twin(folders, family):
     assert isinstance(model.get_output_embeddings(), PackedHead) == tied
     layers = model.config.num_hidden_layers
     assert sum(isinstance(m, PackedGLU) and m.fused() for m in model.modules()) == layers
-    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7 * layers
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7 * layers + (not tied)
 
 
 FORMATS = {
@@ -220,6 +220,23 @@ def test_no_gradient_passes(folders):
         model(inputs_embeds=embedded)
     with torch.no_grad():
         torch.testing.assert_close(model(inputs_embeds=embedded).logits, want)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(folders):
+    folder, twin = folders("gemma2", method="distaya", embed_bits=8)
+    want = logits(twin_of(twin))
+    model = distaya_ext.load(folder, device="cuda", dtype="float32")
+    close(logits(model, IDS.cuda()).cpu(), want, 2)
+    text = model.generate(IDS.cuda(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    back = model.to("cpu")
+    distaya_ext.set_exact(back)
+    close(logits(back), want, 2)
+    assert torch.equal(
+        back.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0), text.cpu()
+    )
+    plain = AutoModelForCausalLM.from_pretrained(folder).to("cuda")
+    assert {t.device.type for t in [*plain.parameters(), *plain.buffers()]} == {"cuda"}
 
 
 def test_sizes_are_told(folders):

@@ -34,7 +34,6 @@ class Packed(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.rows, self.cols = rows, cols
-        self.exact = False
         self.format: pack.Format | None = None
         self.spec: list[int] = []  # the format, as the raw ops take it
         self.stored = torch.bfloat16  # dtype of the scales in a state dict
@@ -134,7 +133,7 @@ class Packed(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "empty" if self.format is None else f"{self.format.kind}, group {self.format.group}"
-        return f"in_features={self.cols}, out_features={self.rows}, {kind}, exact={self.exact}"
+        return f"{self.rows}x{self.cols}, {kind}"
 
 
 class PackedLinear(Packed):
@@ -149,10 +148,14 @@ class PackedLinear(Packed):
     ) -> None:
         super().__init__(scheme, rows, cols)
         self.in_features, self.out_features = cols, rows
+        self.exact = False
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(self, x, self.bias)
+        return multiply(self, x, self.bias, self.exact)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}, exact={self.exact}"
 
 
 class PackedEmbedding(Packed):
@@ -205,15 +208,14 @@ class PackedHead(nn.Module):
         return multiply(self._tied[0], x, self.bias, self.exact)
 
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        sizes = f"{self.out_features}x{self.in_features}"
         return f"{sizes}, tied to the embedding, exact={self.exact}"
 
 
-def multiply(held: Packed, x: Tensor, bias: Tensor | None, exact: bool | None = None) -> Tensor:
+def multiply(held: Packed, x: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
     """x W^T + bias by the kernel."""
     if held.packed is None:
         raise RuntimeError(f"this {type(held).__name__} was given no weights yet")
-    exact = held.exact if exact is None else exact
     return sqgemm.sqgemm(
         without_gradient(x).contiguous(), held.packed, held.spec, like(bias, x), exact
     )

@@ -50,7 +50,7 @@ def place(model: Any, scheme: Scheme, dtype: torch.dtype) -> dict[str, Packed]:
         if tied and module is embedding:
             assert isinstance(packed, PackedEmbedding)
             _tie(model, packed, tied)
-    _check_named(scheme, found, above, tied)
+    _check_named(scheme, found, above)
     return found
 
 
@@ -83,13 +83,12 @@ def _tie(model: Any, packed: PackedEmbedding, tied: list[str]) -> None:
     model._tied_weights_keys = {}
 
 
-def _check_named(scheme: Scheme, found: Mapping[str, Packed], above: str, tied: list[str]) -> None:
-    """Modules that a config names one by one must exist."""
+def _check_named(scheme: Scheme, found: Mapping[str, Packed], above: str) -> None:
+    """Modules that a config of ours names must exist; a tied head is not named."""
     if scheme.method != "distaya":
         return
-    heads = {name.removesuffix(".weight") for name in tied}
     named = [rule.target for rule in scheme.rules if rule.target.startswith(above)]
-    if absent := [name for name in named if name not in found and name not in heads]:
+    if absent := [name for name in named if name not in found]:
         raise InputError(
             f"quantization_config names {some(absent, 'module')}, which the model has not"
         )

@@ -99,7 +99,7 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return to_dense(model, dtype)
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Packed models can be saved; the folder loads again."""
         return True
 
