@@ -21,20 +21,57 @@ struct Coming {
   }
 };
 
+// In how many parts a sum is kept where there are too few sums to hide the latency of a product.
+constexpr int parts_of(int tokens, int words) {
+  const int wanted = kVectors == 4 ? 12 : 6, sums = kVectors * tokens;
+  return std::min(words, sums >= wanted ? 1 : 2 * sums >= wanted ? 2 : 4);
+}
+
+// acc += one word of codes of kVectors * kLanes rows times T tokens; a: its word of the first.
+template <int T, int kParts, class D>
+DISTAYA_INLINE void multiply_codes(const D& d, const vu* w, const vf* zero, const float* a,
+                                   vf (&acc)[kParts][T][kVectors]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < D::kWords; ++i) {
+    vf b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = D::operand(d, w[v], i, zero[v]);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        vf& sum = acc[i % kParts][t][v];
+        sum = multiply_add<D::kInPairs>(b[v], a + t * D::kTileWords + i, sum);
+      }
+  }
+}
+
+// C [T][64] += scale * acc, from one row on.
+template <int T, int kParts>
+DISTAYA_INLINE void add_scaled(const vf (&acc)[kParts][T][kVectors], const float* scales,
+                               float* C) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      vf sum = acc[0][t][v];
+#pragma GCC unroll 4
+      for (int part = 1; part < kParts; ++part) sum = sum + acc[part][t][v];
+      float* c = C + t * kTileRows + v * kLanes;
+      store(c, fma(load(scales + v * kLanes), sum, load(c)));
+    }
+}
+
 // C [T][64] += scale * sum over a tile, codes straight into products. x [T][words of 128 columns].
-// One sum is kept in kParts where there are too few to hide the latency of a product.
 template <int T, Source kSource, bool kPairs>
 void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const Coming& coming,
                 const float* x, float* C) {
   using D = Decoder<kSource, kPairs>;
-  constexpr int kX = words_of(kPairs, kTileCols), kWanted = kVectors == 4 ? 12 : 6;
-  constexpr int kSplit = kVectors * T >= kWanted ? 1 : kVectors * T * 2 >= kWanted ? 2 : 4;
-  constexpr int kParts = kSplit < D::kWords ? kSplit : D::kWords;
   const D d = decoder;
   const int units = 4 / grid.groups;
   for (int r0 = 0; r0 < kTileRows; r0 += kVectors * kLanes)
     for (int q = 0; q < grid.groups; ++q) {
-      vf acc[kParts][T][kVectors] = {}, zero[kVectors];
+      vf acc[parts_of(T, D::kWords)][T][kVectors] = {}, zero[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
         zero[v] = D::zero(grid.zeros + q * kTileRows + r0 + v * kLanes);
@@ -47,32 +84,10 @@ void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const
           vu w[kVectors];
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) w[v] = load_words(words + D::at(s, v * kLanes));
-#pragma GCC unroll 8
-          for (int i = 0; i < D::kWords; ++i) {
-            vf b[kVectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) b[v] = D::operand(d, w[v], i, zero[v]);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                vf& sum = acc[i % kParts][t][v];
-                sum = multiply_add<kPairs>(b[v], a + t * kX + s * D::kWords + i, sum);
-              }
-          }
+          multiply_codes<T>(d, w, zero, a + s * D::kWords, acc);
         }
       }
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          vf sum = acc[0][t][v];
-#pragma GCC unroll 4
-          for (int part = 1; part < kParts; ++part) sum = sum + acc[part][t][v];
-          const int r = r0 + v * kLanes;
-          float* c = C + t * kTileRows + r;
-          store(c, fma(load(grid.scales + q * kTileRows + r), sum, load(c)));
-        }
+      add_scaled<T>(acc, grid.scales + q * kTileRows + r0, C + r0);
     }
 }
 
@@ -151,16 +166,17 @@ void tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const Activ
   alignas(64) float panel[words_of(kPairs, kTileCols) * kTileRows];
   Grid grid;
   grid.groups = std::max(1, f.tile_groups());
+  Decoder<kSource, kPairs> decoder;
   for (int64_t c = 0; c < f.col_tiles(); ++c) {
     tile_grid(f, buffer, row_tile, c, grid.scales, grid.zeros);
     if (f.group == 0) std::fill_n(grid.scales, kTileRows, 1.0f);  // the row's comes at the end
+    const Coming coming(f, buffer, row_tile, c);
     const uint8_t* codes = bytes;
     if constexpr (kSource == Source::bytes)
       decode_panel(f, buffer, row_tile, c, bytes);
     else
       codes = buffer + pack::record_at(f, buffer, row_tile, c) + f.body_at();
-    const Decoder<kSource, kPairs> decoder(reinterpret_cast<const uint32_t*>(codes));
-    const Coming coming(f, buffer, row_tile, c);
+    decoder.words = reinterpret_cast<const uint32_t*>(codes);
     if (x.tokens <= kInline) {
       with_constant<kInline>(
           t1 - t0, [&](auto n) { few_tokens<n.value>(decoder, grid, coming, x.at(c, t0), C); });

@@ -12,12 +12,14 @@ constexpr int words_of(bool pairs, int columns) { return pairs ? columns / 2 : c
 // The activations of a call, [col tile][token][words of 128 columns], padded with 0.
 struct Activations {
   bool pairs;
+  bool turned;  // pairs of columns 0 2 | 1 3 of each 4, as Decoder wants them for bytes
   int64_t tokens;
   cpu::Scratch<float> data;
 
   explicit Activations(const Problem& p)
       : pairs(kLanes == 16 && p.dtype == Dtype::bf16), tokens(p.tokens) {
     const Format& f = p.format;
+    turned = pairs && f.kind != Kind::int4 && f.kind != Kind::int8;
     data = cpu::scratch<float>(f.col_tiles() * tokens * words_of(pairs, kTileCols));
     dispatch<float, f16, bf16>(p.dtype, "x", [&]<class T>() {
       constexpr int64_t kAlone = 1 << 15;  // elements worth waking a second thread for
@@ -41,6 +43,8 @@ struct Activations {
       float* out = const_cast<float*>(at(c, token));
       alignas(64) T part[kTileCols] = {};
       std::memcpy(part, x, static_cast<size_t>(n) * sizeof(T));
+      if (turned)
+        for (int k = 0; k < kTileCols; k += 4) std::swap(part[k + 1], part[k + 2]);
       if (pairs || dtype_of<T> == Dtype::f32)
         std::memcpy(out, part, sizeof part);
       else
@@ -95,9 +99,11 @@ struct Decoder {
   static constexpr bool kBiased =
       kLanes == 16 && (kSource == Source::wide || (kSource == Source::bytes && !kPairs));
   static constexpr int kWords = words_of(kPairs, kColumns);  // operands of a word of codes
+  static constexpr bool kInPairs = kPairs;
+  static constexpr int kTileWords = words_of(kPairs, kTileCols);
   static constexpr int kSteps = 32 / kColumns;  // words of codes in a unit of 32 columns
 
-  const uint32_t* words;
+  const uint32_t* words = nullptr;
 
   const uint32_t* unit(int u) const { return words + u * kSteps * kTileRows; }
 
@@ -110,7 +116,7 @@ struct Decoder {
 #if DISTAYA_LANES == 16
   __m512i table;  // code - zero, of 32 bf16 values or 16 fp32 values
 
-  explicit Decoder(const uint32_t* codes) : words(codes) {
+  Decoder() {
     alignas(64) uint16_t halves[32];
     alignas(64) float floats[16];
     for (int i = 0; i < 32; ++i) {
@@ -128,18 +134,13 @@ struct Decoder {
       const vf low = byte_of(w, 2 * i) - zero, high = byte_of(w, 2 * i + 1) - zero;
       return bits_to_float(float_to_bits(low) >> 16 | float_to_bits(high));
     }
-    const __m512i codes =
-        kSource == Source::nibbles
-            ? (__m512i)((w >> (4 * i)) & 0x000f000fu)
-            : _mm512_maskz_shuffle_epi8(0x5555555555555555, (__m512i)w, spread(i));
-    return look_up16(_mm512_sub_epi16(codes, (__m512i)zero), d.table);
-  }
-
-  // Where bytes 2 i and 2 i + 1 of a lane go: to the low bytes of its halves.
-  DISTAYA_INLINE __m512i spread(int i) {
-    const int more = i * 0x00020002;
-    return _mm512_set4_epi32(0x000d000c + more, 0x00090008 + more, 0x00050004 + more,
-                             0x00010000 + more);
+    if constexpr (kSource == Source::nibbles) {
+      const vu codes = (w >> (4 * i)) & 0x000f000fu;
+      return look_up16(_mm512_sub_epi16((__m512i)codes, (__m512i)zero), d.table);
+    }
+    // bytes: the lower ones of both halves, which are columns i and i + 2
+    const vu value = (vu)_mm512_sub_epi8((__m512i)w, (__m512i)zero);
+    return look_up16((__m512i)(value >> (8 * i)), d.table);
   }
 
   // 2^23 + byte i of a lane, as a float: the byte is put under a fixed exponent.
@@ -148,8 +149,6 @@ struct Decoder {
     return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111,
                                         (__m512i)w, from);
   }
-#else
-  explicit Decoder(const uint32_t* codes) : words(codes) {}
 #endif
 
   // The zeros of kLanes rows as operand() wants them.
@@ -158,10 +157,11 @@ struct Decoder {
     if constexpr (kBiased) return z + splat(0x1p23f);
     if constexpr (!kPairs) return z;
     const vu code = (vu) __builtin_convertvector(z, vi);
-    return bits_to_float(code | code << 16);
+    return bits_to_float(code * (kSource == Source::bytes ? 0x01010101u : 0x00010001u));
   }
 
-  // Operand i of a word of codes: column i of its columns, or columns 2 i and 2 i + 1.
+  // Operand i of a word of codes: column i of its columns, or columns 2 i and 2 i + 1 (of bytes i
+  // and i + 2: Activations::turned).
   DISTAYA_INLINE vf operand(const Decoder& d, vu w, int i, vf zero) {
 #if DISTAYA_LANES == 16
     if constexpr (kPairs) return pair(d, w, i, zero);
