@@ -90,12 +90,12 @@ print(sorted(name for name in vars(auto) if not name.startswith("__")))
 def test_importing_is_fast_and_brings_no_transformers():
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import distaya_ext, sys
 assert "transformers" not in sys.modules and "compressed_tensors" not in sys.modules
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
-    assert min(float(run(code)) for _ in range(3)) < 1.0  # 0.2 s on an idle machine
+    assert min(float(run(code)) for _ in range(3)) < 1.0  # 0.26 s of one core
 
 
 def test_plain_models_save_and_load_again(folder, tmp_path):
