@@ -150,10 +150,10 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     ),
     "number lost": (edit_json("config.json", logit_scale=None), ["None for logit_scale"]),
     "quantised": (
-        edit_json("config.json", quantization_config={"quant_method": "gptq"}),
-        ["already quantised (gptq)"],
+        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        ["quantised", "bitsandbytes"],
     ),
-    "quantised oddly": (edit_json("config.json", quantization_config="int4"), ["quantised"]),
+    "quantised oddly": (edit_json("config.json", quantization_config="int4"), ["quanti"]),
     "empty vocabulary": (edit_json("config.json", vocab_size=0), ["config.json", "built"]),
     # tokenizer
     "no tokenizer": (

@@ -187,7 +187,7 @@ def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     paths = sorted(set(weight_map.values())) or [contained(folder, "model.safetensors")]
     entries: dict[str, Entry] = {}
     for path in paths:
-        for name, entry in _header(path).items():
+        for name, entry in read_header(path).items():
             if weight_map and weight_map.get(name) != path:
                 raise InputError(f"{path.name} holds {name}, which the index does not place there")
             entries[name] = entry
@@ -196,7 +196,8 @@ def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     return entries
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
+    """What one shard holds, by name. InputError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
