@@ -62,9 +62,30 @@ double bf16_peak() {
 #endif
 }
 
+double int8_peak() {
+#if DISTAYA_LANES == 16
+  __m512i acc[kChains];
+  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_epi32(c);
+  __m512i ones = _mm512_set1_epi8(1);
+  asm volatile("" : "+m"(ones));
+  const double rate = best_rate(8.0 * kLanes * kChains, [&] {
+    for (int64_t i = 0; i < kSteps; ++i)
+#pragma GCC unroll 16
+      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbusd_epi32(acc[c], ones, ones);
+  });
+  volatile int sink = 0;
+  for (int c = 0; c < kChains; ++c) sink = sink + _mm512_reduce_add_epi32(acc[c]);
+  return rate;
+#else
+  return 0;  // no int8 dot instruction below AVX512-VNNI
+#endif
+}
+
 }  // namespace
 
-std::map<std::string, double> peak() { return {{"fp32", fp32_peak()}, {"bf16_dot", bf16_peak()}}; }
+std::map<std::string, double> peak() {
+  return {{"fp32", fp32_peak()}, {"bf16_dot", bf16_peak()}, {"int8_dot", int8_peak()}};
+}
 
 }  // namespace distaya::DISTAYA_ISA
 
