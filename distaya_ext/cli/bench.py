@@ -1,0 +1,149 @@
+"""`distaya bench`: how fast packed weights run on this machine, beside torch in the same run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import UsageError
+from . import options
+
+QUICK = {
+    "shapes": ["aya-8b gate/up", "aya-8b down"],
+    "kinds": ["int4", "int4-2:4", "int4-mask"],
+    "tokens": [1, 16, 128],
+}
+
+
+class Group(TyperGroup):
+    """`distaya bench` alone means `distaya bench kernels`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+            args = ["kernels", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=Group,
+    help="Measure speed here: kernels (the default) or a whole model.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command("kernels")
+def kernels(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Part of a name ('aya-8b', 'down') or ROWSxCOLS; may be repeated."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="int4, int3, int8, int4-2:4, int4-mask or int4-out; may be repeated."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Numbers of tokens at once, as 1,16,128.")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Numbers of threads, as 1,2; torch's own without it.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every Aya shape, kind and number of tokens: hours.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The default: two matrices of Aya-8B, under a minute.")
+    ] = False,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Time y = x W^T on packed weights beside torch's bf16 and int4 products, out of cache.
+
+    Limits are measured in the same run: reading memory, and the peak of the dot products.
+    """
+    if full and quick:
+        raise UsageError("--full and --quick exclude each other")
+    from ..measure import kernels as source
+    from ..measure import report
+    from .output import console, print_json
+    from .progress import Reporter
+
+    with Reporter(quiet) as reporter:
+        plan = _plan(shape, kind, tokens, threads, full, device)
+        result = source.measure(
+            plan,
+            on_note=reporter.say,
+            on_row=lambda row: None if row.kind is None else reporter.say(_line(row)),
+        )
+    if json:
+        print_json(report.kernels_json(result))
+        return
+    out = console()
+    for table in report.kernel_tables(result.rows):
+        out.print(table)
+    if result.contended:
+        out.print(
+            f"{len(result.contended)} of {len(result.rows)} rows are contended: something else "
+            "ran beside them, and they say little."
+        )
+
+
+def _line(row: Any) -> str:
+    best = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
+    return (
+        f"{row.shape}, {row.threads} threads, {row.tokens} tokens, {row.name}: "
+        f"{row.seconds * 1e3:.3g} ms, {best}"
+    )
+
+
+def _plan(
+    shape: list[str] | None,
+    kind: list[str] | None,
+    tokens: str | None,
+    threads: str | None,
+    full: bool,
+    device: str,
+) -> Any:
+    import torch
+
+    from ..device import find_device
+    from ..measure import shapes
+    from ..measure.kernels import Plan
+    from ..measure.rulers import kinds_of
+    from ..ops import pack
+
+    kinds = kind or (list(pack.KINDS) if full else QUICK["kinds"])
+    found = shapes.find(shape or (list(shapes.MODELS) if full else QUICK["shapes"]))
+    if kind is None and any(s.head for s in found) and "int8" not in kinds:
+        kinds = [*kinds, "int8"]
+    for each in found:
+        kinds_of(each, kinds)  # refuses unknown kinds before any work
+    counts = numbers("--tokens", tokens) if tokens else None
+    if device == "cpu":
+        asked = numbers("--threads", threads) if threads else [torch.get_num_threads()]
+    elif threads:
+        raise UsageError("--threads is for the CPU; a GPU uses all it has")
+    else:
+        asked = [1]
+    return Plan(
+        shapes=found,
+        kinds=kinds,
+        tokens=counts or (list(shapes.TOKENS) if full else QUICK["tokens"]),
+        threads=asked,
+        device=find_device(device, kernels=True),
+    )
+
+
+def numbers(flag: str, text: str, most: int = 1 << 20) -> list[int]:
+    """ "1,16,128" -> [1, 16, 128]; UsageError for anything that is no list of positive numbers."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} takes numbers as 1,16,128, not {text!r}") from None
+    for value in found:
+        if not 0 < value <= most:
+            raise UsageError(f"{flag} takes numbers from 1 to {most}, not {value}")
+    return found
