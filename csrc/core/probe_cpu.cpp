@@ -14,6 +14,13 @@ constexpr int kChains =
     kLanes == 16 ? 16 : 10;  // independent FMAs in flight: latency x ports and spare
 constexpr int64_t kSteps = 400000;
 
+// The accumulators of one loop, copied into registers and back: through the array they would be
+// stored at every step, and the loop would measure stores.
+template <class V>
+struct Chains {
+  V v[kChains];
+};
+
 template <class Step>
 double best_rate(double flops_per_step, const Step& run) {
   double best = 0;
@@ -28,34 +35,38 @@ double best_rate(double flops_per_step, const Step& run) {
 }
 
 double fp32_peak() {
-  vf acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = splat(1.0f + c);
+  Chains<vf> acc;
+  for (int c = 0; c < kChains; ++c) acc.v[c] = splat(1.0f + c);
   vf a = splat(0.999999f), b = splat(1e-7f);
   asm volatile("" : "+m"(a), "+m"(b));  // opaque: the loop must not fold away
   const double rate = best_rate(2.0 * kLanes * kChains, [&] {
+    Chains<vf> in = acc;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
+      for (int c = 0; c < kChains; ++c) in.v[c] = fma(in.v[c], a, b);
+    acc = in;
   });
   volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc[c]);
+  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc.v[c]);
   return rate;
 }
 
 double bf16_peak() {
 #if DISTAYA_LANES == 16
-  __m512 acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_ps(1.0f + c);
+  Chains<__m512> acc;
+  for (int c = 0; c < kChains; ++c) acc.v[c] = _mm512_set1_ps(1.0f + c);
   __m512i ones = _mm512_set1_epi32(0x3f803f80);
   asm volatile("" : "+m"(ones));
   const double rate = best_rate(4.0 * kLanes * kChains, [&] {
+    Chains<__m512> in = acc;
+    const __m512bh one = (__m512bh)ones;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c)
-        acc[c] = _mm512_dpbf16_ps(acc[c], (__m512bh)ones, (__m512bh)ones);
+      for (int c = 0; c < kChains; ++c) in.v[c] = _mm512_dpbf16_ps(in.v[c], one, one);
+    acc = in;
   });
   volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
+  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc.v[c]);
   return rate;
 #else
   return 0;  // no bf16 dot instruction below AVX512-BF16
@@ -64,17 +75,20 @@ double bf16_peak() {
 
 double int8_peak() {
 #if DISTAYA_LANES == 16
-  __m512i acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_epi32(c);
+  Chains<__m512i> acc;
+  for (int c = 0; c < kChains; ++c) acc.v[c] = _mm512_set1_epi32(c);
   __m512i ones = _mm512_set1_epi8(1);
   asm volatile("" : "+m"(ones));
   const double rate = best_rate(8.0 * kLanes * kChains, [&] {
+    Chains<__m512i> in = acc;
+    const __m512i one = ones;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbusd_epi32(acc[c], ones, ones);
+      for (int c = 0; c < kChains; ++c) in.v[c] = _mm512_dpbusd_epi32(in.v[c], one, one);
+    acc = in;
   });
-  volatile int sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + _mm512_reduce_add_epi32(acc[c]);
+  volatile float sink = 0;
+  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)_mm512_cvtepi32_ps(acc.v[c]));
   return rate;
 #else
   return 0;  // no int8 dot instruction below AVX512-VNNI
