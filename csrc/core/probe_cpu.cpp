@@ -16,9 +16,8 @@ constexpr int64_t kSteps = 400000;
 
 // The accumulators of one loop, copied into registers and back: through the array they would be
 // stored at every step, and the loop would measure stores.
-template <class V>
 struct Chains {
-  V v[kChains];
+  vf v[kChains];
 };
 
 template <class Step>
@@ -35,12 +34,12 @@ double best_rate(double flops_per_step, const Step& run) {
 }
 
 double fp32_peak() {
-  Chains<vf> acc;
+  Chains acc;
   for (int c = 0; c < kChains; ++c) acc.v[c] = splat(1.0f + c);
   vf a = splat(0.999999f), b = splat(1e-7f);
   asm volatile("" : "+m"(a), "+m"(b));  // opaque: the loop must not fold away
   const double rate = best_rate(2.0 * kLanes * kChains, [&] {
-    Chains<vf> in = acc;
+    Chains in = acc;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
       for (int c = 0; c < kChains; ++c) in.v[c] = fma(in.v[c], a, b);
@@ -53,20 +52,20 @@ double fp32_peak() {
 
 double bf16_peak() {
 #if DISTAYA_LANES == 16
-  Chains<__m512> acc;
-  for (int c = 0; c < kChains; ++c) acc.v[c] = _mm512_set1_ps(1.0f + c);
+  Chains acc;
+  for (int c = 0; c < kChains; ++c) acc.v[c] = splat(1.0f + c);
   __m512i ones = _mm512_set1_epi32(0x3f803f80);
   asm volatile("" : "+m"(ones));
   const double rate = best_rate(4.0 * kLanes * kChains, [&] {
-    Chains<__m512> in = acc;
+    Chains in = acc;
     const __m512bh one = (__m512bh)ones;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) in.v[c] = _mm512_dpbf16_ps(in.v[c], one, one);
+      for (int c = 0; c < kChains; ++c) in.v[c] = (vf)_mm512_dpbf16_ps((__m512)in.v[c], one, one);
     acc = in;
   });
   volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc.v[c]);
+  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc.v[c]);
   return rate;
 #else
   return 0;  // no bf16 dot instruction below AVX512-BF16
@@ -75,12 +74,15 @@ double bf16_peak() {
 
 double int8_peak() {
 #if DISTAYA_LANES == 16
-  Chains<__m512i> acc;
+  struct IntChains {
+    __m512i v[kChains];
+  } acc;
+
   for (int c = 0; c < kChains; ++c) acc.v[c] = _mm512_set1_epi32(c);
   __m512i ones = _mm512_set1_epi8(1);
   asm volatile("" : "+m"(ones));
   const double rate = best_rate(8.0 * kLanes * kChains, [&] {
-    Chains<__m512i> in = acc;
+    IntChains in = acc;
     const __m512i one = ones;
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
@@ -88,7 +90,7 @@ double int8_peak() {
     acc = in;
   });
   volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)_mm512_cvtepi32_ps(acc.v[c]));
+  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc.v[c]);
   return rate;
 #else
   return 0;  // no int8 dot instruction below AVX512-VNNI
