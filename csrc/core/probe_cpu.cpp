@@ -14,12 +14,6 @@ constexpr int kChains =
     kLanes == 16 ? 16 : 10;  // independent FMAs in flight: latency x ports and spare
 constexpr int64_t kSteps = 400000;
 
-// The accumulators of one loop, copied into registers and back: through the array they would be
-// stored at every step, and the loop would measure stores.
-struct Chains {
-  vf v[kChains];
-};
-
 template <class Step>
 double best_rate(double flops_per_step, const Step& run) {
   double best = 0;
@@ -33,40 +27,42 @@ double best_rate(double flops_per_step, const Step& run) {
   return best;
 }
 
+// In each loop the accumulators are born and summed inside: shared with the outside they would be
+// stored at every step, and the loop would measure stores.
+
 double fp32_peak() {
-  Chains acc;
-  for (int c = 0; c < kChains; ++c) acc.v[c] = splat(1.0f + c);
   vf a = splat(0.999999f), b = splat(1e-7f);
   asm volatile("" : "+m"(a), "+m"(b));  // opaque: the loop must not fold away
-  const double rate = best_rate(2.0 * kLanes * kChains, [&] {
-    Chains in = acc;
+  volatile float sink = 0;
+  return best_rate(2.0 * kLanes * kChains, [&] {
+    const vf factor = a, term = b;
+    vf acc[kChains];
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) acc[c] = splat(1.0f + c);
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) in.v[c] = fma(in.v[c], a, b);
-    acc = in;
+      for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], factor, term);
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sink = sink + sum(acc[c]);
   });
-  volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc.v[c]);
-  return rate;
 }
 
 double bf16_peak() {
 #if DISTAYA_LANES == 16
-  Chains acc;
-  for (int c = 0; c < kChains; ++c) acc.v[c] = splat(1.0f + c);
   __m512i ones = _mm512_set1_epi32(0x3f803f80);
   asm volatile("" : "+m"(ones));
-  const double rate = best_rate(4.0 * kLanes * kChains, [&] {
-    Chains in = acc;
+  volatile float sink = 0;
+  return best_rate(4.0 * kLanes * kChains, [&] {
     const __m512bh one = (__m512bh)ones;
+    __m512 acc[kChains];
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_ps(1.0f + c);
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) in.v[c] = (vf)_mm512_dpbf16_ps((__m512)in.v[c], one, one);
-    acc = in;
+      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbf16_ps(acc[c], one, one);
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
   });
-  volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum(acc.v[c]);
-  return rate;
 #else
   return 0;  // no bf16 dot instruction below AVX512-BF16
 #endif
@@ -74,24 +70,20 @@ double bf16_peak() {
 
 double int8_peak() {
 #if DISTAYA_LANES == 16
-  struct IntChains {
-    __m512i v[kChains];
-  } acc;
-
-  for (int c = 0; c < kChains; ++c) acc.v[c] = _mm512_set1_epi32(c);
   __m512i ones = _mm512_set1_epi8(1);
   asm volatile("" : "+m"(ones));
-  const double rate = best_rate(8.0 * kLanes * kChains, [&] {
-    IntChains in = acc;
+  volatile float sink = 0;
+  return best_rate(8.0 * kLanes * kChains, [&] {
     const __m512i one = ones;
+    __m512i acc[kChains];
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_epi32(c);
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) in.v[c] = _mm512_dpbusd_epi32(in.v[c], one, one);
-    acc = in;
+      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbusd_epi32(acc[c], one, one);
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
   });
-  volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc.v[c]);
-  return rate;
 #else
   return 0;  // no int8 dot instruction below AVX512-VNNI
 #endif
