@@ -9,6 +9,7 @@
 #include "hessian/hessian.h"
 #include "mask/mask.h"
 #include "obs/obs.h"
+#include "pack/pack.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -100,4 +101,30 @@ PYBIND11_MODULE(_C, m) {
         "loss"_a, "work"_a, "options"_a, release_gil());
   m.def("obs_work", &obs_work, "rows"_a, "cols"_a, "on_cuda"_a);
   m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
+
+  // --- pack --------------------------------------------------------------------------------------
+  m.def(
+      "pack_survey",
+      [](const Tensor& codes, const MaybeTensor& zeros, const Spec& spec, const Tensor& out) {
+        pack_survey(codes, zeros ? &*zeros : nullptr, spec, out);
+      },
+      "codes"_a, "zeros"_a, "spec"_a, "out"_a, "What each tile would take as a sparse kind",
+      release_gil());
+  m.def(
+      "pack_write",
+      [](const Tensor& codes, const Tensor& scales, const MaybeTensor& zeros,
+         const MaybeTensor& offsets, const Spec& spec, const Tensor& data, const Tensor& bad) {
+        pack_write(codes, scales, zeros ? &*zeros : nullptr, offsets ? &*offsets : nullptr, spec,
+                   data, bad);
+      },
+      "codes"_a, "scales"_a, "zeros"_a, "offsets"_a, "spec"_a, "data"_a, "bad"_a, release_gil());
+  m.def(
+      "pack_read",
+      [](const Tensor& data, const Spec& spec, const Tensor& codes, const Tensor& scales,
+         const MaybeTensor& zeros) {
+        pack_read(data, spec, codes, scales, zeros ? &*zeros : nullptr);
+      },
+      "data"_a, "spec"_a, "codes"_a, "scales"_a, "zeros"_a, release_gil());
+  m.def("pack_dequantize", &pack_dequantize, "data"_a, "spec"_a, "first"_a, "W"_a, release_gil());
+  m.def("pack_gather", &pack_gather, "data"_a, "spec"_a, "indices"_a, "W"_a, release_gil());
 }
