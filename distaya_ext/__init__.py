@@ -9,7 +9,10 @@
     print(found.worst, found.gap)
     found.gate(max_worst_ppl_ratio=1.15)
 
-The kernels alone are in ``distaya_ext.ops`` (hessian, cholesky, mask, obs).
+    model = distaya_ext.load("small")    # packed weights run as they are, here and in generate()
+
+After ``import distaya_ext`` transformers knows quant_method "distaya". The kernels alone are in
+``distaya_ext.ops``.
 """
 
 import torch  # noqa: F401  (first: its OpenMP runtime must be the one our kernels share)
@@ -22,6 +25,25 @@ from distaya_ext.compress import compress
 from distaya_ext.evaluate import evaluate
 from distaya_ext.quant import Quant
 from distaya_ext.recipe import Recipe
+from distaya_ext.runtime import (
+    load,
+    register_when_imported,
+    resident_bytes,
+    set_exact,
+    use_kernels,
+)
 from distaya_ext.texts import read_texts
 
-__all__ = ["Quant", "Recipe", "compress", "evaluate", "read_texts"]
+register_when_imported()
+
+__all__ = [
+    "Quant",
+    "Recipe",
+    "compress",
+    "evaluate",
+    "load",
+    "read_texts",
+    "resident_bytes",
+    "set_exact",
+    "use_kernels",
+]

@@ -29,6 +29,8 @@ METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
 SWEEPING = ("sparsegpt", "gptq")
 GROUPS = (0, 32, 64, 128)
+PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
+STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 
@@ -65,8 +67,13 @@ class Recipe(_Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
     sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
-    inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). skip holds regular
-    expressions that are searched in module names.
+    inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). embed_bits 8 rounds
+    embedding and output head to int8, one scale per row. skip holds regular expressions that are
+    searched in module names.
+
+    format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
+    stock transformers and vLLM read them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
+    bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -74,6 +81,8 @@ class Recipe(_Strict):
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     nm: str | None = None
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    embed_bits: Literal[8] | None = None
+    format: Literal["auto", "dense", "pack-quantized", "distaya"] = "auto"
     group: int = 128
     symmetric: bool = False
     scale: Literal["minmax", "mse"] = "minmax"
@@ -157,7 +166,24 @@ class Recipe(_Strict):
             raise ValueError(
                 f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
             )
+        self._storable()
         return self
+
+    def _storable(self) -> None:
+        """ValueError when the format cannot hold what the recipe makes."""
+        if self.embed_bits is not None and self.format in ("dense", "pack-quantized"):
+            raise ValueError(
+                f"format {self.format} cannot hold an int8 embedding (embed_bits); use distaya"
+            )
+        packs = self.format in ("pack-quantized", "distaya") or self.embed_bits is not None
+        allowed = STANDARD_BITS if self.format == "pack-quantized" else PACKED_BITS
+        if packs and self.bits is not None and self.bits not in allowed:
+            raise ValueError(
+                f"{self.bits} bits cannot be packed: format {self.format if self.format != 'auto' else 'distaya'} holds "
+                f"{', '.join(map(str, allowed))} bits; format dense holds any"
+            )
+        if self.format in ("pack-quantized", "distaya") and not (self.bits or self.embed_bits):
+            raise ValueError(f"format {self.format} is for quantised weights: say to how many bits")
 
     @property
     def nm_pair(self) -> tuple[int, int] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..models import describe
@@ -97,7 +99,7 @@ def read_json(folder: Path, name: str) -> dict:
     if not path.is_file():
         raise InputError(f"the model folder {folder.name} has no {name}")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise InputError(f"{name} of {folder.name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -107,9 +109,18 @@ def read_json(folder: Path, name: str) -> dict:
     return value
 
 
-def read_config(folder: Path) -> dict:
-    """config.json of a model we may run: known model_type, no code of its own, not quantised
-    already.
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of JSON; a key given twice would let two readers see two different models."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:60]!r} is given twice")
+    return found
+
+
+def read_config(folder: Path, *, packed: bool = False) -> dict:
+    """config.json of a model we may run: known model_type, no code of its own, and not quantised
+    already unless packed=True.
     """
     if not any(folder.iterdir()):
         raise InputError(f"the model folder {folder.name} is empty")
@@ -123,7 +134,7 @@ def read_config(folder: Path) -> dict:
     for name in _NUMBERS:
         if not isinstance(config.get(name, 0.0), (int, float)):
             raise InputError(f"config.json gives {config[name]!r} for {name}; it must be a number")
-    if "quantization_config" in config:
+    if "quantization_config" in config and not packed:
         about = config["quantization_config"]
         method = about.get("quant_method", "unknown") if isinstance(about, dict) else "unknown"
         raise InputError(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,43 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..finite import all_finite
+from ..formats import Grid, Scheme, read_scheme
 from ..models import Architecture, describe
 from ..models.skeleton import build_skeleton, check_table, is_tied
+from .compare import Stored, compare, stored_modules
+from .entry import DTYPES, FLOATS, Entry, some
 from .folder import contained, locate, read_config, read_index
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CONFIG_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Old files carry tables that the model computes by itself; they are neither used nor copied.
 _HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$|\.masked_bias$|self_attn\.bias$")
 _FINITE_BLOCK = 1 << 22  # elements tested at once, so that the test itself takes no memory
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the checkpoint: its file, shape and stored dtype (from the header only)."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: a type we do not compute with
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * (self.dtype.itemsize if self.dtype else 1)
-
-
 class Checkpoint:
     """A model folder whose headers agree with its config; tensors are mapped from disk when asked
     for.
+
+    scheme says how the folder is quantised (None: it is not), stored what each quantised module
+    holds, embedding and head included.
     """
 
-    def __init__(self, folder: Path, config: Any, dtype: torch.dtype, entries: dict[str, Entry]):
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        dtype: torch.dtype,
+        entries: dict[str, Entry],
+        scheme: Scheme | None = None,
+        stored: dict[str, Stored] | None = None,
+    ):
         self.folder = folder
         self.config = config
         self.dtype = dtype  # the dtype the model runs in
         self.architecture: Architecture = describe(config)
         self.entries = entries
+        self.scheme = scheme
+        self.stored: dict[str, Stored] = stored or {}
         self._finite: set[str] = set()
 
     @property
@@ -78,8 +76,16 @@ class Checkpoint:
                         tensors[name] = self._checked(name, file.get_tensor(name)).to(device)
         return {name: tensors[name] for name in names}
 
+    def grid(self, module: str) -> Grid:
+        """Codes, scales and zeros of a quantised module (a key of `stored`), checked."""
+        held = self.stored[module]
+        suffixes = held.scheme.tensors(held.rows, held.cols, self.dtype)
+        tensors = self.read(f"{module}.{suffix}" for suffix in suffixes)
+        by_suffix = {name[len(module) + 1 :]: tensor for name, tensor in tensors.items()}
+        return held.scheme.decode(by_suffix, held.rows, held.cols, module)
+
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name not in self._finite:
+        if name not in self._finite and tensor.is_floating_point():
             check_finite(name, tensor)
             self._finite.add(name)
         return tensor
@@ -100,14 +106,19 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
             )
 
 
-def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, offline: bool = False, packed: bool = False
+) -> Checkpoint:
     """Open a local folder or hub id and check all of it short of reading the weights.
 
     Config, shard names, presence and size of shards, and name, shape and dtype of every tensor
-    against the model that transformers builds from the config. Raises InputError with one sentence.
+    against the model that transformers builds from the config and, with packed=True, what the
+    config says of quantised modules; without it a quantised model is refused. Raises InputError
+    with one sentence.
     """
     folder = locate(model, offline=offline)
-    raw = read_config(folder)
+    raw = read_config(folder, packed=packed)
+    scheme = read_scheme(raw)
     weight_map = read_index(folder)
     entries = _headers(folder, weight_map)
     config = _config(folder)
@@ -116,9 +127,21 @@ def open_checkpoint(model: str | Path, *, offline: bool = False) -> Checkpoint:
     skeleton = build_skeleton(config, dtype)
     check_table(skeleton, describe(config))
     tied = is_tied(skeleton, describe(config))
-    _compare({k: tuple(v.shape) for k, v in skeleton.state_dict().items()}, entries, tied)
-    kept = {name: entry for name, entry in entries.items() if not _HARMLESS.search(name)}
-    return Checkpoint(folder, config, dtype, kept)
+    stored = stored_modules(skeleton, describe(config), scheme, tied)
+    entries = {name: entry for name, entry in entries.items() if not _HARMLESS.search(name)}
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    unused = compare(expected, entries, stored, tied)
+    checkpoint = Checkpoint(folder, config, dtype, entries, scheme, stored)
+    head = f"{checkpoint.architecture.head}.weight"
+    if tied and checkpoint.architecture.embed in stored and head in entries:
+        raise InputError(
+            f"the checkpoint holds {head} beside the quantised embedding it is tied to"
+        )
+    for name in unused:  # some writers of GPTQ give every Linear a bias
+        if bool(checkpoint.read([name])[name].any()):
+            raise InputError(f"the checkpoint holds {name}, which the model of config.json has not")
+        del entries[name]
+    return checkpoint
 
 
 def _config(folder: Path) -> Any:
@@ -154,28 +177,30 @@ def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> 
             )
         return _CONFIG_DTYPES[name]
     embed = entries.get(f"{architecture.embed}.weight")
-    return embed.dtype if embed is not None and embed.dtype is not None else torch.float32
+    known = embed is not None and embed.dtype in FLOATS
+    return embed.dtype if known else torch.float32
 
 
 def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     paths = sorted(set(weight_map.values())) or [contained(folder, "model.safetensors")]
     entries: dict[str, Entry] = {}
     for path in paths:
-        for name, entry in _header(path).items():
+        for name, entry in read_header(path).items():
             if weight_map and weight_map.get(name) != path:
                 raise InputError(f"{path.name} holds {name}, which the index does not place there")
             entries[name] = entry
     if absent := [name for name in weight_map if name not in entries]:
-        raise InputError(f"the index promises {_some(absent)}, absent from the shards it names")
+        raise InputError(f"the index promises {some(absent)}, absent from the shards it names")
     return entries
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
+    """What one shard holds, by name. InputError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Entry(path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
+                name: Entry(path, tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -201,39 +226,3 @@ def _expected_bytes(path: Path) -> int | None:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
     return 8 + length + max(spans, default=0)
-
-
-def _compare(expected: dict[str, tuple[int, ...]], entries: dict[str, Entry], tied: bool) -> None:
-    """Refuse missing, unexpected, misshapen and non-float tensors, naming the first few."""
-    optional = {"lm_head.weight"} if tied else set()
-    if missing := [name for name in expected if name not in entries and name not in optional]:
-        raise InputError(f"the checkpoint lacks {_some(missing)}, which config.json asks for")
-    extra = [name for name in entries if name not in expected and not _HARMLESS.search(name)]
-    if extra:
-        raise InputError(
-            f"the checkpoint holds {_some(extra)}, which the model of config.json has not"
-        )
-    for name, shape in expected.items():
-        entry = entries.get(name)
-        if entry is None:
-            continue
-        if entry.shape != shape:
-            raise InputError(
-                f"tensor {name} has shape {_shape(entry.shape)}; config.json asks for "
-                f"{_shape(shape)}"
-            )
-        if entry.dtype is None:
-            raise InputError(
-                f"tensor {name} is not stored as one of {', '.join(_DTYPES)}; already quantised?"
-            )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(str(size) for size in shape) or "scalar"
-
-
-def _some(names: list[str]) -> str:
-    head = ", ".join(names[:3])
-    return (
-        f"{len(names)} tensor{'s' * (len(names) > 1)} ({head}{', ...' if len(names) > 3 else ''})"
-    )

@@ -7,26 +7,31 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import DistayaError, InputError
 from .folder import read_json
 
 
-def load_whole(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_whole(folder: Path, dtype: torch.dtype, config: Any = None) -> nn.Module:
     """Causal language model of a folder the strict reader has checked, in eval mode, on the CPU.
 
-    InputError when transformers refuses what our checks let pass.
+    config stands for the folder's own. InputError when transformers refuses what our checks let
+    pass.
     """
+    extra = {} if config is None else {"config": config}
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), _with_metadata(folder) as readable:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                readable, dtype=dtype, use_safetensors=True, local_files_only=True
+                readable, dtype=dtype, use_safetensors=True, local_files_only=True, **extra
             )
+        except DistayaError:  # our own loader runs inside; its sentence is the user's
+            raise
         except (
             OSError,
             ValueError,

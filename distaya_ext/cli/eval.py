@@ -41,6 +41,7 @@ def evaluate(
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
+    exact: options.Exact = False,
     offline: options.Offline = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,6 +70,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             offline=offline,
+            exact=exact,
             on_progress=reporter.on_progress,
         )
     if json:

@@ -24,6 +24,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Used with --seed.")] = 0.8,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    exact: options.Exact = False,
     offline: options.Offline = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -32,7 +33,7 @@ def generate(
     from ..evaluate import load
     from .output import print_json
 
-    loaded = load(model, dtype=dtype, device=device, offline=offline)
+    loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
     text = go_on(loaded, prompt, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
     if json:
         print_json({"model": model, "prompt": prompt, "continuation": text, "seed": seed})

@@ -16,6 +16,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came f
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use its local cache.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16 to run the model in.")]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Packed weights: full-precision activations on the CPU too, slower; 8-bit without it.",
+    ),
+]
 Texts = Annotated[
     Path,
     typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False),

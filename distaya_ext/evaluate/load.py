@@ -1,4 +1,7 @@
-"""Loading a model to run it: our strict reader checks the folder, then transformers loads it."""
+"""Loading a model to run it: our strict reader checks the folder, then transformers loads it.
+
+Packed weights stay packed (distaya_ext.runtime).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import check_finite, open_checkpoint
-from ..checkpoint.whole import load_whole
+from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..device import find_device
 from ..errors import InputError, UsageError
+from ..runtime.load import DTYPES, load_opened
 from ..tokenizer import load_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
 # comparison.
 _FLOAT32_BELOW = 2 << 30
@@ -35,27 +37,42 @@ class Loaded:
 
 
 def load(
-    model: str | Path, *, dtype: str = "auto", device: str = "cpu", offline: bool = False
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    offline: bool = False,
+    exact: bool = False,
 ) -> Loaded:
     """Load a local folder or hub id after checking it. InputError in one sentence for what is
     wrong.
 
-    dtype "auto" is float32 for checkpoints under 2 GiB and the checkpoint's own otherwise. Remote
-    code is never run, and only safetensors are read.
+    dtype "auto" is float32 for checkpoints under 2 GiB (when dense) and the checkpoint's own
+    otherwise. exact runs packed weights with full-precision activations on the CPU too. Remote code
+    is never run, and only safetensors are read.
     """
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     place = find_device(device)
-    checkpoint = open_checkpoint(model, offline=offline)
+    checkpoint = open_checkpoint(model, offline=offline, packed=True)
+    if checkpoint.scheme is not None:
+        find_device(device, kernels=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if dtype == "auto":
-        chosen = torch.float32 if checkpoint.nbytes < _FLOAT32_BELOW else checkpoint.dtype
+        chosen = torch.float32 if _dense_bytes(checkpoint) < _FLOAT32_BELOW else checkpoint.dtype
     else:
         chosen = DTYPES[dtype]
-    network = load_whole(checkpoint.folder, chosen)
+    network = load_opened(checkpoint, chosen, exact=exact)
     for name, weight in network.named_parameters():
         check_finite(name, weight.data)
     return Loaded(str(model), network.to(place), tokenizer)
+
+
+def _dense_bytes(checkpoint: Checkpoint) -> int:
+    """What all tensors take, or would if none were packed."""
+    packed = checkpoint.stored
+    sizes = [e.nbytes for n, e in checkpoint.entries.items() if n.rpartition(".")[0] not in packed]
+    return sum(sizes) + checkpoint.dtype.itemsize * sum(m.rows * m.cols for m in packed.values())
 
 
 def check_same_vocabulary(model: Loaded, base: Loaded) -> None:

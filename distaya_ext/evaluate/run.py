@@ -38,20 +38,22 @@ def evaluate(
     device: str = "cpu",
     on_progress: OnProgress | None = None,
     offline: bool = False,
+    exact: bool = False,
 ) -> Evaluation:
     """Score a model per language on a TEXTS folder (or texts already read), paired with a base if
     given.
 
     Windows of `window` consecutive tokens are scored; with per_line each line is a sample and the
     texts must be parallel. tokens caps the total over languages (windows only). Model and base are
-    both in memory. Raises InputError and UsageError in one sentence.
+    both in memory; exact gives packed ones full-precision activations on the CPU too. Raises
+    InputError and UsageError in one sentence.
     """
     if not isinstance(texts, Mapping):
         texts = read_texts(texts, parallel=per_line)
-    loaded = load(model, dtype=dtype, device=device, offline=offline)
+    loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
     base = None
     if against is not None:
-        base = load(against, dtype=dtype, device=device, offline=offline)
+        base = load(against, dtype=dtype, device=device, offline=offline, exact=exact)
         check_same_vocabulary(loaded, base)
     if per_line:
         samples = cut_lines(texts, loaded.tokenizer, longest=_longest(loaded))

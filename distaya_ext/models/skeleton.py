@@ -25,6 +25,8 @@ def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the shapes are those of the dense model
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None) is not None:

@@ -1,0 +1,95 @@
+// Textual part of sqgemm_cpu.cpp, AVX-512 only: 64 rows times a few tokens. Codes go from the
+// buffer straight into the multiplication; weights are read once, in the order of memory.
+
+inline constexpr int64_t kFew = 4;  // tokens
+
+// A core reaches the bandwidth of the memory only if it asks early, across the 4 KB pages where the
+// hardware's prefetcher gives up: while a tile is multiplied, the record `kAhead` tiles on is asked
+// for, a quarter with each unit.
+struct Ahead {
+  static constexpr int64_t kAhead = 2;
+  const uint8_t* at;
+  int64_t bytes;
+};
+
+DISTAYA_INLINE void prefetch_quarter(const Ahead& a, int u) {
+  for (int64_t i = u * a.bytes / 4; i < (u + 1) * a.bytes / 4; i += 64)
+    __builtin_prefetch(a.at + i);
+}
+
+DISTAYA_INLINE Ahead ahead(const Format& f, const uint8_t* buffer, int64_t tile) {
+  const int64_t last = f.tiles(), a = std::min(last, tile + Ahead::kAhead);
+  const int64_t from = pack::record_at(f, buffer, 0, a);
+  return {buffer + from, pack::record_at(f, buffer, 0, std::min(last, a + 1)) - from};
+}
+
+// Scales of 16 rows.
+DISTAYA_INLINE vf scales16(Dtype dtype, const uint8_t* scales, int row) {
+  if (dtype == Dtype::bf16) return load(reinterpret_cast<const bf16*>(scales) + row);
+  if (dtype == Dtype::f16) return load(reinterpret_cast<const f16*>(scales) + row);
+  return load(reinterpret_cast<const float*>(scales) + row);
+}
+
+DISTAYA_INLINE const uint8_t* scales_of(const Format& f, const uint8_t* buffer, int64_t row_tile,
+                                        const uint8_t* record, int q) {
+  const int64_t line = static_cast<int64_t>(kTileRows) * f.scale_bytes();
+  return f.group ? record + q * line
+                 : buffer + pack::row_section_at(f, buffer) + row_tile * line;
+}
+
+DISTAYA_INLINE __m512i four_bytes(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, sizeof word);
+  return _mm512_set1_epi32(word);
+}
+
+// C [T][64] of tokens t0 .. t0 + T - 1.
+template <Kind kind, int T>
+void gemv(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quantized& x, int64_t t0,
+          float* C) {
+  const int groups = std::max(1, f.tile_groups()), units = 4 / groups;
+  vf y[T][4] = {};
+  Codes codes;
+  __m512i zero[4];
+  codes.zero = zero;
+  for (int64_t c = 0; c < x.col_tiles; ++c) {
+    const uint8_t* record = buffer + pack::record_at(f, buffer, row_tile, c);
+    const Ahead next = ahead(f, buffer, row_tile * x.col_tiles + c);
+    const int64_t at = c * x.tokens + t0;
+    const int8_t* values = x.values.get() + at * kTileCols;
+    begin<kind>(codes, record + f.body_at());
+    for (int q = 0, u = 0; q < groups; ++q) {
+      const uint8_t* zeros = zeros_of(f, buffer, row_tile, c, q);
+      spread_zeros(zeros, f.symmetric_zero(), zero);
+      __m512i acc[4][T];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+          acc[v][t] = _mm512_mullo_epi32(_mm512_and_si512(zero[v], _mm512_set1_epi32(255)),
+                                         _mm512_set1_epi32(-x.sums[(at + t) * groups + q]));
+      for (const int end = u + units; u < end; ++u) {
+        prefetch_quarter(next, u);
+        visit<kind, false>(codes, f, u, [&](int v, int j, __m512i w)
+                                            __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t)
+            acc[v][t] = _mm512_dpbusd_epi32(acc[v][t], w,
+                                            four_bytes(values + t * kTileCols + 32 * u + 4 * j));
+        });
+      }
+      const uint8_t* scales = scales_of(f, buffer, row_tile, record, q);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const vf w = scales16(f.scale, scales, 16 * v);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          const vf sum = __builtin_convertvector((vi)acc[v][t], vf);
+          y[t][v] = fma(w, sum * splat(x.scales[(at + t) * groups + q]), y[t][v]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < 4; ++v) store(C + t * kTileRows + 16 * v, y[t][v]);
+}

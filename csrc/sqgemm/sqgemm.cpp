@@ -1,0 +1,108 @@
+#include "sqgemm/sqgemm.h"
+
+namespace distaya {
+namespace {
+
+using pack::Format;
+using sqgemm::Activation, sqgemm::Problem;
+using MaybeTensor = std::optional<Tensor>;
+
+const uint8_t* weights_of(const Format& f, const Tensor& data, const char* name, const Tensor& x) {
+  same_device(data, name, x, "x");
+  return pack::buffer_of(f, data, name);
+}
+
+const void* bias_of(const MaybeTensor& bias, const char* name, const Format& f, const Tensor& x) {
+  if (!bias) return nullptr;
+  const auto [n] = bias->shape<1>(name);
+  check(n == f.rows, name, " has ", n, " entries but the weight has ", f.rows, " rows");
+  bias->need_contiguous(name);
+  same_device(*bias, name, x, "x");
+  check(bias->dtype == x.dtype, name, " (", *bias, ") must have the dtype of x (", x, ")");
+  return bias->data;
+}
+
+int64_t tokens_of(const Tensor& x, const Format& f, const char* name, int64_t last) {
+  check(x.ndim >= 1, name, " must have at least 1 dimension but is ", x);
+  check(x.sizes[x.ndim - 1] == last, name, " (", x, ") must have ", last,
+        " columns, as the weight of ", f.rows, "x", f.cols, " asks");
+  int64_t tokens = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) tokens *= x.sizes[i];
+  return tokens;
+}
+
+// What both doors check: x, y and the workspace.
+Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact, bool glu,
+                   const MaybeTensor& work, const Tensor& y) {
+  const Format f = pack::read_spec(spec);
+  Problem p{};
+  p.format = f;
+  p.tokens = tokens_of(x, f, "x", f.cols);
+  x.need_contiguous("x");
+  dispatch<float, f16, bf16>(x.dtype, "x", [&]<class T>() { p.x = x.as<T>("x"); });
+  check(tokens_of(y, f, "y", f.rows) == p.tokens, "y (", y, ") and x (", x,
+        ") differ in their tokens");
+  y.need_contiguous("y");
+  same_device(y, "y", x, "x");
+  check(y.dtype == x.dtype, "y (", y, ") must have the dtype of x (", x, ")");
+  p.dtype = x.dtype;
+  p.y = y.data;
+  p.exact = exact;
+  const int64_t wanted = sqgemm::work_bytes(x, spec, glu);
+  if (wanted == 0) return p;
+  check(work.has_value(), "x (", x, ") needs a workspace of ", wanted, " bytes");
+  const auto [bytes] = work->shape<1>("work");
+  check(bytes >= wanted, "work has ", bytes, " bytes but x (", x, ") needs ", wanted);
+  work->need_contiguous("work");
+  same_device(*work, "work", x, "x");
+  p.work = work->as<uint8_t>("work");
+  p.work_bytes = bytes;
+  return p;
+}
+
+void run(const Problem& p, const Tensor& x) {
+  if (p.tokens == 0 || p.format.rows == 0) return;
+  if constexpr (has_cuda)
+    if (x.on_cuda) return sqgemm::run_cuda(p, stream_of(x));
+  sqgemm::run_cpu(p);
+}
+
+Activation parse_act(const std::string& act) {
+  if (act == "silu") return Activation::silu;
+  if (act == "gelu") return Activation::gelu;
+  if (act == "gelu_tanh") return Activation::gelu_tanh;
+  fail("act is '", act, "' but must be silu, gelu or gelu_tanh");
+}
+
+}  // namespace
+
+int64_t sqgemm::work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu) {
+  if constexpr (has_cuda) {
+    const Format f = pack::read_spec(spec);
+    if (x.on_cuda) return cuda_work_bytes(f, tokens_of(x, f, "x", f.cols), x.dtype, glu);
+  }
+  return 0;
+}
+
+void sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
+                   const MaybeTensor& bias, bool exact, const MaybeTensor& work, const Tensor& y) {
+  Problem p = problem_of(x, spec, exact, false, work, y);
+  p.weights = weights_of(p.format, data, "data", x);
+  p.bias = bias_of(bias, "bias", p.format, x);
+  run(p, x);
+}
+
+void sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
+                const std::vector<int64_t>& spec, const std::string& act,
+                const MaybeTensor& bias_gate, const MaybeTensor& bias_up, bool exact,
+                const MaybeTensor& work, const Tensor& y) {
+  Problem p = problem_of(x, spec, exact, true, work, y);
+  p.act = parse_act(act);
+  p.weights = weights_of(p.format, gate, "gate", x);
+  p.up = weights_of(p.format, up, "up", x);
+  p.bias = bias_of(bias_gate, "bias_gate", p.format, x);
+  p.up_bias = bias_of(bias_up, "bias_up", p.format, x);
+  run(p, x);
+}
+
+}  // namespace distaya

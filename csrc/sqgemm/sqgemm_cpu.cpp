@@ -1,0 +1,84 @@
+#include <bit>
+
+#include "sqgemm/sqgemm.h"
+
+#define DISTAYA_ISA_FILE "sqgemm/sqgemm_cpu.cpp"
+#include "core/foreach_isa.h"
+
+#ifdef DISTAYA_ISA_PASS
+
+namespace distaya::DISTAYA_ISA {
+namespace {
+
+using sqgemm::Activation;
+using sqgemm::Problem;
+
+// clang-format off
+#include "sqgemm/decode.h"
+#include "sqgemm/activations.h"
+#include "sqgemm/int8.h"
+#include "sqgemm/exact.h"
+#include "sqgemm/epilogue.h"
+// clang-format on
+
+// Tokens of a task. Their sums (twice for a GLU) stay in L2 while the columns go by. A matrix of
+// few rows is cut finer, so that there is work for many threads; how fine depends on the sizes
+// alone, or results would depend on the number of threads.
+constexpr int64_t kMostTokens = 256, kFewestTokens = 48, kWantedTasks = 64;
+
+int64_t tokens_per_task(const Problem& p) {
+  const int64_t wanted = (p.tokens * p.format.row_tiles() + kWantedTasks - 1) / kWantedTasks;
+  const int64_t even = (wanted + kFewestTokens - 1) / kFewestTokens * kFewestTokens;
+  return std::clamp(even, kFewestTokens, kMostTokens);
+}
+
+// Rows(buffer, row_tile, t0, t1, C) computes the sums of 64 rows for the tokens [t0, t1).
+template <class Rows>
+void each_tile(const Problem& p, const Rows& rows) {
+  const int64_t step = tokens_per_task(p), blocks = (p.tokens + step - 1) / step;
+  cpu::parallel_for(p.format.row_tiles() * blocks, [&](int64_t task) {
+    alignas(64) float sums[2][kMostTokens * kTileRows];
+    const int64_t tile = task / blocks, t0 = task % blocks * step;
+    const int64_t t1 = std::min(p.tokens, t0 + step);
+    rows(p.weights, tile, t0, t1, sums[0]);
+    if (p.up) rows(p.up, tile, t0, t1, sums[1]);
+    dispatch<float, f16, bf16>(
+        p.dtype, "x", [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
+  });
+}
+
+}  // namespace
+
+void sqgemm_run(const Problem& p) {
+  using Bytes = const uint8_t*;
+  if (p.exact) {
+    const Exact x(p);
+    each_tile(p, [&](Bytes buffer, int64_t tile, int64_t t0, int64_t t1, float* C) {
+      exact_rows(p.format, buffer, tile, x, t0, t1, C);
+    });
+  } else {
+    Quantized x;
+    quantize_activations(p.format, p.x, p.dtype, p.tokens, x);
+    each_tile(p, [&](Bytes buffer, int64_t tile, int64_t t0, int64_t t1, float* C) {
+      int8_rows(p.format, buffer, tile, x, t0, t1, C);
+    });
+  }
+}
+
+}  // namespace distaya::DISTAYA_ISA
+
+#else
+
+namespace distaya::sqgemm {
+
+void run_cpu(const Problem& p) {
+  switch (cpu::isa()) {
+    case cpu::Isa::avx512: return avx512::sqgemm_run(p);
+    case cpu::Isa::avx2: return avx2::sqgemm_run(p);
+    default: return portable::sqgemm_run(p);
+  }
+}
+
+}  // namespace distaya::sqgemm
+
+#endif

@@ -1,0 +1,41 @@
+"""What the header of a shard tells of one tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES = {code: dtype for dtype, code in {**FLOATS, **_INTEGERS}.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint: its file, shape and stored dtype (from the header only)."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: a type that no model we read has
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * (self.dtype.itemsize if self.dtype else 1)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as messages show it."""
+    return "x".join(str(size) for size in shape) or "scalar"
+
+
+def some(names: list[str]) -> str:
+    """How many tensors, and the first few of them."""
+    head = ", ".join(names[:3])
+    return (
+        f"{len(names)} tensor{'s' * (len(names) > 1)} ({head}{', ...' if len(names) > 3 else ''})"
+    )

@@ -1,0 +1,25 @@
+"""Running compressed models: packed modules, loading them, and the hooks into transformers.
+
+    model = distaya_ext.load("small")                  # our folders, pack-quantized, GPTQ, dense
+    model = distaya_ext.use_kernels(stock_model)       # what transformers loaded, before it ran
+
+Nothing here imports transformers until it is called.
+"""
+
+from .glu import PackedGLU
+from .load import load
+from .modules import PackedEmbedding, PackedHead, PackedLinear
+from .register import register_when_imported
+from .swap import resident_bytes, set_exact, use_kernels
+
+__all__ = [
+    "PackedEmbedding",
+    "PackedGLU",
+    "PackedHead",
+    "PackedLinear",
+    "load",
+    "register_when_imported",
+    "resident_bytes",
+    "set_exact",
+    "use_kernels",
+]

@@ -1,0 +1,64 @@
+"""load(): a model folder or hub id, packed or dense, as a model of transformers in eval mode."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.whole import load_whole
+from ..device import find_device
+from ..errors import UsageError
+from .register import METHOD, register
+from .swap import set_exact
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    exact: bool = False,
+    offline: bool = False,
+) -> Any:
+    """A causal language model of transformers whose packed weights stay packed.
+
+    path     our folders, compressed-tensors pack-quantized and GPTQ ones (straight from the shards
+             into the layout of the kernels, never dense), and dense models as transformers has them
+    device   cpu, cuda or cuda:N
+    dtype    of activations, norms and whatever is dense: auto is that of the checkpoint
+    exact    full-precision activations on the CPU too, where 8-bit ones are the default
+
+    InputError and UsageError in one sentence. Remote code is never run, pickles are never read.
+    """
+    chosen = _dtype(dtype)
+    checkpoint = open_checkpoint(path, offline=offline, packed=True)
+    place = find_device(device, kernels=checkpoint.scheme is not None)
+    return load_opened(checkpoint, chosen or checkpoint.dtype, exact=exact).to(place)
+
+
+def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False) -> Any:
+    """The model of a folder that is checked, on the CPU in eval mode."""
+    if checkpoint.scheme is None:
+        return load_whole(checkpoint.folder, dtype)
+    register()
+    # Stock methods go through our hooks too, under our name; the model's config keeps theirs.
+    config = copy.deepcopy(checkpoint.config)
+    config.quantization_config = {"quant_method": METHOD, "holds": config.quantization_config}
+    model = load_whole(checkpoint.folder, dtype, config)
+    set_exact(model, exact)
+    return model
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return chosen
