@@ -91,6 +91,46 @@ def kernels(
         )
 
 
+@app.command("model")
+def model(
+    path: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Dense model to run beside it; a packed one without it runs beside its own "
+            "weights made dense."
+        ),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each; medians are kept.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch's own without it.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Full-precision activations on the CPU too.")
+    ] = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    offline: options.Offline = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Tokens per second of prefill and decode, and resident bytes, beside the dense model."""
+    from ..checkpoint.whole import quiet_transformers
+    from ..measure import model as source
+    from ..measure import report
+    from .output import console, print_json
+    from .progress import Reporter
+
+    setting = source.Setting(prompt, new, runs, threads, device, dtype, exact, offline)
+    with Reporter(quiet) as reporter, quiet_transformers():
+        result = source.measure(path, against, setting, note=reporter.say)
+    if json:
+        print_json(report.model_json(result))
+    else:
+        console().print(report.model_table(result))
+
+
 def _line(row: Any) -> str:
     best = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
     return (

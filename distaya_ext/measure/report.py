@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .kernels import Result, Row
+    from .layer import LayerRow
+    from .model import ModelResult
 
 VERSION = 1
 
@@ -114,3 +116,52 @@ def _by(rows: Iterable[Any], key) -> dict[Any, list[Any]]:
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return found
+
+
+def model_table(result: ModelResult) -> Table:
+    """Models side by side: rates, bytes, and the ratios below."""
+    from rich.table import Table
+
+    from ..cli.output import size
+
+    first = result.rows[0]
+    plural = "s" * (first.threads > 1)
+    title = f"{first.prompt} prompt tokens, {first.new} decoded, {first.threads} thread{plural}"
+    table = Table(title=title, title_justify="left")
+    for head in ("model", "weights"):
+        table.add_column(head, overflow="fold")
+    for head in ("resident", "prefill tokens/s", "decode tokens/s"):
+        table.add_column(head, justify="right")
+    for row in result.rows:
+        mark = " (contended)" if row.contended else ""
+        rates = (f"{row.prefill_rate:.1f}", f"{row.decode_rate:.1f}{mark}")
+        table.add_row(row.name, row.weights, size(row.nbytes), *rates)
+    ratios = result.ratios
+    if ratios:
+        cells = [f"{100 * ratios['bytes']:.1f} %"]
+        cells += [f"{ratios[what]:.2f}x" for what in ("prefill", "decode")]
+        table.add_section()
+        table.add_row("first against second", "", *cells)
+    return table
+
+
+def model_json(result: ModelResult) -> dict[str, Any]:
+    """One JSON object; every number in it was measured in this run."""
+    return {
+        "version": VERSION,
+        "bench": "model",
+        "machine": clock.machine(),
+        "ratios": result.ratios,
+        "contended": sum(row.contended for row in result.rows),
+        "rows": [asdict(row) for row in result.rows],
+    }
+
+
+def layer_lines(rows: Sequence[LayerRow]) -> list[str]:
+    """One sentence for each packed row."""
+    return [
+        f"{row.model} layer, {row.threads} thread{'s' * (row.threads > 1)}, {row.name}: "
+        f"{row.tokens_per_second:.0f} tokens/s, {row.times_dense:.2f}x dense bf16, "
+        f"{row.nbytes / 2**20:.0f} MiB" + (" (contended)" if row.contended else "")
+        for row in rows
+    ]

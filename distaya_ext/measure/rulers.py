@@ -81,17 +81,25 @@ def _pruned_of_four(score: Tensor) -> Tensor:
     return pruned
 
 
-def ours(
-    shape: Shape, kind: str, modes: Sequence[str], streamed: int, device: torch.device
-) -> list[Subject]:
-    """The kernels of one kind on random weights, one subject for each mode, sharing the copies."""
+def nm_of(kind: str) -> tuple[int, int] | None:
+    """The pattern of the one kind that names it."""
+    return (2, 4) if kind == "int4-out" else None
+
+
+def random_packed(shape: Shape, kind: str, device: torch.device) -> pack.PackedWeight:
+    """Random weights, half of them pruned in the sparse kinds; the head has one scale per row."""
     codes = random_codes(kind, shape.rows, shape.cols, device)
     group = 0 if shape.head else GROUP
     groups = -(-shape.cols // group) if group else 1
     scales = torch.full((shape.rows, groups), 0.01, dtype=torch.bfloat16, device=device)
-    nm = (2, 4) if kind == "int4-out" else None
-    packed = pack.pack(codes, scales, kind=kind, group=group, nm=nm)
-    del codes
+    return pack.pack(codes, scales, kind=kind, group=group, nm=nm_of(kind))
+
+
+def ours(
+    shape: Shape, kind: str, modes: Sequence[str], streamed: int, device: torch.device
+) -> list[Subject]:
+    """The kernels of one kind on random weights, one subject for each mode, sharing the copies."""
+    packed = random_packed(shape, kind, device)
 
     def clone(weight: pack.PackedWeight) -> pack.PackedWeight:
         return pack.PackedWeight(weight.data.clone(), weight.format)
@@ -131,8 +139,8 @@ def rulers(
     return found
 
 
-def _random(shape: Shape, device: torch.device) -> Tensor:
-    """W [rows, cols] bf16."""
+def random_dense(shape: Shape, device: torch.device) -> Tensor:
+    """W [rows, cols] bf16 on a normal distribution."""
     random = torch.Generator(device).manual_seed(1)
     block = torch.randn(min(shape.rows, _BLOCK), shape.cols, generator=random, device=device)
     whole = block.mul_(0.02).to(torch.bfloat16).repeat(-(-shape.rows // len(block)), 1)
@@ -141,7 +149,7 @@ def _random(shape: Shape, device: torch.device) -> Tensor:
 
 def bf16(shape: Shape, streamed: int, device: torch.device) -> Subject:
     """torch.nn.functional.linear: oneDNN on the CPU, cuBLAS on the GPU."""
-    W = _random(shape, device)
+    W = random_dense(shape, device)
     nbytes = W.numel() * 2
     copies = copies_of(W, nbytes, streamed, Tensor.clone)
     return Subject("torch bf16", nbytes, "bf16", copies, functional.linear)
@@ -191,7 +199,7 @@ def two_four(shape: Shape, streamed: int, device: torch.device) -> Subject:
     """torch's 2:4 product in bf16 (cuSPARSELt or CUTLASS, whichever torch takes)."""
     from torch.sparse import to_sparse_semi_structured
 
-    W = _random(shape, device)
+    W = random_dense(shape, device)
     W[_pruned_of_four(W.float().abs())] = 0
     nbytes = W.numel() * 2 // 2 + W.numel() // 8
     first = to_sparse_semi_structured(W)

@@ -37,9 +37,7 @@ def _work(x: Tensor, spec: list[int], glu: bool) -> Tensor | None:
 
 
 @op(fake=_fake_linear)
-def sqgemm(
-    x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, exact: bool
-) -> Tensor:
+def sqgemm(x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, exact: bool) -> Tensor:
     """See linear; data and spec are those of the PackedWeight, x is contiguous."""
     y = _output(x, spec)
     _C.sqgemm_linear(x, data, spec, bias, exact, _work(x, spec, False), y)
