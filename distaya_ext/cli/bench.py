@@ -134,9 +134,13 @@ def model(
 def _line(row: Any) -> str:
     best = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
     return (
-        f"{row.shape}, {row.threads} threads, {row.tokens} tokens, {row.name}: "
+        f"{row.shape}, {_count(row.threads, 'thread')}, {_count(row.tokens, 'token')}, {row.name}: "
         f"{row.seconds * 1e3:.3g} ms, {best}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _plan(
