@@ -128,7 +128,6 @@ PYBIND11_MODULE(_C, m) {
       "data"_a, "spec"_a, "codes"_a, "scales"_a, "zeros"_a, release_gil());
   m.def("pack_dequantize", &pack_dequantize, "data"_a, "spec"_a, "first"_a, "W"_a, release_gil());
   m.def("pack_gather", &pack_gather, "data"_a, "spec"_a, "indices"_a, "W"_a, release_gil());
-
   // --- sqgemm ------------------------------------------------------------------------------------
   m.def("sqgemm_work", &sqgemm::work_bytes, "x"_a, "spec"_a, "glu"_a);
   m.def("sqgemm_linear", &sqgemm_linear, "x"_a, "data"_a, "spec"_a, "bias"_a, "exact"_a, "work"_a,

@@ -16,6 +16,11 @@ using sqgemm::Problem;
 // clang-format off
 #include "sqgemm/decode.h"
 #include "sqgemm/activations.h"
+#if DISTAYA_LANES == 16
+#include "sqgemm/decode_avx512.h"
+#include "sqgemm/gemv.h"
+#include "sqgemm/gemm.h"
+#endif
 #include "sqgemm/int8.h"
 #include "sqgemm/exact.h"
 #include "sqgemm/epilogue.h"
