@@ -35,7 +35,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(kernels, "_SAMPLE", 1e-4)
     monkeypatch.setattr(kernels, "_RUNS", 2)
     found = limits.Limits(threads=1, read=40.0, int8=1000.0, bf16=500.0, fp32=250.0)
-    monkeypatch.setattr(limits, "measure", lambda threads, device: found)
+    monkeypatch.setattr(limits.Machine, "at", lambda self, threads: found)
+    monkeypatch.setattr(limits.Machine, "peaks", lambda self: None)
     monkeypatch.setattr(limits, "cache_bytes", lambda device: STREAMED)
 
 
@@ -191,11 +192,30 @@ def test_which_limit_binds():
     assert line == "2 threads: memory read 40 GB/s, int8 peak 1000 GOP/s, bf16 peak 500 GOP/s"
 
 
+def test_rows_are_held_against_the_last_limits(monkeypatch, quick):
+    """A better limit that is seen later holds for the rows before it too."""
+    monkeypatch.setattr(clock, "sample", Clock({"int4": 2e-3}))
+    seen = iter([10.0, 10.0, 20.0, 40.0])
+    monkeypatch.setattr(
+        limits.Machine, "at", lambda self, threads: limits.Limits(threads, next(seen), *[None] * 3)
+    )
+    early = []
+    result = kernels.measure(plan(), on_row=early.append)
+    row = next(r for r in result.rows if r.name == "int4")
+    assert row.least == pytest.approx(row.nbytes / 40e9)
+    assert early[2].least == pytest.approx(4 * row.least)
+
+
 def test_limits_are_measured():
     before = torch.get_num_threads()
     with clock.threads_kept():
-        found = limits.measure(1, CPU, nbytes=4 << 20)
+        machine = limits.Machine(CPU, nbytes=4 << 20)
+        found = machine.at(1)
+        machine.peaks()
+        later = machine.at(1)
     assert torch.get_num_threads() == before
+    pairs = zip(vars(found).values(), vars(later).values(), strict=True)
+    assert all(b >= a for a, b in pairs if a is not None), "the best that was seen"
     assert 0.1 < found.read < 10000 and found.fp32 > 0.1
     assert limits.cache_bytes(CPU) >= 1 << 20 and limits.free_bytes(CPU) > 1 << 20
 

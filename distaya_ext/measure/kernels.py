@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from ..errors import ResourceError
 from . import clock, limits, rulers
 from .clock import Contender
-from .limits import Limits
+from .limits import Limits, Machine
 from .rulers import Subject
 from .shapes import Shape
 
 _SAMPLE = 0.02  # seconds one sample should last at least
-_SLOW, _SLOWER = 0.25, 1.0  # calls that last longer are timed 3 times, 2 times
+_SLOW, _SLOWER = 0.25, 1.0  # seconds of calls that are timed only 3 times, 2 times
 _RUNS = 5
+_AGAIN = 2  # times a comparison is repeated when a contender had no quiet run
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Plan:
     modes: Sequence[str] = rulers.MODES
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     streamed: int | None = None  # bytes of copies; four times the last cache without it
+    names: Sequence[str] | None = None  # subjects to keep, e.g. "int4 exact"; all without it
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Row:
     name: str
     kind: str | None  # None: a ruler
     mode: str | None
+    work: str  # which peak bounds it: int8, bf16 or fp32
     nbytes: int
     seconds: float
     gbs: float  # weight bytes over time
@@ -134,11 +137,13 @@ def needed_bytes(shape: Shape, kinds: Sequence[str], streamed: int) -> int:
 def measure(
     plan: Plan,
     *,
+    machine: Machine | None = None,
     on_row: Callable[[Row], Any] = lambda row: None,
     on_note: Callable[[str], Any] = lambda note: None,
 ) -> Result:
     """Run the plan. ResourceError when not one of its shapes fits into memory.
 
+    machine: whose limits hold; they are measured again before every comparison.
     A shape that does not fit is told in Result.notes. RuntimeError when a kernel computes something
     else than its weights say.
     """
@@ -150,9 +155,9 @@ def measure(
 
     with clock.threads_kept(), torch.inference_mode():
         streamed = plan.streamed or 4 * limits.cache_bytes(plan.device)
-        result.limits = [limits.measure(threads, plan.device) for threads in plan.threads]
-        for found in result.limits:
-            note(limits.describe(found))
+        machine = machine or Machine(plan.device)
+        for threads in plan.threads:
+            note(limits.describe(machine.at(threads)))
         for shape in plan.shapes:
             kinds = rulers.kinds_of(shape, plan.kinds)
             if not kinds:
@@ -165,15 +170,31 @@ def measure(
                     f"{free / 2**30:.1f} GiB are free"
                 )
                 continue
-            for row in _shape(shape, kinds, plan, streamed, result.limits):
+            for row in _shape(shape, kinds, plan, streamed, machine):
                 result.rows.append(row)
                 on_row(row)
-    if not result.rows:
-        raise ResourceError(f"nothing could be measured: {'; '.join(result.notes[-3:])}")
+        if not result.rows:
+            raise ResourceError(f"nothing could be measured: {'; '.join(result.notes[-3:])}")
+        machine.peaks()
+        result.limits = [machine.at(threads) for threads in plan.threads]
+    result.rows = limited(result.rows, result.limits)
     return result
 
 
-def _shape(shape: Shape, kinds: list[str], plan: Plan, streamed: int, limits_: list[Limits]):
+def limited(found: Sequence[Row], of: Sequence[Limits]) -> list[Row]:
+    """The rows held against these limits."""
+    by_threads = {limit.threads: limit for limit in of}
+    out = []
+    for row in found:
+        ops = 2.0 * row.tokens * row.rows * row.cols
+        least, bound = by_threads[row.threads].seconds(row.nbytes, ops, row.work)
+        out.append(replace(row, least=least, bound=bound, reached=least / row.seconds))
+    return out
+
+
+def _shape(
+    shape: Shape, kinds: list[str], plan: Plan, streamed: int, machine: Machine
+) -> Iterator[Row]:
     """Rows of one shape; its weights live only as long as this runs."""
     torch.set_num_threads(max(plan.threads))
     subjects = rulers.rulers(shape, kinds, streamed, plan.device)
@@ -182,28 +203,42 @@ def _shape(shape: Shape, kinds: list[str], plan: Plan, streamed: int, limits_: l
         modes = ["exact"]
     for kind in kinds:
         subjects += rulers.ours(shape, kind, modes, streamed, plan.device)
+    if plan.names is not None:
+        subjects = [s for s in subjects if s.name in plan.names]
     for tokens in plan.tokens:
         random = torch.Generator(plan.device).manual_seed(tokens)
         size = (tokens, shape.cols)
         x = torch.randn(size, generator=random, device=plan.device).to(torch.bfloat16)
         errors = {s.name: rulers.check(s, x) for s in subjects if s.kind}
-        for limit in limits_:
-            yield from _tokens(shape, subjects, x, limit, errors)
+        for threads in plan.threads:
+            yield from rows(shape, subjects, x, machine.at(threads), errors)
 
 
-def _tokens(
-    shape: Shape, subjects: list[Subject], x: Tensor, limit: Limits, errors: dict[str, float]
+def rotation(subject: Subject, x: Tensor) -> Rotation:
+    """What calls the subject on x: a CUDA graph on a GPU."""
+    return GraphRotation(subject, x) if x.is_cuda else Rotation(subject, x)
+
+
+def rows(
+    shape: Shape,
+    subjects: Sequence[Subject],
+    x: Tensor,
+    limit: Limits,
+    errors: dict[str, float] | None = None,
 ) -> list[Row]:
-    """Every subject on the same activations, alternating."""
+    """Every subject on the same activations [tokens, cols], alternating."""
     torch.set_num_threads(limit.threads)
-    make = GraphRotation if x.is_cuda else Rotation
-    rotations = {s.name: make(s, x) for s in subjects}
+    rotations = {s.name: rotation(s, x) for s in subjects}
     contenders = []
-    for name, rotation in rotations.items():
-        once = rotation.calibrate()
+    for name, calls in rotations.items():
+        once = calls.calibrate()
         runs = _RUNS if once < _SLOW else 3 if once < _SLOWER else 2
-        contenders.append(Contender(name, rotation, runs=runs))
+        contenders.append(Contender(name, calls, runs=runs))
     timings = clock.compare(contenders, limit.threads, warm=False)
+    for _ in range(_AGAIN):
+        if all(timing.trusted for timing in timings.values()):
+            break
+        timings = clock.compare(contenders, limit.threads, warm=False)
     each = {name: timings[name].wall / rotations[name].calls for name in rotations}
     ruled = [s.name for s in subjects if s.kind is None]
     found = []
@@ -221,6 +256,7 @@ def _tokens(
                 name=s.name,
                 kind=s.kind,
                 mode=s.mode,
+                work=s.work,
                 nbytes=s.nbytes,
                 seconds=spent,
                 gbs=s.nbytes / spent / 1e9,
@@ -229,7 +265,7 @@ def _tokens(
                 bound=bound,
                 reached=least / spent,
                 ratios={name: each[name] / spent for name in ruled},
-                error=errors.get(s.name),
+                error=(errors or {}).get(s.name),
                 runs=timings[s.name].runs,
                 contended=not timings[s.name].trusted,
             )

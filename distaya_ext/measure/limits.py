@@ -62,36 +62,44 @@ def free_bytes(device: torch.device) -> int:
     return int(found[1]) << 10 if found else 8 << 30
 
 
-def read_bandwidth(threads: int, nbytes: int, device: torch.device, runs: int = 5) -> float:
-    """GB/s of a sum over nbytes, all threads together, the best of the runs."""
-    big = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
+class Machine:
+    """The limits of a device, asked again and again: of each the best that was ever seen.
 
-    def read() -> None:
-        big.sum()
-        _finish(device)
-
-    return big.numel() * 8 / _best(read, threads, runs) / 1e9
-
-
-def measure(threads: int, device: torch.device, *, nbytes: int | None = None) -> Limits:
-    """nbytes: how much is read; five times the last cache, at least 256 MiB, without it.
-
-    Sets torch's threads. The peaks are the extension's register-only loops times the threads; on a
-    GPU the bf16 one is torch's product of two squares.
+    A ceiling measured once, in a moment when a neighbour was reading, is lower than what is then
+    measured under it. nbytes: how much is read at a time; five times the last cache, at least 256
+    MiB, without it.
     """
-    torch.set_num_threads(threads)
-    nbytes = nbytes or max(256 << 20, 5 * cache_bytes(device))
-    read = read_bandwidth(threads, nbytes, device)
-    if device.type == "cuda":
-        return Limits(threads, read, None, _product_rate(device), None)
-    peak = machine.peak()
 
-    def all_threads(name: str) -> float | None:
-        return peak[name] * threads if peak[name] else None
+    def __init__(self, device: torch.device, nbytes: int | None = None) -> None:
+        self.device = device
+        nbytes = nbytes or max(256 << 20, 5 * cache_bytes(device))
+        self._big = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
+        self._read: dict[int, float] = {}
+        self._peak: dict[str, float] = {}
 
-    return Limits(
-        threads, read, all_threads("int8_dot"), all_threads("bf16_dot"), all_threads("fp32")
-    )
+    def at(self, threads: int) -> Limits:
+        """Read once more (some 30 ms) with so many threads; torch keeps that number of threads."""
+        torch.set_num_threads(threads)
+        rate = self._big.numel() * 8 / _best(self._sum, threads, 3) / 1e9
+        self._read[threads] = max(rate, self._read.get(threads, 0.0))
+        if not self._peak:
+            self.peaks()
+        each = {name: rate * threads or None for name, rate in self._peak.items()}
+        names = (each.get("int8_dot"), each.get("bf16_dot"), each.get("fp32"))
+        return Limits(threads, self._read[threads], *names)
+
+    def peaks(self) -> None:
+        """Measure the peaks, again: register-only loops, or torch's bf16 product on a GPU."""
+        if self.device.type == "cuda":
+            found = {"bf16_dot": _product_rate(self.device)}
+        else:
+            found = machine.peak()
+        for name, rate in found.items():
+            self._peak[name] = max(rate, self._peak.get(name, 0.0))
+
+    def _sum(self) -> None:
+        self._big.sum()
+        _finish(self.device)
 
 
 def _product_rate(device: torch.device, n: int = 8192) -> float:
