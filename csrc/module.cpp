@@ -128,11 +128,11 @@ PYBIND11_MODULE(_C, m) {
       "data"_a, "spec"_a, "codes"_a, "scales"_a, "zeros"_a, release_gil());
   m.def("pack_dequantize", &pack_dequantize, "data"_a, "spec"_a, "first"_a, "W"_a, release_gil());
   m.def("pack_gather", &pack_gather, "data"_a, "spec"_a, "indices"_a, "W"_a, release_gil());
+
   // --- sqgemm ------------------------------------------------------------------------------------
   m.def("sqgemm_work", &sqgemm::work_bytes, "x"_a, "spec"_a, "glu"_a);
   m.def("sqgemm_linear", &sqgemm_linear, "x"_a, "data"_a, "spec"_a, "bias"_a, "exact"_a, "work"_a,
         "y"_a, "y = x W^T + bias for a packed W", release_gil());
   m.def("sqgemm_glu", &sqgemm_glu, "x"_a, "gate"_a, "up"_a, "spec"_a, "act"_a, "bias_gate"_a,
-        "bias_up"_a, "exact"_a, "work"_a, "y"_a, "y = act(x W_gate^T) * (x W_up^T)",
-        release_gil());
+        "bias_up"_a, "exact"_a, "work"_a, "y"_a, "y = act(x W_gate^T) * (x W_up^T)", release_gil());
 }

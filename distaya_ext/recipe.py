@@ -71,6 +71,9 @@ class Recipe(_Strict):
     embedding and output head to int8, one scale per row. skip holds regular expressions that are
     searched in module names.
 
+    symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
+    transformers load no others, and asymmetric ones, which fit closer, for everything else.
+
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers and vLLM read them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it.
@@ -84,7 +87,7 @@ class Recipe(_Strict):
     embed_bits: Literal[8] | None = None
     format: Literal["auto", "dense", "pack-quantized", "distaya"] = "auto"
     group: int = 128
-    symmetric: bool = False
+    symmetric: bool | None = None
     scale: Literal["minmax", "mse"] = "minmax"
     order: Literal["natural", "activation"] = "natural"
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
@@ -178,8 +181,9 @@ class Recipe(_Strict):
         packs = self.format in ("pack-quantized", "distaya") or self.embed_bits is not None
         allowed = STANDARD_BITS if self.format == "pack-quantized" else PACKED_BITS
         if packs and self.bits is not None and self.bits not in allowed:
+            form = "distaya" if self.format == "auto" else self.format
             raise ValueError(
-                f"{self.bits} bits cannot be packed: format {self.format if self.format != 'auto' else 'distaya'} holds "
+                f"{self.bits} bits cannot be packed: format {form} holds "
                 f"{', '.join(map(str, allowed))} bits; format dense holds any"
             )
         if self.format in ("pack-quantized", "distaya") and not (self.bits or self.embed_bits):

@@ -38,7 +38,7 @@ def compressed(model, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "half"
     result = distaya(
         "compress", model, "--out", out, "--sparsity", "2:4", "--bits", 3, "--group", 32,
-        "--calib", texts, "--tokens", 600, "--window", 16, "--json",
+        "--format", "dense", "--calib", texts, "--tokens", 600, "--window", 16, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     return out, json.loads(result.stdout), result.stderr
@@ -106,7 +106,7 @@ def _load(folder):
 
 def test_inspect_refuses_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(3, "inspect", tmp_path, words=["cannot be compressed", "gpt2"])
+    refused(3, "inspect", tmp_path, words=["cannot be read", "gpt2"])
 
 
 def test_pattern_and_grid_detection():

@@ -27,6 +27,12 @@ Format read_spec(const std::vector<int64_t>& spec);
 // that ascend inside the buffer.
 const uint8_t* buffer_of(const Format& f, const Tensor& data, const char* name);
 
+// The two columns int4_24 stores of a group of 4 in which `kept` (4 bits) are kept: lower index |
+// higher index << 2. 0, which is no pair, where more than two are kept.
+DISTAYA_HD constexpr uint32_t pair_of(uint32_t kept) {
+  return static_cast<uint32_t>(0x000e0dcc09884444ull >> 4 * kept & 15);
+}
+
 // What can be wrong with content. Each is a counter, -1 on entry; the lowest index is left there.
 enum Bad {
   kBadCode,     // flat index of a code that needs more bits

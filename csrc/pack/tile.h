@@ -142,10 +142,6 @@ inline void read_int3(const uint32_t* body, int r0, int r1, Tile& tile) {
 
 // ---- 2:4 ----
 
-// Lower and higher index stored for each set of kept columns, lower | higher << 2. Where fewer than
-// two are kept, the lowest pruned columns fill up.
-constexpr uint8_t kPairs[16] = {4, 4, 4, 4, 8, 8, 9, 0, 12, 12, 13, 0, 14, 0, 0, 0};
-
 // Half a metadata word: (row, the group of 4 columns in each of the four quarters of 64 columns).
 DISTAYA_INLINE uint8_t* meta_at(void* body, int r, int k) {
   const Place at = place_24_meta(r, k);
@@ -165,9 +161,8 @@ inline int write_24(const Tile& tile, int width, uint32_t* body) {
         const uint32_t kept = differing(x, _mm_set1_epi8(zero));
         uint32_t w = 0;
         for (int i = 0; i < 4; ++i) {
-          if (__builtin_popcount(kept >> 4 * i & 15) > 2 && crowded < 0)
-            crowded = r * kTileCols + k + 4 * i;
-          const uint32_t pair = kPairs[kept >> 4 * i & 15];
+          const uint32_t pair = pair_of(kept >> 4 * i & 15);
+          if (pair == 0 && crowded < 0) crowded = r * kTileCols + k + 4 * i;
           w |= static_cast<uint32_t>(x[4 * i + (pair & 3)]) << 4 * i;
           w |= static_cast<uint32_t>(x[4 * i + (pair >> 2)]) << (4 * i + 16);
           meta[i] |= pair << 4 * q;

@@ -13,8 +13,7 @@ DISTAYA_INLINE vf exp(vf x) {
   for (const float c : {0.0083751595f, 0.041666217f, 0.16666415f, 0.5f, 1.0f, 1.0f})
     p = fma(p, r, splat(c));
   const vi whole = __builtin_convertvector(n, vi), half = whole >> 1;  // 2^n itself may overflow
-  return p * bits_to_float((vu)(half + 127) << 23) *
-         bits_to_float((vu)(whole - half + 127) << 23);
+  return p * bits_to_float((vu)(half + 127) << 23) * bits_to_float((vu)(whole - half + 127) << 23);
 }
 
 DISTAYA_INLINE vf silu(vf g) { return g / (splat(1.0f) + exp(-g)); }

@@ -115,16 +115,14 @@ struct Decoder {
 
   // Two neighbours' codes in the halves of a lane, minus their zero -> bf16.
   DISTAYA_INLINE vf pair(const Decoder& d, vu w, int i, vf zero) {
-    if constexpr (kSource == Source::symmetric)
-      return look_up16((__m512i)(w >> (4 * i)), d.table);
+    if constexpr (kSource == Source::symmetric) return look_up16((__m512i)(w >> (4 * i)), d.table);
     if constexpr (kSource == Source::nibbles) w = (w >> (4 * i)) & 0x000f000fu;
     if constexpr (!kNibbles) {
       w = w >> (16 * i);
       w = (w & 0xffu) | ((w & 0xff00u) << 8);
     }
     const __m512i value = _mm512_sub_epi16((__m512i)w, (__m512i)zero);
-    if constexpr (kSource != Source::wide)
-      return look_up16(value, d.table);
+    if constexpr (kSource != Source::wide) return look_up16(value, d.table);
     const vi low = (vi)value << 16 >> 16, high = (vi)value >> 16;  // |.| < 256: exact in bf16
     const vu a = float_to_bits(__builtin_convertvector(low, vf));
     const vu b = float_to_bits(__builtin_convertvector(high, vf));
@@ -138,7 +136,7 @@ struct Decoder {
   DISTAYA_INLINE vf zero(const float* zeros) {
     const vf z = load(zeros);
     if constexpr (!kPairs) return z;
-    const vu code = (vu)__builtin_convertvector(z, vi);
+    const vu code = (vu) __builtin_convertvector(z, vi);
     return bits_to_float(code | code << 16);
   }
 
@@ -149,8 +147,7 @@ struct Decoder {
 #endif
     const int shift = kNibbles ? 4 * (i / 2 + 4 * (i % 2)) : 8 * i;
 #if DISTAYA_LANES == 16
-    if constexpr (kSource == Source::symmetric)
-      return look_up32((__m512i)(w >> shift), d.table);
+    if constexpr (kSource == Source::symmetric) return look_up32((__m512i)(w >> shift), d.table);
 #endif
     (void)d;
     const vu code = (w >> shift) & (kNibbles ? 15u : 255u);
@@ -163,7 +160,7 @@ DISTAYA_INLINE vu load_words(const uint32_t* p) {
 }
 
 // Scales and zeros of a tile, [groups][64].
-struct Grid {
+struct ExactGrid {
   alignas(64) float scales[4 * kTileRows];
   alignas(64) float zeros[4 * kTileRows];
   int groups;
@@ -172,7 +169,7 @@ struct Grid {
 // C [T][64] += scale * sum over a tile, codes straight into products. x [T][words of 128 columns].
 // One sum is kept in kSplit parts where there are too few to hide the latency of a product.
 template <int T, Source kSource, bool kPairs>
-void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const float* x,
+void few_tokens(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, const float* x,
                 float* C) {
   using D = Decoder<kSource, kPairs>;
   constexpr int kX = words_of(kPairs, kTileCols), kWanted = kVectors == 4 ? 12 : 6;
@@ -225,7 +222,7 @@ void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const
 
 // panel [words of 128 columns][64]: the operands of a tile, for many tokens.
 template <Source kSource, bool kPairs>
-void fill_panel(const Decoder<kSource, kPairs>& decoder, const Grid& grid, float* panel) {
+void fill_panel(const Decoder<kSource, kPairs>& decoder, const ExactGrid& grid, float* panel) {
   using D = Decoder<kSource, kPairs>;
   const D d = decoder;
   const int steps = D::kSteps / grid.groups;
@@ -236,15 +233,14 @@ void fill_panel(const Decoder<kSource, kPairs>& decoder, const Grid& grid, float
         const vu w = load_words(d.at(s, r));
         float* out = panel + s * D::kWords * kTileRows + r;
 #pragma GCC unroll 8
-        for (int i = 0; i < D::kWords; ++i)
-          store(out + i * kTileRows, D::operand(d, w, i, zero));
+        for (int i = 0; i < D::kWords; ++i) store(out + i * kTileRows, D::operand(d, w, i, zero));
       }
     }
 }
 
 // C [T][64] += scale * (panel x^T) for T tokens.
 template <int T, bool kPairs>
-void many_tokens(const Grid& grid, const float* panel, const float* x, float* C) {
+void many_tokens(const ExactGrid& grid, const float* panel, const float* x, float* C) {
   constexpr int kX = words_of(kPairs, kTileCols);
   const int words = kX / grid.groups;
   for (int r = 0; r < kTileRows; r += kVectors * kLanes)
@@ -285,7 +281,7 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
                  int64_t t0, int64_t t1, float* C) {
   alignas(64) uint8_t bytes[kSource == Source::bytes ? pack::kTileWeights : 1];
   alignas(64) float panel[words_of(kPairs, kTileCols) * kTileRows];
-  Grid grid;
+  ExactGrid grid;
   grid.groups = std::max(1, f.tile_groups());
   for (int64_t c = 0; c < f.col_tiles(); ++c) {
     tile_grid(f, buffer, row_tile, c, grid.scales, grid.zeros);
@@ -297,9 +293,8 @@ void exact_tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const
       codes = buffer + pack::record_at(f, buffer, row_tile, c) + f.body_at();
     const Decoder<kSource, kPairs> decoder(reinterpret_cast<const uint32_t*>(codes));
     if (x.tokens <= kInline) {
-      with_constant<kInline>(t1 - t0, [&](auto n) {
-        few_tokens<n.value>(decoder, grid, x.at(c, t0), C);
-      });
+      with_constant<kInline>(t1 - t0,
+                             [&](auto n) { few_tokens<n.value>(decoder, grid, x.at(c, t0), C); });
       continue;
     }
     fill_panel(decoder, grid, panel);
@@ -332,7 +327,7 @@ inline void exact_rows(const Format& f, const uint8_t* buffer, int64_t row_tile,
   else
     exact_sums<false>(f, buffer, row_tile, x, t0, t1, C);
   if (f.group) return;
-  Grid grid;
+  ExactGrid grid;
   tile_grid(f, buffer, row_tile, 0, grid.scales, grid.zeros);
   for (int64_t i = 0; i < (t1 - t0) * kTileRows; i += kLanes)
     store(C + i, load(C + i) * load(grid.scales + i % kTileRows));

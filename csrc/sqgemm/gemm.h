@@ -12,24 +12,22 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, bool symmetric
               const int32_t* sums, const float* scales, float* C) {
   const int steps = 32 / groups;
   for (int q = 0; q < groups; ++q) {
-    __m512i acc[4][T];
+    vi acc[4][T];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const __m512i zero = (__m512i)__builtin_convertvector(
-          load(grid.zeros + q * kTileRows + 16 * v), vi);
+      const vi zero = __builtin_convertvector(load(grid.zeros + q * kTileRows + 16 * v), vi);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t)
-        acc[v][t] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-sums[t * groups + q]));
+      for (int t = 0; t < T; ++t) acc[v][t] = zero * -sums[t * groups + q];
     }
     for (int k = 0; k < steps; ++k, panel += 256, x += 4) {
-      __m512i w[4];
+      vi w[4];
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) w[v] = load512(panel + 64 * v);
+      for (int v = 0; v < 4; ++v) w[v] = load_codes(panel + 64 * v);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) {
-        const __m512i a = four_bytes(x + t * kTileCols);
+        const vi a = four_bytes(x + t * kTileCols);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[v][t] = _mm512_dpbusd_epi32(acc[v][t], w[v], a);
+        for (int v = 0; v < 4; ++v) dot(acc[v][t], w[v], a);
       }
     }
 #pragma GCC unroll 4
@@ -38,7 +36,7 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, bool symmetric
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) {
         float* y = C + t * kTileRows + 16 * v;
-        const vf sum = __builtin_convertvector((vi)acc[v][t], vf);
+        const vf sum = __builtin_convertvector(acc[v][t], vf);
         store(y, fma(w, sum * splat(scales[t * groups + q]), load(y)));
       }
     }

@@ -33,14 +33,19 @@ DISTAYA_INLINE vf scales16(Dtype dtype, const uint8_t* scales, int row) {
 DISTAYA_INLINE const uint8_t* scales_of(const Format& f, const uint8_t* buffer, int64_t row_tile,
                                         const uint8_t* record, int q) {
   const int64_t line = static_cast<int64_t>(kTileRows) * f.scale_bytes();
-  return f.group ? record + q * line
-                 : buffer + pack::row_section_at(f, buffer) + row_tile * line;
+  return f.group ? record + q * line : buffer + pack::row_section_at(f, buffer) + row_tile * line;
 }
 
-DISTAYA_INLINE __m512i four_bytes(const int8_t* x) {
+DISTAYA_INLINE vi four_bytes(const int8_t* x) {
   int32_t word;
   std::memcpy(&word, x, sizeof word);
-  return _mm512_set1_epi32(word);
+  return (vi)_mm512_set1_epi32(word);
+}
+
+// acc += four codes times four activations, in each lane. (gcc 12 keeps the sums of the intrinsic
+// on the stack.)
+DISTAYA_INLINE void dot(vi& acc, vi codes, vi x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
 }
 
 // C [T][64] of tokens t0 .. t0 + T - 1.
@@ -50,7 +55,7 @@ void gemv(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
   const int groups = std::max(1, f.tile_groups()), units = 4 / groups;
   vf y[T][4] = {};
   Codes codes;
-  __m512i zero[4];
+  vi zero[4];
   codes.zero = zero;
   for (int64_t c = 0; c < x.col_tiles; ++c) {
     const uint8_t* record = buffer + pack::record_at(f, buffer, row_tile, c);
@@ -61,30 +66,30 @@ void gemv(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
     for (int q = 0, u = 0; q < groups; ++q) {
       const uint8_t* zeros = zeros_of(f, buffer, row_tile, c, q);
       spread_zeros(zeros, f.symmetric_zero(), zero);
-      __m512i acc[4][T];
+      vi acc[4][T];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t)
-          acc[v][t] = _mm512_mullo_epi32(_mm512_and_si512(zero[v], _mm512_set1_epi32(255)),
-                                         _mm512_set1_epi32(-x.sums[(at + t) * groups + q]));
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t) acc[v][t] = (zero[v] & 255) * -x.sums[(at + t) * groups + q];
       for (const int end = u + units; u < end; ++u) {
         prefetch_quarter(next, u);
-        visit<kind, false>(codes, f, u, [&](int v, int j, __m512i w)
-                                            __attribute__((always_inline)) {
+        const int8_t* columns = values + 32 * u;
+        visit<kind, false>(codes, f, u, [&](int j, const vi* w) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+          for (int t = 0; t < T; ++t) {
+            const vi a = four_bytes(columns + t * kTileCols + 4 * j);
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t)
-            acc[v][t] = _mm512_dpbusd_epi32(acc[v][t], w,
-                                            four_bytes(values + t * kTileCols + 32 * u + 4 * j));
+            for (int v = 0; v < 4; ++v) dot(acc[v][t], w[v], a);
+          }
         });
       }
       const uint8_t* scales = scales_of(f, buffer, row_tile, record, q);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         const vf w = scales16(f.scale, scales, 16 * v);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int t = 0; t < T; ++t) {
-          const vf sum = __builtin_convertvector((vi)acc[v][t], vf);
+          const vf sum = __builtin_convertvector(acc[v][t], vf);
           y[t][v] = fma(w, sum * splat(x.scales[(at + t) * groups + q]), y[t][v]);
         }
       }

@@ -49,8 +49,7 @@ inline void int8_rows(const Format& f, const uint8_t* buffer, int64_t row_tile, 
       for (int r = 0; r < kTileRows; ++r)
         for (int b = 0; b < x.blocks; ++b) {
           int32_t sum = -static_cast<int32_t>(zeros[b * kTileRows + r]) * x.sums[at * x.blocks + b];
-          for (int k = b * width; k < (b + 1) * width; ++k)
-            sum += panel[panel_at(r, k)] * codes[k];
+          for (int k = b * width; k < (b + 1) * width; ++k) sum += panel[panel_at(r, k)] * codes[k];
           float& y = C[(t - t0) * kTileRows + r];
           y = std::fma(scales[b * kTileRows + r],
                        static_cast<float>(sum) * x.scales[at * x.blocks + b], y);

@@ -57,9 +57,9 @@ int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu);
 
 }  // namespace sqgemm
 
-// Doors. x [..., cols], y [..., rows] of one dtype; data, gate, up: uint8 buffers of the format that
-// spec says (pack::read_spec); biases [rows] of x's dtype; work: uint8, sqgemm::work_bytes() or
-// none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh.
+// Doors. x [..., cols], y [..., rows] of one dtype; data, gate, up: uint8 buffers of the format
+// that spec says (pack::read_spec); biases [rows] of x's dtype; work: uint8, sqgemm::work_bytes()
+// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh.
 void sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
                    const std::optional<Tensor>& bias, bool exact, const std::optional<Tensor>& work,
                    const Tensor& y);

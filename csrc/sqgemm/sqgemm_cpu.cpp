@@ -47,8 +47,8 @@ void each_tile(const Problem& p, const Rows& rows) {
     const int64_t t1 = std::min(p.tokens, t0 + step);
     rows(p.weights, tile, t0, t1, sums[0]);
     if (p.up) rows(p.up, tile, t0, t1, sums[1]);
-    dispatch<float, f16, bf16>(
-        p.dtype, "x", [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
+    dispatch<float, f16, bf16>(p.dtype, "x",
+                               [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
   });
 }
 

@@ -2,7 +2,16 @@
 
 from .folder import locate
 from .reader import Checkpoint, Entry, check_finite, open_checkpoint
-from .writer import MARKER, ShardWriter, Staging, check_companions, check_output, copy_companions
+from .writer import (
+    MARKER,
+    ShardWriter,
+    Staging,
+    check_companions,
+    check_output,
+    copy_companions,
+    header_bytes,
+    write_config,
+)
 
 __all__ = [
     "MARKER",
@@ -14,6 +23,8 @@ __all__ = [
     "check_finite",
     "check_output",
     "copy_companions",
+    "header_bytes",
     "locate",
     "open_checkpoint",
+    "write_config",
 ]

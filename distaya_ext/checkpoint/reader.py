@@ -43,6 +43,7 @@ class Checkpoint:
         entries: dict[str, Entry],
         scheme: Scheme | None = None,
         stored: dict[str, Stored] | None = None,
+        tied: bool = False,
     ):
         self.folder = folder
         self.config = config
@@ -51,6 +52,7 @@ class Checkpoint:
         self.entries = entries
         self.scheme = scheme
         self.stored: dict[str, Stored] = stored or {}
+        self.tied = tied  # the head is the embedding
         self._finite: set[str] = set()
 
     @property
@@ -131,7 +133,7 @@ def open_checkpoint(
     entries = {name: entry for name, entry in entries.items() if not _HARMLESS.search(name)}
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     unused = compare(expected, entries, stored, tied)
-    checkpoint = Checkpoint(folder, config, dtype, entries, scheme, stored)
+    checkpoint = Checkpoint(folder, config, dtype, entries, scheme, stored, tied)
     head = f"{checkpoint.architecture.head}.weight"
     if tied and checkpoint.architecture.embed in stored and head in entries:
         raise InputError(

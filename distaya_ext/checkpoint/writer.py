@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from .folder import contained
+from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README*")
@@ -39,6 +42,12 @@ class ShardWriter:
         self._pending[name] = tensor.detach().to("cpu").contiguous()
         self._pending_bytes += size
         self.total_bytes += size
+
+    def add_all(self, module: str, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Take the tensors of a module by suffix; returns their bytes."""
+        for suffix, tensor in tensors.items():
+            self.add(f"{module}.{suffix}", tensor)
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def _flush(self) -> None:
         path = self.folder / f"part-{len(self._shards):05d}.safetensors"
@@ -71,6 +80,27 @@ class ShardWriter:
                 json.dumps(index, indent=2) + "\n"
             )
         return [self.folder / name for name in names]
+
+
+def header_bytes(needs: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> int:
+    """About the bytes of safetensors headers that describe tensors of these dtypes and shapes."""
+    total, offset = 16, 0
+    for name, (dtype, shape) in needs.items():
+        start, size = offset, math.prod(shape) * (dtype.itemsize if dtype else 1)
+        offset += size
+        about = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, offset]}
+        total += len(json.dumps({name: about}, separators=(",", ":"))) - 1
+    return total
+
+
+def write_config(source: Path, target: Path, quantization: dict[str, Any] | None) -> None:
+    """config.json of the source folder with this quantization_config (None: without any)."""
+    config = read_json(source, "config.json")
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
 
 
 class Staging:

@@ -23,6 +23,7 @@ from .compress import compress
 from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
+from .export import export
 from .generate import generate
 from .inspect import inspect
 
@@ -97,6 +98,7 @@ app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("export")(export)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")

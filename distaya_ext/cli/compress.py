@@ -32,6 +32,13 @@ def compress(
     group: Annotated[
         int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")
     ] = None,
+    embed_bits: Annotated[
+        int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="auto, dense, pack-quantized (stock readers) or distaya (only ours)."),
+    ] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Folder of <lang>.txt, .jsonl or .parquet to calibrate on.")
     ] = None,
@@ -63,6 +70,8 @@ def compress(
         sparsity=sparsity,
         bits=bits,
         group=group,
+        embed_bits=embed_bits,
+        format=format,
         max_ram=max_ram,
         calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
     )
@@ -90,6 +99,7 @@ def compress(
         )
         reporter.say(
             f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, "
+            f"{report.bits_per_weight:.2f} bits per weight ({report.format}), "
             f"{report.seconds:.1f} s"
         )
     if json:
@@ -125,4 +135,7 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
         raise UsageError("say which model: the first argument, or model: in the recipe")
     if "method" not in fields and "bits" in fields and not {"sparsity", "nm"} & fields.keys():
         fields["method"] = "gptq"
+    asked = {"method", "sparsity", "nm", "bits", "embed_bits"} & fields.keys()
+    if asked == {"embed_bits"}:
+        fields["method"] = "dense"
     return Recipe(**fields)

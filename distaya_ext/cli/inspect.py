@@ -24,7 +24,8 @@ _GRID_SHARE = 0.6  # distinct values per kept weight above which a group is not 
 @dataclass(frozen=True)
 class Linear:
     """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the
-    weights lie on (group 0 = one for the row), or None."""
+    weights lie on (group 0 = one for the row), or None. encoding: how its codes are packed, None
+    for dense weights; kind: the kernel layout it asks for, None = the best one for its codes."""
 
     module: str
     rows: int
@@ -34,6 +35,10 @@ class Linear:
     pattern: str | None
     bits: int | None
     group: int | None
+    symmetric: bool | None
+    encoding: str | None
+    kind: str | None
+    bytes: int
 
 
 def inspect(
@@ -43,14 +48,17 @@ def inspect(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Print architecture, size, and sparsity, N:M pattern and grid of the weights of MODEL."""
+    """Print architecture, size, and sparsity, N:M pattern and grid of the weights of MODEL.
+
+    Packed folders (ours, pack-quantized, GPTQ) are read as they are.
+    """
     from ..checkpoint import open_checkpoint
     from .output import console, print_json
 
     try:
-        checkpoint = open_checkpoint(model, offline=offline)
+        checkpoint = open_checkpoint(model, offline=offline, packed=True)
     except InputError as error:
-        raise InputError(f"{model} cannot be compressed: {error}") from error
+        raise InputError(f"{model} cannot be read: {error}") from error
     linears = [look(checkpoint, name) for name in names(checkpoint)]
     facts = summary(checkpoint, linears)
     if json:
@@ -63,17 +71,20 @@ def inspect(
 
 
 def names(checkpoint: Checkpoint) -> list[str]:
-    """Modules that compression works on, layer by layer."""
+    """Modules that compression works on, layer by layer, then quantised embedding and head."""
     architecture = checkpoint.architecture
-    return [
+    linears = [
         f"{architecture.layers}.{layer}.{name}"
         for layer in range(checkpoint.config.num_hidden_layers)
         for name in architecture.linears()
     ]
+    return linears + sorted(set(checkpoint.stored) - set(linears))
 
 
 def look(checkpoint: Checkpoint, module: str) -> Linear:
     """Read one matrix and measure it."""
+    if module in checkpoint.stored:
+        return _look_packed(checkpoint, module)
     name = f"{module}.weight"
     W = checkpoint.read([name])[name]
     zeros = int((W == 0).sum())
@@ -87,6 +98,30 @@ def look(checkpoint: Checkpoint, module: str) -> Linear:
         pattern=pattern(W),
         bits=bits,
         group=group,
+        symmetric=None,
+        encoding=None,
+        kind=None,
+        bytes=W.nbytes,
+    )
+
+
+def _look_packed(checkpoint: Checkpoint, module: str) -> Linear:
+    scheme, found = checkpoint.stored[module].scheme, checkpoint.grid(module)
+    kept = found.kept()
+    count = int(kept.sum())
+    return Linear(
+        module=module,
+        rows=found.rows,
+        columns=found.cols,
+        dtype=f"int{scheme.bits}",
+        sparsity=1 - count / kept.numel(),
+        pattern=pattern(kept),
+        bits=scheme.bits,
+        group=scheme.group,
+        symmetric=scheme.symmetric,
+        encoding=scheme.encoding,
+        kind=scheme.kind,
+        bytes=scheme.nbytes(found.rows, found.cols, found.scales.dtype, count),
     )
 
 
@@ -133,10 +168,19 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     from .output import size
 
     config = checkpoint.config
-    count = sum(linear.rows * linear.columns for linear in linears)
-    zeros = sum(linear.sparsity * linear.rows * linear.columns for linear in linears)
-    parameters = sum(_numel(entry.shape) for entry in checkpoint.entries.values())
-    return {
+    ends = (checkpoint.architecture.embed, checkpoint.architecture.head)
+    layers = [linear for linear in linears if linear.module not in ends]
+    count = sum(linear.rows * linear.columns for linear in layers)
+    zeros = sum(linear.sparsity * linear.rows * linear.columns for linear in layers)
+    packed = {linear.module for linear in linears if linear.encoding is not None}
+    parameters = sum(
+        _numel(x.shape)
+        for k, x in checkpoint.entries.items()
+        if k.rpartition(".")[0] not in packed or k.endswith(".bias")
+    )
+    parameters += sum(held.rows * held.cols for held in checkpoint.stored.values())
+    share = f"{len(layers)} matrices with {count} weights ({100 * count / parameters:.0f} % of "
+    facts = {
         "architecture": checkpoint.architecture.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -145,10 +189,18 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "size": size(checkpoint.nbytes),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "can_be_compressed": f"yes, {len(linears)} matrices with {count} weights "
-        f"({100 * count / parameters:.0f} % of the parameters)",
+        "can_be_compressed": f"yes, {share}the parameters)",
         "sparsity": round(zeros / count, 4),
     }
+    if checkpoint.scheme is not None:
+        inside = [linear for linear in layers if linear.encoding is not None]
+        held = sum(linear.rows * linear.columns for linear in inside)
+        facts |= {
+            "can_be_compressed": f"no, it is quantised already; {share}the parameters)",
+            "quantised": f"{checkpoint.scheme.method}, {len(inside)} matrices of the layers",
+            "bits_per_weight": round(8 * sum(x.bytes for x in inside) / held, 3) if held else None,
+        }
+    return facts
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -162,6 +214,8 @@ def _table(linears: list[Linear], every: bool) -> Any:
     """One row per matrix, or one per kind of matrix with the range over the layers."""
     from rich.table import Table
 
+    from .output import size
+
     table = Table()
     for head in (
         "module" if every else "matrix",
@@ -171,6 +225,8 @@ def _table(linears: list[Linear], every: bool) -> Any:
         "zeros",
         "pattern",
         "grid",
+        "stored as",
+        "bytes",
     ):
         table.add_column(head, justify="left" if head in ("module", "matrix") else "right")
     kinds: dict[str, list[Linear]] = {}
@@ -190,6 +246,8 @@ def _table(linears: list[Linear], every: bool) -> Any:
             zeros,
             _common(x.pattern or "-" for x in group),
             _common(_grid_name(x) for x in group),
+            _common(_stored_name(x) for x in group),
+            size(sum(x.bytes for x in group)),
         )
     return table
 
@@ -197,7 +255,15 @@ def _table(linears: list[Linear], every: bool) -> Any:
 def _grid_name(linear: Linear) -> str:
     if linear.bits is None:
         return "-"
-    return f"{linear.bits} bits per " + (f"{linear.group} inputs" if linear.group else "row")
+    symmetric = ", symmetric" if linear.symmetric else ""
+    per = f"{linear.group} inputs" if linear.group else "row"
+    return f"{linear.bits} bits per {per}{symmetric}"
+
+
+def _stored_name(linear: Linear) -> str:
+    if linear.encoding is None:
+        return "dense"
+    return linear.encoding + (f", for {linear.kind}" if linear.kind else "")
 
 
 def _common(values: Any) -> str:

@@ -101,6 +101,10 @@ class Reporter:
         """What evaluate() calls: tokens scored, tokens in all, language."""
         self._advance("tokens", done, total, what, always=done == total)
 
+    def on_module(self, done: int, total: int, name: str) -> None:
+        """What export() calls after each module."""
+        self._advance("modules", done, total, always=done == total)
+
     def _stage(self, event: events.StageDone) -> None:
         short = ", ".join(name.rsplit(".", 1)[-1].removesuffix("_proj") for name in event.names)
         if event.relative_loss is not None and (

@@ -19,6 +19,7 @@ from ..checkpoint import (
     check_output,
     copy_companions,
     open_checkpoint,
+    write_config,
 )
 from ..device import find_device
 from ..errors import InputError
@@ -31,6 +32,7 @@ from . import events
 from .budget import Budget, activation_bytes, check_disk
 from .calibrate import Calibration, check_activations, load_calibration
 from .capture import Calls, Ends, load_layer
+from .packing import Packing
 from .proof import prove
 from .report import Report
 from .settings import Settings, from_recipe, skipped
@@ -110,7 +112,11 @@ class _Run:
         self.budget = Budget(checkpoint, recipe.max_ram_bytes)
         self.skip = skipped(recipe.skip, self._modules())
         self.calibration: Calibration | None = None
+        changed = [name for name in self._modules() if name not in self.skip]
+        self.packing = Packing(recipe, settings, checkpoint, changed)
+        self.settings = self.packing.settings
         self.report = Report(settings.method, self.architecture.model_type, out, settings.bits)
+        self.report.format = self.packing.format
 
     def _modules(self) -> list[str]:
         names = self.architecture.linears()
@@ -124,19 +130,27 @@ class _Run:
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens)
         self.report.spilled = self.budget.spills(waiting)
-        check_disk(staging.root, self.checkpoint.nbytes + waiting * self.report.spilled)
+        check_disk(staging.root, self.packing.predicted() + waiting * self.report.spilled)
+        for message in self.packing.notices:
+            self._notice(message)
         if self.calibration is not None:
             self._prepare(staging.scratch)
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
-        self._copy(writer, lambda name: name.startswith(self.architecture.embed + "."))
+        self._end(writer, self.architecture.embed)
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
         for index, layer in enumerate(skeleton.get_submodule(self.architecture.layers)):
             self._layer(index, layer, writer)
-        ends = (self.architecture.embed + ".", self.architecture.layers + ".")
-        self._copy(writer, lambda name: not name.startswith(ends))
+        ends = (self.architecture.embed + ".", self.architecture.head + ".")
+        between = (*ends, self.architecture.layers + ".")
+        self._copy(writer, lambda name: not name.startswith(between))
+        self._end(writer, self.architecture.head)
         shards = writer.finish()
+        self.report.predicted_bytes = self.packing.predicted()
+        self.report.file_bytes = sum(path.stat().st_size for path in shards)
         copy_companions(self.checkpoint.folder, staging.model)
+        if quantization := self.packing.config():
+            write_config(self.checkpoint.folder, staging.model, quantization)
         _write_recipe(self.recipe, staging.model)
         self.report.seconds = time.perf_counter() - start
         self.report.write(staging.model)
@@ -178,6 +192,10 @@ class _Run:
             self.checkpoint,
             self.device,
         )
+        if self.architecture.embed in self.packing.ends:  # the layers see the embedding as rounded
+            embed = ends.model.get_submodule(self.architecture.embed)
+            rounded = self.packing.embedding(self.architecture.embed)
+            embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
         for chunk, ids in enumerate(calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.hidden.put(("hidden", chunk), hidden)
@@ -207,6 +225,20 @@ class _Run:
         for name in filter(wanted, self.checkpoint.entries):
             writer.add(name, self.checkpoint.read([name])[name])
 
+    def _end(self, writer: ShardWriter, name: str) -> None:
+        """Write embedding or head, rounded to 8 bits where the recipe says so."""
+        if name not in self.packing.ends:
+            self._copy(writer, lambda tensor: tensor.startswith(name + "."))
+            entry = self.checkpoint.entries.get(f"{name}.weight")
+            if entry is not None:
+                bits = 8 * entry.dtype.itemsize
+                self.report.account_end(name, *entry.shape, bits, entry.nbytes)
+            return
+        grid = self.packing.embedding(name)
+        size = writer.add_all(name, self.packing.encode(name, grid))
+        self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
+        self._copy(writer, lambda tensor: tensor == f"{name}.bias")
+
     def _check_tied(self, skeleton: nn.Module) -> None:
         embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
         if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
@@ -227,27 +259,28 @@ class _Run:
             chunks = range(len(self.calls))
             calls = [self.calls.of(index, chunk) for chunk in chunks]
             walk = LayerWalk(layer, self.architecture, calls, self.hidden, self.tape)
-        changed: dict[str, torch.Tensor] = {}
+        changed: dict[str, dict[str, torch.Tensor]] = {}
         for stage in self.architecture.stages:
             names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
             if names:
-                self._stage(index, layer, walk, stage, names)
-                changed |= {
-                    f"{prefix}.{n}.weight": layer.get_submodule(n).weight.data for n in names
-                }
+                changed |= self._stage(index, layer, walk, stage, names)
             if walk is not None:
                 walk.release(stage)
-        self._copy(writer, lambda name: name.startswith(prefix + ".") and name not in changed)
-        for name, weight in changed.items():
-            writer.add(name, weight)
+        old = {f"{name}.weight" for name in changed}
+        self._copy(writer, lambda name: name.startswith(prefix + ".") and name not in old)
+        for name, tensors in changed.items():
+            writer.add_all(name, tensors)
         if walk is not None:
             walk.finish()
         self.on_event(events.LayerDone(index, self.layers, time.perf_counter() - start))
 
     def _stage(
         self, index: int, layer: nn.Module, walk: LayerWalk | None, stage: Stage, names: list[str]
-    ) -> None:
-        """Gather the statistic of a stage, solve its stack, put the new weights into the layer."""
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Gather the statistic of a stage, solve its stack, put the new weights into the layer.
+
+        Returns what the file will hold: module -> suffix -> tensor.
+        """
         start = time.perf_counter()
         weights = [layer.get_submodule(name).weight.data for name in names]
         statistic = None
@@ -262,12 +295,19 @@ class _Run:
             walk.gather(stage, sink)
         solution = solve(weights, self.settings, statistic)
         _check_finite(solution.W, f"{self._prefix(index)}.{names[0]}")
+        written, start_row, prefix = {}, 0, self._prefix(index)
         for name, rows in zip(names, solution.W.split([w.shape[0] for w in weights]), strict=True):
             layer.get_submodule(name).weight.data = rows.clone()
+            tensors = {"weight": layer.get_submodule(name).weight.data}
+            if f"{prefix}.{name}" in self.packing.planned:
+                grid = solution.grid.part(start_row, start_row + len(rows))
+                tensors = self.packing.encode(f"{prefix}.{name}", grid.to("cpu"))
+            written[f"{prefix}.{name}"] = tensors
+            start_row += len(rows)
+        sizes = [sum(t.nbytes for t in tensors.values()) for tensors in written.values()]
         seconds = time.perf_counter() - start
-        self.on_event(
-            self.report.account(index, self._prefix(index), names, weights, solution, seconds)
-        )
+        self.on_event(self.report.account(index, prefix, names, weights, solution, seconds, sizes))
+        return written
 
 
 def _check_finite(W: torch.Tensor, where: str) -> None:

@@ -23,6 +23,8 @@ _COLUMNS = (
     "relative_loss",
     "sparsity",
     "bits",
+    "bytes",
+    "bits_per_weight",
     "floored",
     "dead",
     "seconds",
@@ -35,7 +37,8 @@ class ModuleReport:
     output.
 
     floored and dead belong to the stage's shared Hessian; seconds is the stage's time, shared by
-    rows. bits is None when the weights were not quantised.
+    rows. bits is None when the weights were not quantised. bytes is what the module takes on disk,
+    scales and all.
     """
 
     module: str
@@ -48,10 +51,15 @@ class ModuleReport:
     floored: int
     dead: int
     seconds: float
+    bytes: int = 0
 
     @property
     def sparsity(self) -> float:
         return self.zeros / (self.rows * self.columns)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / (self.rows * self.columns)
 
 
 @dataclass
@@ -72,6 +80,18 @@ class Report:
     floored: int = 0  # over all stages, each Hessian counted once
     dead: int = 0
     seconds: float = 0.0
+    format: str = "dense"
+    ends: dict[str, dict[str, Any]] = field(default_factory=dict)  # embedding and head
+    predicted_bytes: int = 0  # of the weight files, from shapes and schemes
+    file_bytes: int = 0
+
+    def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
+        """Note what the embedding or the head takes on disk."""
+        per_weight = 8 * size / (rows * columns)
+        shape = f"{rows}x{columns}"
+        self.ends[name] = {
+            "shape": shape, "bits": bits, "bytes": size, "bits_per_weight": per_weight
+        }  # fmt: skip
 
     def account(
         self,
@@ -81,13 +101,14 @@ class Report:
         weights: list[torch.Tensor],
         solution: Solution,
         seconds: float,
+        sizes: list[int],
     ) -> StageDone:
         """Add one solved stage, a line per Linear, and return the event that tells of it."""
         self.floored += solution.floored
         self.dead += solution.dead
         total, row = solution.W.shape[0], 0
         zeros = (solution.W == 0).sum(dim=1)
-        for name, weight in zip(names, weights, strict=True):
+        for name, weight, size in zip(names, weights, sizes, strict=True):
             part = slice(row, row + weight.shape[0])
             row += weight.shape[0]
             loss, relative = _losses(solution, part)
@@ -103,6 +124,7 @@ class Report:
                     floored=solution.floored,
                     dead=solution.dead,
                     seconds=seconds * weight.shape[0] / total,
+                    bytes=size,
                 )
             )
         loss, relative = _losses(solution, slice(None))
@@ -115,6 +137,12 @@ class Report:
         """Zeros over all weights of the Linears that were compressed."""
         weights = sum(m.rows * m.columns for m in self.modules)
         return sum(m.zeros for m in self.modules) / weights if weights else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk per weight of the Linears that were compressed, scales and all."""
+        weights = sum(m.rows * m.columns for m in self.modules)
+        return 8 * sum(m.bytes for m in self.modules) / weights if weights else 0.0
 
     @property
     def loss(self) -> float | None:
@@ -161,9 +189,17 @@ class Report:
                 "zeros": sum(m.zeros for m in self.modules),
                 "sparsity": self.sparsity,
                 "loss": self.loss,
+                "bytes": sum(m.bytes for m in self.modules),
+                "bits_per_weight": self.bits_per_weight,
                 "floored": self.floored,
                 "dead": self.dead,
                 "seconds": round(self.seconds, 3),
+            },
+            "size": {
+                "format": self.format,
+                "predicted_bytes": self.predicted_bytes,
+                "file_bytes": self.file_bytes,
+                "ends": self.ends,
             },
             "notices": self.notices,
         }
@@ -190,6 +226,8 @@ def _row(m: ModuleReport) -> list[Any]:
         *number,
         f"{m.sparsity:.6f}",
         m.bits,
+        m.bytes,
+        f"{m.bits_per_weight:.4f}",
         m.floored,
         m.dead,
         f"{m.seconds:.4f}",

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import UsageError
 from ..recipe import Recipe
 
@@ -34,6 +36,8 @@ class Settings:
     scale: str
     order: str
     damp: float
+    scale_dtype: torch.dtype = torch.float32  # what scales are rounded to before they are used
+    static: bool = False  # grids from the dense weights, in the order of the columns
 
     @property
     def statistic(self) -> str | None:
@@ -49,7 +53,7 @@ def from_recipe(recipe: Recipe) -> Settings:
         nm=recipe.nm_pair,
         bits=recipe.bits,
         group=recipe.group,
-        symmetric=recipe.symmetric,
+        symmetric=bool(recipe.symmetric),
         scale=recipe.scale,
         order=recipe.order,
         damp=recipe.damp,

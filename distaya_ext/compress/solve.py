@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
+from ..formats import Grid
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.hessian import Hessian, column_sq_
@@ -51,7 +52,8 @@ class Solution:
 
     loss: fp64 [rows], half the mean squared output error, or None without a Hessian. energy: the
     same of the dense output, fp64 [rows], NaN in rows where it was not computed. floored: pivots
-    lifted in the factorisation. dead: input columns never active.
+    lifted in the factorisation. dead: input columns never active. grid: the same rows as codes,
+    scales and zeros, None when nothing was rounded or when groups are not neighbouring columns.
     """
 
     W: torch.Tensor
@@ -59,6 +61,7 @@ class Solution:
     energy: torch.Tensor | None = None
     floored: int = 0
     dead: int = 0
+    grid: Grid | None = None
 
 
 def solve(weights: list[torch.Tensor], settings: Settings, statistic: Statistic | None) -> Solution:
@@ -75,7 +78,10 @@ def solve(weights: list[torch.Tensor], settings: Settings, statistic: Statistic 
     norms = statistic.norms() if statistic is not None else None
     parts = [_score_and_round(W, settings, norms) for W in weights]
     dead = int((norms == 0).sum()) if norms is not None else 0
-    return Solution(torch.cat(parts), dead=dead)
+    grid = None
+    if settings.bits is not None:
+        grid = _grid(*(torch.cat(x) for x in zip(*(p[1:] for p in parts), strict=True)), settings)
+    return Solution(torch.cat([p[0] for p in parts]), dead=dead, grid=grid)
 
 
 def quantiser(settings: Settings) -> obs_op.Quant | None:
@@ -83,8 +89,22 @@ def quantiser(settings: Settings) -> obs_op.Quant | None:
     if settings.bits is None:
         return None
     return obs_op.Quant(
-        bits=settings.bits, group=settings.group, symmetric=settings.symmetric, scale=settings.scale
+        bits=settings.bits,
+        group=settings.group,
+        symmetric=settings.symmetric,
+        scale=settings.scale,
+        scale_dtype=settings.scale_dtype,
+        static=settings.static,
     )
+
+
+def _grid(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, settings: Settings
+) -> Grid:
+    """Codes with the scales (already rounded to their dtype) and zeros that a file stores."""
+    group = settings.group if settings.group < codes.shape[1] else 0
+    stored = None if settings.symmetric else zeros.to(torch.uint8)
+    return Grid(codes, scales.to(settings.scale_dtype), stored, settings.bits, group)
 
 
 def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int]) -> Solution:
@@ -101,7 +121,10 @@ def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int
         damp=settings.damp,
         overwrite_H=True,
     )
-    return Solution(result.W, result.loss, energy, result.floored, dead)
+    grid = None
+    if result.codes is not None and (result.perm is None or settings.static or not settings.group):
+        grid = _grid(result.codes, result.scales, result.zeros, settings)
+    return Solution(result.W, result.loss, energy, result.floored, dead, grid)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -123,16 +146,16 @@ def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.T
 
 def _score_and_round(
     W: torch.Tensor, settings: Settings, norms: torch.Tensor | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
+    """The compressed matrix and, where it was rounded, its codes, scales and zeros."""
     keep = _keep(W, settings, norms)
     if keep is not None:
         W = W.masked_fill(~keep, 0.0)
-    if settings.bits is not None:
-        W = obs_op.quantize(W, quantiser(settings))[0]
-        # A grid always contains 0, so this changes nothing but the sign of -0.0.
-        if keep is not None:
-            W = W.masked_fill(~keep, 0.0)
-    return W.clone() if keep is None and settings.bits is None else W
+    if settings.bits is None:
+        return (W.clone() if keep is None else W,)
+    W, *rest = obs_op.quantize(W, quantiser(settings))
+    # A grid always contains 0, so this changes nothing but the sign of -0.0.
+    return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 
 
 def _keep(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> torch.Tensor | None:

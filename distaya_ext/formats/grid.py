@@ -88,6 +88,11 @@ class Grid:
             out[start : start + step] = part.spread(part.scales.float()) * part.centred()
         return out
 
+    def to(self, device: str | torch.device) -> Grid:
+        """The same on another device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return Grid(self.codes.to(device), self.scales.to(device), zeros, self.bits, self.group)
+
     def part(self, start: int, stop: int) -> Grid:
         """Some of the rows."""
         zeros = None if self.zeros is None else self.zeros[start:stop]

@@ -102,7 +102,7 @@ def glu(
 
 
 def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with W as unpack() gives it, in plain torch float64. Returns fp64 [..., rows]."""
+    """x W^T + bias with the W of unpack(), in plain torch float64. Returns fp64 [..., rows]."""
     W = pack.reference_dequantize(*pack.unpack(packed), bits=packed.format.bits)
     y = x.double() @ W.t()
     return y if bias is None else y + bias.double()

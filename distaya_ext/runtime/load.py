@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.whole import load_whole
 from ..device import find_device
 from ..errors import UsageError
-from .register import METHOD, register
+from .register import METHOD, HandedOver, register
 from .swap import set_exact
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +49,8 @@ def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = Fal
     register()
     # Stock methods go through our hooks too, under our name; the model's config keeps theirs.
     config = copy.deepcopy(checkpoint.config)
-    config.quantization_config = {"quant_method": METHOD, "holds": config.quantization_config}
+    about = HandedOver(config.quantization_config)
+    config.quantization_config = {"quant_method": METHOD, "holds": about}
     model = load_whole(checkpoint.folder, dtype, config)
     set_exact(model, exact)
     return model

@@ -24,18 +24,20 @@ from .files import fill
 from .glu import fuse
 from .modules import Packed
 from .place import check_held, place, prefix
+from .register import METHOD, HandedOver
 from .swap import freeze
-
-# Under this key distaya_ext.load hands over the configuration of another method.
-HOLDS = "holds"
 
 
 class FolderConfig(QuantizationConfigMixin):
-    """quantization_config of a packed folder, of whatever method, exactly as config.json has it."""
+    """quantization_config of a packed folder, exactly as config.json has it.
+
+    quant_method is what transformers looks our hooks up by; the folder's own may be another.
+    """
 
     def __init__(self, **fields: Any) -> None:
-        self.fields = fields.get(HOLDS, fields)
-        self.quant_method = self.fields.get("quant_method")
+        held = fields.get("holds")
+        self.fields = dict(held) if isinstance(held, HandedOver) else fields
+        self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
         """What save_pretrained writes."""
@@ -84,9 +86,9 @@ class PackedQuantizer(HfQuantizer):
         # transformers need not read them, and should not say that nobody does.
         endings = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mine}))
         names = "|".join(re.escape(name.removeprefix(prefix(model))) for name in self._modules)
-        ignored = list(model._keys_to_ignore_on_load_unexpected or [])
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
         pattern = rf"^({re.escape(prefix(model))})?({names})\.({endings})$"
-        model._keys_to_ignore_on_load_unexpected = [*ignored, pattern]
+        model._keys_to_ignore_on_load_unexpected = {*ignored, pattern}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         fill(self._modules, self._entries, next(model.parameters()).device)

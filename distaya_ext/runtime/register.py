@@ -18,6 +18,10 @@ _TABLE = "transformers.quantizers.auto"
 METHOD = "distaya"
 
 
+class HandedOver(dict):
+    """The configuration of another method, given to our hooks by load(); no JSON makes this class."""
+
+
 def register_when_imported() -> None:
     """Make transformers know our method now or, if it is not imported yet, as soon as it is."""
     table = sys.modules.get(_TABLE)

@@ -1,0 +1,185 @@
+"""How a run stores what it makes: which format, what each module holds, how many bytes that is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint, header_bytes
+from ..errors import UsageError
+from ..formats import Grid, ModuleScheme, compressed, own
+from ..ops import obs as obs_op
+from ..recipe import PACKED_BITS, Recipe
+from .settings import Settings
+
+_EMBED_BLOCK = 1 << 24  # weights of the embedding rounded at once
+EMBEDDING = ModuleScheme(8, 0, True, "pack-quantized", "int8")
+
+
+class Packing:
+    """The format of a run ("dense", "pack-quantized" or "distaya") and the schemes it gives out.
+
+    settings: those of the run, with grids such as the format stores.
+    planned: what every quantised module will hold, as far as that is known before the run; schemes:
+    what those written hold. notices: what the user should know.
+    """
+
+    def __init__(
+        self, recipe: Recipe, settings: Settings, checkpoint: Checkpoint, names: list[str]
+    ):
+        """names: full names of the Linears that the run changes."""
+        self.settings, self.checkpoint = settings, checkpoint
+        self.notices: list[str] = []
+        self.dtype = checkpoint.dtype  # of the scales
+        shapes = {name: checkpoint.entries[f"{name}.weight"].shape for name in names}
+        self.format = self._choose(recipe, shapes)
+        self.settings = self._settled(recipe)
+        self.planned: dict[str, ModuleScheme] = {}
+        if self.format != "dense" and settings.bits is not None:
+            self.planned = {name: self._plan(*shape) for name, shape in shapes.items()}
+        self.ends = self._ends() if recipe.embed_bits else []
+        self.planned |= dict.fromkeys(self.ends, EMBEDDING)
+        self.schemes: dict[str, ModuleScheme] = {}
+        self._counted: dict[str, int] = {}  # weights kept by modules that are encoded
+
+    def encode(self, name: str, grid: Grid) -> dict[str, torch.Tensor]:
+        """Tensors by suffix of a module, in the smaller of the encodings its format has."""
+        scheme = self.planned[name]
+        if scheme.encoding == "bitmask":
+            self._counted[name] = int(grid.kept().sum())
+            scheme = self._smaller(grid.rows, grid.cols, self._counted[name])
+        self.schemes[name] = scheme
+        return scheme.encode(grid)
+
+    def embedding(self, name: str) -> Grid:
+        """Embedding or head rounded to the nearest of 8 bits, symmetric, one scale per row."""
+        key = f"{name}.weight"
+        W = self.checkpoint.read([key])[key]
+        quant = obs_op.Quant(8, 0, symmetric=True, scale_dtype=self.dtype)
+        codes = torch.empty(W.shape, dtype=torch.uint8)
+        scales = torch.empty(len(W), 1, dtype=self.dtype)
+        step = max(1, _EMBED_BLOCK // W.shape[1])
+        for start in range(0, len(W), step):
+            rows = slice(start, start + step)
+            _, codes[rows], scales[rows], _ = obs_op.quantize(W[rows].to(self.dtype), quant)
+        return Grid(codes, scales, None, 8, 0)
+
+    def config(self) -> dict[str, Any] | None:
+        """quantization_config of what was written, None when nothing is packed."""
+        if not self.schemes:
+            return None
+        if self.format == "distaya":
+            return own.write(self.schemes)
+        return compressed.write(self.schemes, self._dense_linears())
+
+    def predicted(self) -> int:
+        """Bytes of the weight files, headers included, from shapes and schemes alone.
+
+        Of bitmasks that are not encoded yet it is the most: rounding turns some of the weights that
+        pruning leaves into zeros.
+        """
+        total, needs = 0, {}
+        for name, entry in self.checkpoint.entries.items():
+            module = name.removesuffix(".weight")
+            scheme = self.schemes.get(module) or self.planned.get(module)
+            if scheme is None:
+                needs[name] = (entry.dtype, entry.shape)
+                total += entry.nbytes
+                continue
+            kept = self._counted.get(module, self._kept(*entry.shape))
+            total += scheme.nbytes(*entry.shape, self.dtype, kept)
+            for suffix, (dtype, shape) in scheme.tensors(*entry.shape, self.dtype).items():
+                needs[f"{module}.{suffix}"] = (dtype, shape or (entry.shape[0] * entry.shape[1],))
+        return total + header_bytes(needs)
+
+    def _choose(self, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
+        bits, group = self.settings.bits, self.settings.group
+        if recipe.format == "dense" or (bits is None and recipe.embed_bits is None):
+            return "dense"
+        if recipe.embed_bits is None and bits not in PACKED_BITS:
+            known = ", ".join(map(str, PACKED_BITS))
+            self.notices.append(
+                f"{bits} bits have no packed form (those of {known} have), so the rounded weights "
+                "are written as dense ones"
+            )
+            return "dense"
+        if recipe.format == "distaya" or recipe.embed_bits is not None or bits == 3:
+            return "distaya"
+        ragged = [(name, shape[1]) for name, shape in shapes.items() if _ragged(group, shape[1])]
+        if not ragged:
+            return "pack-quantized"
+        where = f"{ragged[0][0]} has {ragged[0][1]} inputs, which groups of {group} do not divide"
+        if recipe.format == "pack-quantized":
+            raise UsageError(f"format pack-quantized cannot hold this model: {where}")
+        self.notices.append(f"{where}: written as distaya instead of pack-quantized")
+        return "distaya"
+
+    def _settled(self, recipe: Recipe) -> Settings:
+        """The settings with grids as the format stores them: rounded scales, columns in order."""
+        settings = self.settings
+        if self.format == "dense":
+            return settings
+        symmetric = settings.symmetric
+        if self.format == "pack-quantized":
+            symmetric = recipe.symmetric is None or recipe.symmetric
+            if not symmetric:
+                self.notices.append(
+                    "asymmetric pack-quantized weights load in vLLM and here; transformers with "
+                    "compressed-tensors up to 0.20 load only symmetric ones"
+                )
+        return dataclasses.replace(
+            settings,
+            scale_dtype=self.dtype,
+            static=settings.order == "activation",
+            symmetric=symmetric,
+        )
+
+    def _plan(self, rows: int, cols: int) -> ModuleScheme:
+        dense = self._dense_coded(cols)
+        prunes = self.settings.sparsity or self.settings.nm
+        if self.format != "distaya" or dense.bits != 4 or not prunes:
+            return dense
+        return self._smaller(rows, cols, self._kept(rows, cols))
+
+    def _dense_coded(self, cols: int) -> ModuleScheme:
+        bits, group = self.settings.bits, self.settings.group
+        kind = {3: "int3", 8: "int8"}.get(bits)
+        return ModuleScheme(bits, group if group < cols else 0, self.settings.symmetric, kind=kind)
+
+    def _smaller(self, rows: int, cols: int, kept: int) -> ModuleScheme:
+        """Bitmask or dense codes, whichever takes fewer bytes."""
+        dense = self._dense_coded(cols)
+        kind = "int4-2:4" if self.settings.nm == (2, 4) else "int4-mask"
+        mask = dataclasses.replace(dense, encoding="bitmask", kind=kind)
+        sizes = [s.nbytes(rows, cols, self.dtype, kept) for s in (mask, dense)]
+        return mask if sizes[0] < sizes[1] else dense
+
+    def _kept(self, rows: int, cols: int) -> int:
+        """Weights that pruning leaves; rounding may turn some more of them into zeros."""
+        if self.settings.nm is not None:
+            n, m = self.settings.nm
+            return rows * cols * n // m
+        return rows * cols - int(rows * cols * (self.settings.sparsity or 0.0))
+
+    def _ends(self) -> list[str]:
+        """The embedding, and the head where it is another matrix."""
+        architecture, entries = self.checkpoint.architecture, self.checkpoint.entries
+        tied = self.checkpoint.tied
+        ends = [architecture.embed] if tied else [architecture.embed, architecture.head]
+        return [name for name in ends if f"{name}.weight" in entries]
+
+    def _dense_linears(self) -> list[str]:
+        """Linears that a reader would take for quantised by their class."""
+        architecture = self.checkpoint.architecture
+        layers = range(self.checkpoint.config.num_hidden_layers)
+        every: Iterable[str] = (
+            f"{architecture.layers}.{i}.{name}" for i in layers for name in architecture.linears()
+        )
+        return [name for name in (architecture.head, *every) if name not in self.schemes]
+
+
+def _ragged(group: int, cols: int) -> bool:
+    return 0 < group < cols and cols % group != 0
