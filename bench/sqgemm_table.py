@@ -147,7 +147,10 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     threads = [int(part) for part in args.threads.split(",")]
-    say = lambda line: print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)  # noqa: E731
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+
     cpu = torch.device("cpu")
     machine = limits.Machine(cpu)
     whole = Result()
@@ -158,9 +161,8 @@ def main() -> None:
         whole.limits = part.limits
     whole.rows = kernels.limited(whole.rows, whole.limits)
     sizes = shapes.Model(256, 512, 4, 2, 8) if args.smoke else None
-    streamed = 1 << 18 if args.smoke else 4 * limits.cache_bytes(cpu)
-    modes = ("a8", "exact")
-    layers = layer.measure("aya-8b", LAYER_KINDS, threads, streamed, modes=modes, sizes=sizes)
+    streamed = 1 << 18 if args.smoke else None
+    layers = layer.measure("aya-8b", LAYER_KINDS, threads, streamed, sizes=sizes)
     for line in report.layer_lines(layers):
         say(line)
     verdicts = bars(whole.rows, layers)

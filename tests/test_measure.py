@@ -288,6 +288,12 @@ def test_a_layer_decodes_packed_and_dense():
     assert "int4-mask" in report.layer_lines(rows)[2]
 
 
+def test_a_layer_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 1 << 30)
+    with pytest.raises(ResourceError, match=r"aya-32b layer needs .* GiB of memory and 1\.0 GiB"):
+        layer.measure("aya-32b", ["int4"], [1], 1)
+
+
 # ---- the command ----
 
 
@@ -305,6 +311,15 @@ def test_bench_alone_means_kernels(quick):
     assert again.stderr == "" and {r["tokens"] for r in body["rows"]} == {1}
 
 
+def test_bench_layer(monkeypatch, quick):
+    monkeypatch.setitem(shapes.MODELS, "tiny-aya", Model(128, 256, 4, 2, 8))
+    flags = ("layer", "--size", "tiny-aya", "--kind", "int4", "--threads", 1, "--exact")
+    body = json.loads(bench(*flags, "--json").stdout)
+    assert [r["name"] for r in body["rows"]] == ["dense bf16", "int4", "int4 exact"]
+    assert body["bench"] == "layer" and body["rows"][0]["times_dense"] == 1
+    assert "x dense bf16" in bench(*flags).stdout
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -317,6 +332,8 @@ def test_bench_alone_means_kernels(quick):
         (["--device", "tpu"], ["'tpu'"]),
         (["--sparse"], ["--sparse"]),
         (["models"], ["models"]),
+        (["layer", "--size", "aya"], ["'aya'", "aya-8b"]),
+        (["layer", "--kind", "int5"], ["'int5'"]),
         (["model", "m", "--new", "0"], ["--new"]),
         (["model"], ["path", "bench model --help"]),
     ],

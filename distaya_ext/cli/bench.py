@@ -28,7 +28,7 @@ class Group(TyperGroup):
 
 app = typer.Typer(
     cls=Group,
-    help="Measure speed here: kernels (the default) or a whole model.",
+    help="Measure speed here: kernels (the default), one decoder layer, or a whole model.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -84,11 +84,36 @@ def kernels(
     out = console()
     for table in report.kernel_tables(result.rows):
         out.print(table)
-    if result.contended:
-        out.print(
-            f"{len(result.contended)} of {len(result.rows)} rows are contended: something else "
-            "ran beside them, and they say little."
-        )
+    _tell_contended(out, len(result.contended), len(result.rows))
+
+
+@app.command("layer")
+def layer(
+    size: Annotated[str, typer.Option(help="aya-8b, aya-32b or tiny-aya.")] = "aya-8b",
+    kind: Annotated[list[str] | None, typer.Option(help="As of kernels; may be repeated.")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Numbers of threads, as 1,2; torch's own without it.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Full-precision activations too.")] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Decode through one decoder layer of an Aya shape, packed beside dense bf16, out of cache."""
+    from ..measure import layer as source
+    from ..measure import report, rulers, shapes
+    from .output import console, print_json
+
+    if size not in shapes.MODELS:
+        raise UsageError(f"size {size!r} is none of {', '.join(shapes.MODELS)}")
+    kinds = rulers.kinds_of(shapes.of_model(size)[0], kind or QUICK["kinds"])
+    modes = rulers.MODES if exact else rulers.MODES[:1]
+    rows = source.measure(size, kinds, _threads(threads), modes=modes)
+    if json:
+        print_json(report.layer_json(rows))
+        return
+    out = console()
+    out.print(report.layer_table(rows))
+    _tell_contended(out, sum(row.contended for row in rows), len(rows))
 
 
 @app.command("model")
@@ -127,8 +152,10 @@ def model(
         result = source.measure(path, against, setting, note=reporter.say)
     if json:
         print_json(report.model_json(result))
-    else:
-        console().print(report.model_table(result))
+        return
+    out = console()
+    out.print(report.model_table(result))
+    _tell_contended(out, sum(row.contended for row in result.rows), len(result.rows))
 
 
 def _line(row: Any) -> str:
@@ -137,6 +164,14 @@ def _line(row: Any) -> str:
         f"{row.shape}, {_count(row.threads, 'thread')}, {_count(row.tokens, 'token')}, {row.name}: "
         f"{row.seconds * 1e3:.3g} ms, {best}"
     )
+
+
+def _tell_contended(out: Any, count: int, rows: int) -> None:
+    if count:
+        out.print(
+            f"{count} of {rows} rows are contended: something else ran beside them, and they say "
+            "little."
+        )
 
 
 def _count(number: int, what: str) -> str:
@@ -151,8 +186,6 @@ def _plan(
     full: bool,
     device: str,
 ) -> Any:
-    import torch
-
     from ..device import find_device
     from ..measure import shapes
     from ..measure.kernels import Plan
@@ -167,7 +200,7 @@ def _plan(
         kinds_of(each, kinds)  # refuses unknown kinds before any work
     counts = numbers("--tokens", tokens) if tokens else None
     if device == "cpu":
-        asked = numbers("--threads", threads) if threads else [torch.get_num_threads()]
+        asked = _threads(threads)
     elif threads:
         raise UsageError("--threads is for the CPU; a GPU uses all it has")
     else:
@@ -179,6 +212,12 @@ def _plan(
         threads=asked,
         device=find_device(device, kernels=True),
     )
+
+
+def _threads(text: str | None) -> list[int]:
+    import torch
+
+    return numbers("--threads", text) if text else [torch.get_num_threads()]
 
 
 def numbers(flag: str, text: str, most: int = 1 << 20) -> list[int]:

@@ -20,7 +20,7 @@ from .shapes import Shape
 _SAMPLE = 0.02  # seconds one sample should last at least
 _SLOW, _SLOWER = 0.25, 1.0  # seconds of calls that are timed only 3 times, 2 times
 _RUNS = 5
-_AGAIN = 2  # times a comparison is repeated when a contender had no quiet run
+_AGAIN = 1  # times a comparison is repeated when a contender had no quiet run
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ResourceError
 from ..ops import pack
-from . import clock, rulers
+from . import clock, limits, rulers
 from .clock import Contender
 from .shapes import MODELS, Model, Shape
 
 CONTEXT = 128  # tokens in the cache before the first step
 _STEPS = 8  # tokens of one sample; more where the copies are more
 _RUNS = 5
-_AGAIN = 2  # times a comparison is repeated when a contender had no quiet run
+_AGAIN = 1  # times a comparison is repeated when a contender had no quiet run
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def measure(
     model: str,
     kinds: Sequence[str],
     threads: Sequence[int],
-    streamed: int,
+    streamed: int | None = None,
     *,
     modes: Sequence[str] = rulers.MODES[:1],
     sizes: Model | None = None,
@@ -52,9 +53,19 @@ def measure(
 ) -> list[LayerRow]:
     """Rows of "dense bf16" and of every kind x mode, for each number of threads; CPU only.
 
-    model names the sizes (shapes.MODELS) unless they are given. streamed: bytes of copies.
+    model names the sizes (shapes.MODELS) unless they are given. streamed: bytes of copies, four
+    times the last cache without it. ResourceError when the dense layer does not fit into memory.
     """
     sizes = sizes or MODELS[model]
+    cpu = torch.device("cpu")
+    streamed = streamed or 4 * limits.cache_bytes(cpu)
+    weights = sizes.hidden * (2 * sizes.hidden + 2 * sizes.kv + 3 * sizes.ff)
+    need = 3 * weights + (len(kinds) + 1) * (weights + streamed)
+    if need > limits.free_bytes(cpu):
+        raise ResourceError(
+            f"a {model} layer needs {need / 2**30:.1f} GiB of memory and "
+            f"{limits.free_bytes(cpu) / 2**30:.1f} GiB are free"
+        )
     found: list[LayerRow] = []
     with clock.threads_kept(), torch.inference_mode():
         torch.set_num_threads(max(threads))

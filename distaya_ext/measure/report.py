@@ -157,6 +157,34 @@ def model_json(result: ModelResult) -> dict[str, Any]:
     }
 
 
+def layer_table(rows: Sequence[LayerRow]) -> Table:
+    """One line for each way the layer's weights are kept and number of threads."""
+    from rich.table import Table
+
+    title = f"one {rows[0].model} layer, decode, weights from memory"
+    table = Table(title=title, title_justify="left")
+    table.add_column("threads", justify="right")
+    table.add_column("weights")
+    for head in ("MiB", "tokens/s", "GB/s", "x dense bf16"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        mark = " (contended)" if row.contended else ""
+        cells = [f"{row.nbytes / 2**20:.0f}", f"{row.tokens_per_second:.0f}", f"{row.gbs:.1f}"]
+        table.add_row(str(row.threads), row.name + mark, *cells, f"{row.times_dense:.2f}")
+    return table
+
+
+def layer_json(rows: Sequence[LayerRow]) -> dict[str, Any]:
+    """One JSON object; every number in it was measured in this run."""
+    return {
+        "version": VERSION,
+        "bench": "layer",
+        "machine": clock.machine(),
+        "contended": sum(row.contended for row in rows),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
 def layer_lines(rows: Sequence[LayerRow]) -> list[str]:
     """One sentence for each packed row."""
     return [
