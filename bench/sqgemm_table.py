@@ -86,7 +86,8 @@ def bars(rows: Sequence[Row], layers: Sequence[LayerRow], threads: int = 2) -> l
         ):
             ours, other = by.get((shape, tokens, "int4")), by.get((shape, tokens, ruler))
             if ours and other:
-                text = f"{shape}, {tokens} tokens, int4 times {ruler}"
+                plural = "s" * (tokens > 1)
+                text = f"{shape}, {tokens} token{plural}, int4 times {ruler}"
                 found.append(Bar(text, ours.ratios[ruler], wanted, _why(ours, other)))
         ours = by.get((shape, 1, "int4"))
         if ours is None:
@@ -180,11 +181,16 @@ def main() -> None:
         body = report.kernels_json(whole, **more)
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     if args.readme and not args.smoke:
-        spoilt = [f"{r.shape} {r.tokens} {r.name}" for r in whole.contended]
-        spoilt += [f"layer {r.name}" for r in layers if r.contended]
-        if spoilt:
-            raise SystemExit(f"README.md left alone, contended rows: {'; '.join(spoilt)}")
-        harness.write_table(ROOT / "README.md", "sqgemm", text(whole, layers))
+        write_readme(whole, layers)
+
+
+def write_readme(result: Result, layers: Sequence[LayerRow]) -> None:
+    """Unless a row is contended."""
+    spoilt = [f"{r.shape} {r.tokens} {r.name}" for r in result.contended]
+    spoilt += [f"layer {r.name}" for r in layers if r.contended]
+    if spoilt:
+        raise SystemExit(f"README.md left alone, contended rows: {'; '.join(spoilt)}")
+    harness.write_table(ROOT / "README.md", "sqgemm", text(result, layers))
 
 
 def tell(row: Row) -> str:
