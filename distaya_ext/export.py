@@ -113,10 +113,7 @@ def _targets(checkpoint: Checkpoint, to: str) -> tuple[dict[str, ModuleScheme | 
     if all(scheme is None for scheme in found.values()):
         raise UsageError(f"nothing of this model can be stored as {to}; export it to dense")
     if to == "pack-quantized" and not all(s.symmetric for s in found.values() if s is not None):
-        notices.append(
-            "asymmetric pack-quantized weights load in vLLM and here; transformers with "
-            "compressed-tensors up to 0.20 load only symmetric ones"
-        )
+        notices.append(compressed.ASYMMETRIC)
     return found, notices
 
 

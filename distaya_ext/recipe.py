@@ -72,7 +72,7 @@ class Recipe(_Strict):
     searched in module names.
 
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
-    transformers load no others, and asymmetric ones, which fit closer, for everything else.
+    transformers load no others as they are, and else asymmetric ones, which fit closer.
 
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers and vLLM read them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,

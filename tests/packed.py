@@ -1,99 +1,49 @@
-"""Folders of packed models and their dense twins: round-to-nearest grids of a dense folder."""
+"""Random content that fits each kind of packed matrix."""
 
-import json
-from dataclasses import replace
-from pathlib import Path
+import itertools
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from distaya_ext.checkpoint import copy_companions, open_checkpoint
-from distaya_ext.formats import Grid, ModuleScheme, compressed, gptq, own
-from distaya_ext.models.skeleton import build_skeleton
-from distaya_ext.ops import obs
-from distaya_ext.quant import Quant
+from distaya_ext.ops import pack as P
 
-WRITERS = {
-    "pack-quantized": lambda modules: compressed.write(modules, ["lm_head"]),
-    "gptq": lambda modules: gptq.write(modules, ["lm_head"]),
-    "distaya": own.write,
-}
+CASES = [(kind, None) for kind in P.KINDS if kind != "int4-out"]
+CASES += [("int4-out", nm) for nm in ((1, 2), (2, 4), (4, 8), (1, 16), (11, 16))]
+GRIDS = list(itertools.product((32, 64, 128, 0), (True, False), P.SCALES))
+SHAPES = [(0, 0), (3, 0), (0, 5), (1, 1), (1, 300), (130, 1), (64, 128), (65, 129), (70, 283)]
 
 
-def prune(W: torch.Tensor, pattern: str | None) -> torch.Tensor:
-    """The larger weights of each group ("2:4", "out 2:4"), or the larger half of all ("half")."""
-    if pattern is None:
-        return W
-    if pattern == "half":
-        return torch.where(W.abs() >= W.abs().median(), W, 0.0)
-    V = W.t() if pattern.startswith("out") else W
-    order = V.abs().reshape(len(V), -1, 4).argsort(dim=2).argsort(dim=2)
-    kept = torch.where((order >= 2).reshape(V.shape), V, 0.0)
-    return kept.t().contiguous() if pattern.startswith("out") else kept
+def keep(cols: int, n: int, m: int, rng: torch.Generator, rows: int) -> torch.Tensor:
+    """bool [rows, cols]: n random survivors of every m columns (fewer in a short last group)."""
+    groups = -(-cols // m)
+    rank = torch.rand(rows, groups, m, generator=rng).argsort(-1).argsort(-1)
+    return (rank < n).reshape(rows, groups * m)[:, :cols]
 
 
-def grid_of(W: torch.Tensor, scheme: ModuleScheme, scales: torch.dtype) -> Grid:
-    """Round W to the nearest codes of the scheme."""
-    quant = Quant(scheme.bits, scheme.group, scheme.symmetric, scale_dtype=scales)
-    _, codes, scale, zeros = obs.quantize(W.float().contiguous(), quant)
-    zeros = None if scheme.symmetric else zeros.to(torch.uint8)
-    return Grid(codes, scale.to(scales), zeros, scheme.bits, scheme.group)
+def content(kind, rows, cols, group=128, symmetric=True, dtype=torch.bfloat16, nm=None, seed=0):
+    """Random codes that fit the kind, scales and zeros."""
+    rng = torch.Generator().manual_seed(seed)
+    form = P.Format(kind, rows, cols, group, symmetric, dtype, nm)
+    top = 2**form.bits
+    codes = torch.randint(0, top, (rows, cols), generator=rng, dtype=torch.uint8)
+    scales = torch.randn(rows, form.groups, generator=rng).to(dtype)
+    zeros = torch.randint(0, top, scales.shape, generator=rng, dtype=torch.uint8)
+    if symmetric:
+        zeros.fill_(top // 2)
+    kept = torch.ones(rows, cols, dtype=torch.bool)
+    if kind == "int4-mask":
+        kept = torch.rand(rows, cols, generator=rng) < 0.5
+    elif kind == "int4-2:4":
+        kept = keep(cols, 2, 4, rng, rows)
+    elif nm is not None:
+        kept = keep(rows, *nm, rng, cols).t()
+    codes = torch.where(kept, codes, wide(zeros, group, cols)).contiguous()
+    return codes, scales, None if symmetric else zeros
 
 
-def write(
-    source: Path,
-    out: Path,
-    scheme: ModuleScheme,
-    *,
-    method: str = "pack-quantized",
-    pattern: str | None = None,
-    embed_bits: int | None = None,
-    scales: torch.dtype = torch.bfloat16,
-) -> tuple[Path, Path]:
-    """Quantise a dense folder; returns the packed folder and its dense twin in float32."""
-    checkpoint = open_checkpoint(source)
-    skeleton = build_skeleton(checkpoint.config, torch.float32)
-    table = checkpoint.architecture
-    packed, dense, modules = {}, {}, {}
-    weights = checkpoint.read(checkpoint.entries)
-    for name, module in skeleton.named_modules():
-        if name == table.embed and embed_bits:
-            modules[name] = ModuleScheme(embed_bits, 0, True, kind=f"int{embed_bits}")
-        elif isinstance(module, nn.Linear) and name.startswith(f"{table.layers}."):
-            modules[name] = scheme
-    for name, W in weights.items():
-        module = name.removesuffix(".weight")
-        if module not in modules or name.endswith(".bias"):
-            packed[name] = dense[name] = W
-            continue
-        its = modules[module]
-        grid = grid_of(W if its.bits == 8 else prune(W.float(), pattern), its, scales)
-        packed |= {f"{module}.{suffix}": t for suffix, t in its.encode(grid).items()}
-        dense[name] = grid.dense(torch.float32)
-    for folder, tensors in ((out / "packed", packed), (out / "twin", dense)):
-        folder.mkdir(parents=True)
-        copy_companions(source, folder)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
-    edit_config(out / "packed", quantization_config=WRITERS[method](modules))
-    edit_config(out / "twin", dtype="float32")
-    return out / "packed", out / "twin"
+def wide(grid: torch.Tensor, group: int, cols: int) -> torch.Tensor:
+    return grid.repeat_interleave(group or max(cols, 1), 1)[:, :cols]
 
 
-def edit_config(folder: Path, **fields) -> None:
-    """Change fields of config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def edit_tensors(folder: Path, change) -> None:
-    """change(tensors) in place, then save them again."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def w4(group: int = 32, symmetric: bool = True, **fields) -> ModuleScheme:
-    """Four bits."""
-    return replace(ModuleScheme(4, group, symmetric), **fields)
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    as_bytes = [x.contiguous().view(-1).view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import packed
+import packed_folders
 import pytest
 import tiny
 import torch
-from packed import w4
+from packed_folders import w4
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CohereForCausalLM
 
 import distaya_ext
@@ -22,14 +22,14 @@ IDS = torch.arange(3, 12)[None]
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("plain")
     source = tiny.make(root / "dense", tiny.FAMILIES["cohere"])
-    return packed.write(source, root / "out", w4(), method="distaya", embed_bits=8)[0]
+    return packed_folders.write(source, root / "out", w4(), method="distaya", embed_bits=8)[0]
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     root = tmp_path_factory.mktemp("stock")
     source = tiny.make(root / "dense", tiny.FAMILIES["llama"])
-    return packed.write(source, root / "out", w4())[0]
+    return packed_folders.write(source, root / "out", w4())[0]
 
 
 def run(code: str, *arguments) -> str:
@@ -130,7 +130,9 @@ def test_a_stock_method_is_still_loaded_by_stock_code(stock):
 
 def test_what_our_hooks_refuse(folder):
     with pytest.raises(InputError, match="safetensors files"):
-        CohereForCausalLM.from_pretrained(None, config=AutoConfig.from_pretrained(folder), state_dict={})
+        CohereForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(folder), state_dict={}
+        )
     from distaya_ext.runtime.quantizer import FolderConfig, PackedQuantizer
 
     quantizer = PackedQuantizer(FolderConfig(quant_method="distaya"))

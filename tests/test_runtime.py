@@ -3,12 +3,12 @@
 import copy
 import pickle
 
-import packed
+import packed_folders
 import pytest
 import tiny
 import torch
-from packed import w4
-from safetensors import safe_open
+from packed_folders import w4
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import distaya_ext
@@ -32,7 +32,9 @@ def folders(tmp_path_factory):
             source = root / family
             if not source.exists():
                 tiny.make(source, tiny.FAMILIES[family])
-            made[key] = packed.write(source, root / f"{family}-{len(made)}", scheme, **options)
+            made[key] = packed_folders.write(
+                source, root / f"{family}-{len(made)}", scheme, **options
+            )
         return made[key]
 
     return make
@@ -118,10 +120,9 @@ def test_what_is_saved_loads_again_bit_for_bit(folders, name, tmp_path):
     folder, _ = folders("llama", scheme, method=method, pattern=pattern)
     model = distaya_ext.load(folder)
     model.save_pretrained(tmp_path / "again")
-    with safe_open(folder / "model.safetensors", "pt") as one:
-        with safe_open(tmp_path / "again" / "model.safetensors", "pt") as two:
-            assert sorted(one.keys()) == sorted(two.keys())
-            assert all(torch.equal(one.get_tensor(k), two.get_tensor(k)) for k in one.keys())
+    one, two = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert sorted(one) == sorted(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
     again = distaya_ext.load(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
 
@@ -145,7 +146,7 @@ def test_dtypes(folders, dtype):
 
 def test_auto_dtype_is_that_of_the_folder(tmp_path):
     source = tiny.make(tmp_path / "dense", tiny.FAMILIES["qwen3"], dtype=torch.bfloat16)
-    folder, _ = packed.write(source, tmp_path / "out", w4())
+    folder, _ = packed_folders.write(source, tmp_path / "out", w4())
     assert distaya_ext.load(folder).dtype == torch.bfloat16
     with pytest.raises(UsageError, match="'int8' is none of auto"):
         distaya_ext.load(folder, dtype="int8")
@@ -163,9 +164,9 @@ def test_state_dict_is_what_the_folder_holds(folders):
     folder, _ = folders("cohere", method="distaya", embed_bits=8)
     model = distaya_ext.load(folder)
     state = model.state_dict()
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert sorted(state) == sorted(file.keys())
-        assert all(torch.equal(state[name], file.get_tensor(name)) for name in file.keys())
+    held = load_file(folder / "model.safetensors")
+    assert sorted(state) == sorted(held)
+    assert all(torch.equal(state[name], held[name]) for name in held)
     pruned, _ = folders("cohere", method="distaya", embed_bits=8, pattern="2:4")
     other = distaya_ext.load(pruned)
     assert not torch.equal(logits(other), logits(model))
@@ -247,7 +248,9 @@ def test_hooks_on_a_part_of_a_fused_mlp_are_called(folders):
 def test_activations(tmp_path, act):
     config = copy.deepcopy(tiny.FAMILIES["llama"])
     config.hidden_act = act
-    folder, twin = packed.write(tiny.make(tmp_path / "dense", config), tmp_path / "out", w4())
+    folder, twin = packed_folders.write(
+        tiny.make(tmp_path / "dense", config), tmp_path / "out", w4()
+    )
     model = distaya_ext.load(folder, dtype="float32", exact=True)
     assert any(isinstance(m, PackedGLU) for m in model.modules()) == (act != "relu")
     close(logits(model), logits(twin_of(twin)), 3)
@@ -266,7 +269,7 @@ def spoil(folder, tmp_path, change):
 
     other = tmp_path / "spoilt"
     shutil.copytree(folder, other)
-    packed.edit_tensors(other, change)
+    packed_folders.edit_tensors(other, change)
     return other
 
 
@@ -332,7 +335,7 @@ def test_modules_and_versions_that_do_not_exist(folders, tmp_path):
     ):
         other = tmp_path / f"other-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(folder, other)
-        packed.edit_config(other, quantization_config={**about, **change})
+        packed_folders.edit_config(other, quantization_config={**about, **change})
         for load in (AutoModelForCausalLM.from_pretrained, distaya_ext.load):
             with pytest.raises(InputError) as caught:
                 load(other)

@@ -1,10 +1,10 @@
 """use_kernels on models that stock transformers and compressed-tensors loaded."""
 
-import packed
+import packed_folders
 import pytest
 import tiny
 import torch
-from packed import w4
+from packed_folders import w4
 from transformers import AutoModelForCausalLM
 
 import distaya_ext
@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(source, tmp_path_factory):
-    return packed.write(source, tmp_path_factory.mktemp("swap") / "out", w4())[0]
+    return packed_folders.write(source, tmp_path_factory.mktemp("swap") / "out", w4())[0]
 
 
 def stock(folder, **options):
@@ -44,7 +44,7 @@ def logits(model):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_stock_model_runs_on_our_kernels(source, tmp_path, name):
     scheme, pattern = FORMATS[name]
-    folder, _ = packed.write(source, tmp_path / "out", scheme, pattern=pattern)
+    folder, _ = packed_folders.write(source, tmp_path / "out", scheme, pattern=pattern)
     want = logits(stock(folder))  # decompressed by its first forward
     model = distaya_ext.use_kernels(stock(folder), exact=True)
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 14
@@ -79,7 +79,7 @@ def test_what_we_load_saves_for_stock_transformers_too(folder, tmp_path):
 def test_nothing_to_swap(source, folder):
     model = stock(folder)
     logits(model)
-    with pytest.raises(UsageError, match="made dense already.*right after from_pretrained"):
+    with pytest.raises(UsageError, match=r"made dense already.*right after from_pretrained"):
         distaya_ext.use_kernels(model)
     with pytest.raises(UsageError, match="holds no packed compressed-tensors weights"):
         distaya_ext.use_kernels(stock(source))
@@ -93,7 +93,7 @@ def test_a_spoilt_tensor_is_told_and_the_model_stays_usable(folder):
     gate = model.model.layers[1].mlp.gate_proj
     whole = gate.weight_shape.data.clone()
     gate.weight_shape.data = torch.tensor([1, 2])
-    with pytest.raises(InputError, match="layers.1.mlp.gate_proj.weight_shape says 1x2"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.gate_proj\.weight_shape says 1x2"):
         distaya_ext.use_kernels(model)
     gate.weight_shape.data = whole
     distaya_ext.use_kernels(model, exact=True)

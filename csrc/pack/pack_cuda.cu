@@ -20,26 +20,29 @@ struct Stage {
 
 // Calls body(q, r, index): group q of the tile, row r, index into [rows, groups] or -1 for padding.
 template <class Body>
-__device__ void over_grid(const Format& f, int64_t rt, int64_t ct, const Body& body) {
-  const int64_t first = f.group ? ct * groups_of(f) : 0;
-  for (int i = threadIdx.x; i < groups_of(f) * kTileRows; i += kThreads) {
+__device__ void over_grid(const Format& f, const Sizes& z, int64_t rt, int64_t ct,
+                          const Body& body) {
+  const int64_t first = f.group ? ct * z.tile_groups : 0;
+  for (int i = threadIdx.x; i < z.tile_groups * kTileRows; i += kThreads) {
     const int q = i / kTileRows, r = i % kTileRows;
     const int64_t row = rt * kTileRows + r, group = first + q;
-    body(q, r, row < f.rows && group < f.groups() ? row * f.groups() + group : -1);
+    body(q, r, row < f.rows && group < z.groups ? row * z.groups + group : -1);
   }
 }
 
-__device__ void stage_tile(const Format& f, const uint8_t* codes, const uint8_t* zeros, int64_t rt,
-                           int64_t ct, int64_t* bad_code, Stage& s) {
+__device__ void stage_tile(const Format& f, const Sizes& z, const uint8_t* codes,
+                           const uint8_t* zeros, int64_t rt, int64_t ct, int64_t* bad_code,
+                           Stage& s) {
   if (threadIdx.x == 0) s.crowded = 0;
-  over_grid(f, rt, ct, [&](int q, int r, int64_t i) {
+  over_grid(f, z, rt, ct, [&](int q, int r, int64_t i) {
     s.zero[q][r] = zeros && i >= 0 ? zeros[i] : static_cast<uint8_t>(f.symmetric_zero());
   });
   __syncthreads();
+#pragma unroll 4
   for (int i = threadIdx.x; i < kTileWeights; i += kThreads) {
     const int r = i / kTileCols, k = i % kTileCols;
     const int64_t row = rt * kTileRows + r, col = ct * kTileCols + k;
-    uint8_t code = s.zero[k / width_of(f)][r];
+    uint8_t code = s.zero[k >> z.shift][r];
     if (row < f.rows && col < f.cols) {
       code = codes[row * f.cols + col];
       if (bad_code && code >> f.bits()) report(bad_code, row * f.cols + col);
@@ -50,14 +53,14 @@ __device__ void stage_tile(const Format& f, const uint8_t* codes, const uint8_t*
 }
 
 // Threads 0..127: the mask of chunk threadIdx.x; then the places of all.
-__device__ void stage_chunks(const Format& f, Stage& s) {
+__device__ void stage_chunks(const Sizes& z, Stage& s) {
   const int chunk = threadIdx.x;
   if (chunk < kChunks) {
     const int r0 = chunk / 4 % 4 * 16, k0 = chunk / 16 * 16 + chunk % 4 * 4;
     uint64_t mask = 0;
     for (int i = 0; i < 64; ++i) {
       const int r = r0 + i / 4;
-      const bool kept = s.codes[r][k0 + i % 4] != s.zero[k0 / width_of(f)][r];
+      const bool kept = s.codes[r][k0 + i % 4] != s.zero[k0 >> z.shift][r];
       mask |= static_cast<uint64_t>(kept) << i;
     }
     s.mask[chunk] = mask;
@@ -70,24 +73,27 @@ __device__ void stage_chunks(const Format& f, Stage& s) {
   __syncthreads();
 }
 
+constexpr uint64_t kFirstColumn = 0x1111111111111111;  // of a chunk: a row is a nibble
+
 // The most kept of any `rows` consecutive rows of a column of a chunk.
 __device__ int most_of_rows(uint64_t mask, int rows) {
   const uint64_t run =
       (rows == 16 ? ~uint64_t{0} : (uint64_t{1} << 4 * rows) - 1) & 0x1111111111111111ull;
   int most = 0;
+#pragma unroll 1
   for (int r = 0; r < 16; r += rows)
+#pragma unroll
     for (int c = 0; c < 4; ++c) most = max(most, __popcll(mask >> (4 * r + c) & run));
   return most;
 }
 
-__global__ void __launch_bounds__(kThreads) survey_kernel(const Survey p) {
+__global__ void __launch_bounds__(kThreads) survey_kernel(const Survey p, const Sizes z) {
   __shared__ Stage s;
   __shared__ int most[kSurvey];
-  const int64_t wide = p.f.col_tiles();
-  for (int64_t tile = blockIdx.x; tile < p.f.tiles(); tile += gridDim.x) {
+  for (int64_t rt = blockIdx.y; rt < z.tall; rt += gridDim.y) {
     if (threadIdx.x < kSurvey) most[threadIdx.x] = 0;
-    stage_tile(p.f, p.codes, p.zeros, tile / wide, tile % wide, nullptr, s);
-    stage_chunks(p.f, s);
+    stage_tile(p.f, z, p.codes, p.zeros, rt, blockIdx.x, nullptr, s);
+    stage_chunks(z, s);
     if (threadIdx.x < kChunks) {
       const uint64_t mask = s.mask[threadIdx.x];
       int columns = 0;
@@ -98,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) survey_kernel(const Survey p) {
     }
     __syncthreads();
     if (threadIdx.x < kSurvey)
-      p.out[tile * kSurvey + threadIdx.x] =
+      p.out[(rt * z.wide + blockIdx.x) * kSurvey + threadIdx.x] =
           threadIdx.x == kValueBytes ? s.values : most[threadIdx.x];
     __syncthreads();  // the stage is overwritten by the next tile
   }
@@ -115,9 +121,10 @@ __device__ void put_scale(const Pack& p, uint8_t* scales, int at, int64_t i) {
   if ((bits & all) == all) report(p.bad + kBadScale, i);
 }
 
-__device__ void put_grid(const Pack& p, int64_t rt, int64_t ct, uint8_t* scales, uint8_t* zeros) {
+__device__ void put_grid(const Pack& p, const Sizes& z, int64_t rt, int64_t ct, uint8_t* scales,
+                         uint8_t* zeros) {
   const Format& f = p.f;
-  over_grid(f, rt, ct, [&](int q, int r, int64_t i) {
+  over_grid(f, z, rt, ct, [&](int q, int r, int64_t i) {
     const int at = q * kTileRows + r;
     if (f.scale == Dtype::f32)
       put_scale<uint32_t>(p, scales, at, i);
@@ -157,8 +164,9 @@ __device__ uint32_t dense_word(Kind kind, const Stage& s, int w) {
 }
 
 // The pair that is stored of the group of 4 columns from k on; reports one that keeps more than 2.
-__device__ uint32_t pair_at(const Pack& p, const Stage& s, int64_t rt, int64_t ct, int r, int k) {
-  const uint8_t zero = s.zero[k / width_of(p.f)][r];
+__device__ uint32_t pair_at(const Pack& p, const Sizes& z, const Stage& s, int64_t rt, int64_t ct,
+                            int r, int k) {
+  const uint8_t zero = s.zero[k >> z.shift][r];
   uint32_t kept = 0;
   for (int i = 0; i < 4; ++i) kept |= static_cast<uint32_t>(s.codes[r][k + i] != zero) << i;
   const uint32_t pair = pair_of(kept);
@@ -166,13 +174,14 @@ __device__ uint32_t pair_at(const Pack& p, const Stage& s, int64_t rt, int64_t c
   return pair;
 }
 
-__device__ uint32_t word_24(const Pack& p, const Stage& s, int64_t rt, int64_t ct, int w) {
+__device__ uint32_t word_24(const Pack& p, const Sizes& z, const Stage& s, int64_t rt, int64_t ct,
+                            int w) {
   uint32_t out = 0;
   if (w < 512) {
     const int r = w / 128 % 2 * 32 + w % 32, k0 = w / 256 * 64 + w / 32 % 4 * 16;
     for (int i = 0; i < 4; ++i) {
       const int k = k0 + 4 * i;
-      const uint32_t pair = pair_at(p, s, rt, ct, r, k);
+      const uint32_t pair = pair_at(p, z, s, rt, ct, r, k);
       out |= (s.codes[r][k + (pair & 3)] & 15u) << place_24(0, 4 * i, 0).bit;
       out |= (s.codes[r][k + (pair >> 2)] & 15u) << place_24(0, 4 * i, 1).bit;
     }
@@ -182,7 +191,7 @@ __device__ uint32_t word_24(const Pack& p, const Stage& s, int64_t rt, int64_t c
   for (int half = 0; half < 2; ++half)
     for (int q = 0; q < 4; ++q) {
       const int r = w % 32 + 32 * half, k = 64 * block + 16 * q + 4 * i;
-      out |= pair_at(p, s, rt, ct, r, k) << place_24_meta(r, k).bit;
+      out |= pair_at(p, z, s, rt, ct, r, k) << place_24_meta(r, k).bit;
     }
   return out;
 }
@@ -204,81 +213,88 @@ __device__ void write_chunk(const Stage& s, uint8_t* out, int room) {
   for (int i = (count + 1) / 2; i < room; ++i) out[i] = 0;
 }
 
-__device__ void pack_chunks(const Pack& p, int64_t rt, int64_t ct, uint8_t* record, Stage& s) {
+// Every group of a chunk that keeps more than n of m rows; the chunk begins at (row, col).
+__device__ void report_crowded(const Format& f, int64_t* bad, int64_t row, int64_t col,
+                               uint64_t mask) {
+  const uint64_t run = f.m == 16 ? kFirstColumn : kFirstColumn & ((uint64_t{1} << 4 * f.m) - 1);
+#pragma unroll 1
+  for (int i = 0; i < 64; i += i % 4 == 3 ? 4 * f.m - 3 : 1)
+    if (__popcll(mask >> i & run) > f.n) report(bad, (row + i / 4) * f.cols + col + i % 4);
+}
+
+__device__ void pack_chunks(const Pack& p, const Sizes& z, int64_t rt, int64_t ct, uint8_t* record,
+                            Stage& s) {
   const Format& f = p.f;
   const int chunk = threadIdx.x;
-  const int each = f.kind == Kind::int4_out ? f.chunk_values() : 0;
+  const int each = z.chunk_values;
   if (each && chunk < kChunks && most_of_rows(s.mask[chunk], f.m) > f.n) {
     s.crowded = 1;
-    for (int r = 0; r < 16; r += f.m)
-      for (int c = 0; c < 4; ++c)
-        if (most_of_rows(s.mask[chunk] >> 4 * r & 0x1111111111111111ull << c &
-                             (f.m == 16 ? ~uint64_t{0} : (uint64_t{1} << 4 * f.m) - 1),
-                         f.m) > f.n) {
-          const int64_t row = rt * kTileRows + chunk / 4 % 4 * 16 + r;
-          const int64_t col = ct * kTileCols + chunk / 16 * 16 + chunk % 4 * 4 + c;
-          report(p.bad + kBadPattern, row * f.cols + col);
-        }
+    report_crowded(f, p.bad + kBadPattern, rt * kTileRows + chunk / 4 % 4 * 16,
+                   ct * kTileCols + chunk / 16 * 16 + chunk % 4 * 4, s.mask[chunk]);
   }
   __syncthreads();
   if (s.crowded) return;  // its codes would not fit in here
-  uint8_t* body = record + f.body_at();
+  uint8_t* body = record + z.body_at;
   if (chunk < kChunks) {
     reinterpret_cast<uint64_t*>(body)[chunk] = s.mask[chunk];
     write_chunk(s, body + kMaskBytes + (each ? chunk * each : s.starts[chunk]), each);
   }
   if (!each) {
-    const int64_t end = f.mask_record_bytes(s.values);
-    for (int64_t i = f.values_at() + s.values + chunk; i < end; i += kThreads) record[i] = 0;
+    const int64_t end = z.mask_record(s.values);
+    for (int64_t i = z.body_at + kMaskBytes + s.values + chunk; i < end; i += kThreads)
+      record[i] = 0;
   }
 }
 
-__device__ void pack_tile(const Pack& p, int64_t rt, int64_t ct, Stage& s) {
+__device__ void pack_tile(const Pack& p, const Sizes& z, int64_t rt, int64_t ct, Stage& s) {
   const Format& f = p.f;
-  const int64_t tile = rt * f.col_tiles() + ct;
-  stage_tile(f, p.codes, p.zeros, rt, ct, p.bad + kBadCode, s);
+  const int64_t tile = rt * z.wide + ct;
+  stage_tile(f, z, p.codes, p.zeros, rt, ct, p.bad + kBadCode, s);
   const bool chunks = f.kind == Kind::int4_mask || f.kind == Kind::int4_out;
-  if (chunks) stage_chunks(f, s);
-  uint8_t* record = p.data + tile * f.record_bytes();
+  if (chunks) stage_chunks(z, s);
+  uint8_t* record = p.data + tile * z.record;
   if (f.kind == Kind::int4_mask) {
     const int64_t begin = p.offsets[tile], end = p.offsets[tile + 1];
-    if (begin < f.offsets_bytes() || begin % 16 || end - begin != f.mask_record_bytes(s.values) ||
-        end > p.bytes - f.row_section_bytes() - kTail) {
+    if (begin < z.offsets || begin % 16 || end - begin != z.mask_record(s.values) ||
+        end > p.bytes - z.section - kTail) {
       if (threadIdx.x == 0) report(p.bad + kBadRecord, tile);
       return;
     }
     record = p.data + begin;
   }
-  if (f.group) put_grid(p, rt, ct, record, record + f.zeros_at());
-  if (chunks) return pack_chunks(p, rt, ct, record, s);
-  auto* body = reinterpret_cast<uint32_t*>(record + f.body_at());
+  if (f.group) put_grid(p, z, rt, ct, record, record + z.zeros_at);
+  if (chunks) return pack_chunks(p, z, rt, ct, record, s);
+  auto* body = reinterpret_cast<uint32_t*>(record + z.body_at);
+#pragma unroll 1
   for (int w = threadIdx.x; w < f.body_bytes() / 4; w += kThreads)
-    body[w] = f.kind == Kind::int4_24 ? word_24(p, s, rt, ct, w) : dense_word(f.kind, s, w);
+    body[w] = f.kind == Kind::int4_24 ? word_24(p, z, s, rt, ct, w) : dense_word(f.kind, s, w);
 }
 
-__global__ void __launch_bounds__(kThreads) pack_kernel(const Pack p) {
+template <Kind kKind>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const Pack any, const Sizes z) {
   __shared__ Stage s;
+  const Pack p = of_kind<kKind>(any);
   const Format& f = p.f;
-  const int64_t wide = f.col_tiles() > 0 ? f.col_tiles() : 1;
-  for (int64_t i = blockIdx.x; i < f.row_tiles() * wide; i += gridDim.x) {
-    const int64_t rt = i / wide, ct = i % wide;
+  const int64_t ct = blockIdx.x;
+  for (int64_t rt = blockIdx.y; rt < z.tall; rt += gridDim.y) {
     if (!f.group && ct == 0) {
-      const Grid at = row_grid_at(f, p.data + p.bytes - kTail - f.row_section_bytes(), rt);
-      put_grid(p, rt, 0, const_cast<uint8_t*>(at.scales), const_cast<uint8_t*>(at.zeros));
+      const Grid at = row_grid_at(f, z, p.data + p.bytes - kTail - z.section, rt);
+      put_grid(p, z, rt, 0, const_cast<uint8_t*>(at.scales), const_cast<uint8_t*>(at.zeros));
     }
-    if (ct < f.col_tiles()) pack_tile(p, rt, ct, s);
+    if (ct < z.wide) pack_tile(p, z, rt, ct, s);
     __syncthreads();  // the stage is overwritten by the next tile
   }
-  if (f.kind == Kind::int4_mask && blockIdx.x == 0 && threadIdx.x == 0 &&
-      f.bytes(p.offsets[f.tiles()]) != p.bytes)
-    report(p.bad + kBadRecord, f.tiles());
+  if (f.kind == Kind::int4_mask && ct == 0 && blockIdx.y == 0 && threadIdx.x == 0 &&
+      p.offsets[z.tall * z.wide] + z.section + kTail != p.bytes)
+    report(p.bad + kBadRecord, z.tall * z.wide);
 }
 
 }  // namespace
 
 void survey_cuda(const Survey& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
-  survey_kernel<<<cuda::grid_of(p.f.tiles()), kThreads, 0, cuda::raw(stream)>>>(p);
+  const Sizes z(p.f);
+  survey_kernel<<<grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream)>>>(p, z);
   cuda::check_launch();
 }
 
@@ -293,8 +309,10 @@ void pack_cuda(const Pack& p, int device, Stream stream) {
                                      cudaMemcpyDeviceToDevice, s));
   }
   cuda::check_cuda(cudaMemsetAsync(p.data + p.bytes - kTail, 0, kTail, s));
-  const int64_t wide = f.col_tiles() > 0 ? f.col_tiles() : 1;
-  pack_kernel<<<cuda::grid_of(f.row_tiles() * wide), kThreads, 0, s>>>(p);
+  const Sizes z(f);
+  over_kind(f.kind, [&]<Kind kKind>() {
+    pack_kernel<kKind><<<grid_of_tiles(z.tall, z.wide), kThreads, 0, s>>>(p, z);
+  });
   cuda::check_launch();
 }
 

@@ -25,12 +25,12 @@ __device__ uint32_t codes_24(const uint32_t* body, int r, int k, uint32_t zero) 
 }
 
 // 4 columns from k on of a masked tile; starts: of the codes of each chunk, or null (int4_out).
-__device__ uint32_t codes_masked(const Format& f, const uint32_t* body, const int* starts, int r,
+__device__ uint32_t codes_masked(const Sizes& z, const uint32_t* body, const int* starts, int r,
                                  int k, uint32_t zero) {
   const int chunk = chunk_of(r, k), bit = chunk_bit(r, k);
   const uint64_t mask = reinterpret_cast<const uint64_t*>(body)[chunk];
   const uint8_t* values = reinterpret_cast<const uint8_t*>(body) + kMaskBytes +
-                          (starts ? starts[chunk] : chunk * f.chunk_values());
+                          (starts ? starts[chunk] : chunk * z.chunk_values);
   int rank = __popcll(mask & ((uint64_t{1} << bit) - 1));
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) {
@@ -45,8 +45,8 @@ __device__ uint32_t codes_masked(const Format& f, const uint32_t* body, const in
 }
 
 // Codes of columns k .. k + 7 (k % 8 == 0) of tile row r, one per byte.
-__device__ uint2 codes_at(const Format& f, const uint32_t* body, const int* starts, int r, int k,
-                          uint32_t zero) {
+__device__ uint2 codes_at(const Format& f, const Sizes& z, const uint32_t* body, const int* starts,
+                          int r, int k, uint32_t zero) {
   switch (f.kind) {
     case Kind::int4: {
       const uint32_t w = body[place_int4(r, k).word];
@@ -64,8 +64,8 @@ __device__ uint2 codes_at(const Format& f, const uint32_t* body, const int* star
     case Kind::int8: return {body[place_int8(r, k).word], body[place_int8(r, k + 4).word]};
     case Kind::int4_24: return {codes_24(body, r, k, zero), codes_24(body, r, k + 4, zero)};
     default:
-      return {codes_masked(f, body, starts, r, k, zero),
-              codes_masked(f, body, starts, r, k + 4, zero)};
+      return {codes_masked(z, body, starts, r, k, zero),
+              codes_masked(z, body, starts, r, k + 4, zero)};
   }
 }
 
@@ -104,11 +104,25 @@ bool whole_rows(const void* to, int64_t cols) {
   return reinterpret_cast<uintptr_t>(to) % kVector == 0 && cols % kUnit == 0;
 }
 
+__device__ const uint8_t* record_of(const Format& f, const Sizes& z, const uint8_t* data,
+                                    int64_t rt, int64_t ct) {
+  const int64_t tile = rt * z.wide + ct;
+  if (f.kind == Kind::int4_mask) return data + reinterpret_cast<const uint64_t*>(data)[tile];
+  return data + tile * z.record;
+}
+
+__device__ Grid grid_at(const Format& f, const Sizes& z, const uint8_t* data, int64_t rt,
+                        int64_t ct) {
+  if (!f.group) return row_grid_at(f, z, record_of(f, z, data, z.tall, 0), rt);
+  const uint8_t* record = record_of(f, z, data, rt, ct);
+  return {record, record + z.zeros_at};
+}
+
 // The body of a tile. int4_mask: `starts` is filled by warp 0; the block must stand together.
-__device__ const uint32_t* open_tile(const Format& f, const uint8_t* data, int64_t rt, int64_t ct,
-                                     int* starts) {
-  const uint8_t* record = data + record_at(f, data, rt, ct);
-  const auto* body = reinterpret_cast<const uint32_t*>(record + f.body_at());
+__device__ const uint32_t* open_tile(const Format& f, const Sizes& z, const uint8_t* data,
+                                     int64_t rt, int64_t ct, int* starts) {
+  const uint8_t* record = record_of(f, z, data, rt, ct);
+  const auto* body = reinterpret_cast<const uint32_t*>(record + z.body_at);
   if (f.kind == Kind::int4_mask) {
     __syncthreads();  // the tile before is done with
     if (threadIdx.x < 32)
@@ -119,67 +133,70 @@ __device__ const uint32_t* open_tile(const Format& f, const uint8_t* data, int64
 }
 
 // Calls body(r, k) for the units of a tile that begin inside [rows, cols].
-template <class Body>
+template <int kAtOnce, class Body>
 __device__ void over_units(int64_t rows, int64_t cols, const Body& body) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll kAtOnce
   for (int step = warp; step < kTileWeights / (32 * kUnit); step += kWarps) {
     const int r = step % 8 * 8 + lane / 4, k = step / 8 * 32 + lane % 4 * kUnit;
     if (r < rows && k < cols) body(r, k);
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const Dequantize p, bool whole) {
+template <class T, Kind kKind>
+__global__ void __launch_bounds__(kThreads, 2)
+    dequantize_kernel(const Dequantize any, const Sizes z, bool whole) {
   __shared__ int starts[kChunks];
+  const Dequantize p = of_kind<kKind>(any);
   const Format& f = p.f;
-  const int64_t wide = f.col_tiles(), tall = ceil_div<int64_t>(p.count, kTileRows);
-  for (int64_t i = blockIdx.x; i < tall * wide; i += gridDim.x) {
-    const int64_t rt = p.first / kTileRows + i / wide, ct = i % wide;
-    const uint32_t* body = open_tile(f, p.data, rt, ct, starts);
-    const Grid grid = grid_at(f, p.data, rt, ct);
-    const int64_t top = rt * kTileRows - p.first, left = ct * kTileCols;
-    const int* at = f.kind == Kind::int4_mask ? starts : nullptr;
-    over_units(p.count - top, f.cols - left, [&](int r, int k) {
-      const int number = k / width_of(f) * kTileRows + r;
+  const int64_t ct = blockIdx.x, left = ct * kTileCols;
+  for (int64_t top = blockIdx.y * kTileRows; top < p.count;
+       top += static_cast<int64_t>(gridDim.y) * kTileRows) {
+    const int64_t rt = (p.first + top) / kTileRows;
+    const uint32_t* body = open_tile(f, z, p.data, rt, ct, starts);
+    const Grid grid = grid_at(f, z, p.data, rt, ct);
+    const int* at = kKind == Kind::int4_mask ? starts : nullptr;
+    constexpr int kAtOnce = kKind == Kind::int4_mask || kKind == Kind::int4_out ? 1 : 2;
+    over_units<kAtOnce>(p.count - top, f.cols - left, [&](int r, int k) {
+      const int number = (k >> z.shift) * kTileRows + r;
       const uint32_t zero = zero_at(f, grid.zeros, number);
-      put_floats(codes_at(f, body, at, r, k, zero), scale_at(f, grid.scales, number), zero,
+      put_floats(codes_at(f, z, body, at, r, k, zero), scale_at(f, grid.scales, number), zero,
                  static_cast<T*>(p.W) + (top + r) * f.cols + left + k, f.cols - left - k, whole);
     });
   }
 }
 
 template <class Bits>
-__device__ void take_out(const Unpack& p, int64_t rt, int64_t ct, const Grid& grid) {
-  const Format& f = p.f;
-  for (int i = threadIdx.x; i < groups_of(f) * kTileRows; i += kThreads) {
-    const int64_t row = rt * kTileRows + i % kTileRows;
-    const int64_t group = (f.group ? ct * groups_of(f) : 0) + i / kTileRows;
-    if (row >= f.rows || group >= f.groups()) continue;
-    const int64_t to = row * f.groups() + group;
+__device__ void take_out(const Unpack& p, const Sizes& z, int64_t rt, int64_t ct,
+                         const Grid& grid) {
+  const int64_t first = p.f.group ? ct * z.tile_groups : 0;
+  for (int i = threadIdx.x; i < z.tile_groups * kTileRows; i += kThreads) {
+    const int64_t row = rt * kTileRows + i % kTileRows, group = first + i / kTileRows;
+    if (row >= p.f.rows || group >= z.groups) continue;
+    const int64_t to = row * z.groups + group;
     static_cast<Bits*>(p.scales)[to] = reinterpret_cast<const Bits*>(grid.scales)[i];
     if (p.zeros) p.zeros[to] = grid.zeros[i];
   }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_kernel(const Unpack p, bool whole) {
+__global__ void __launch_bounds__(kThreads, 2)
+    unpack_kernel(const Unpack p, const Sizes z, bool whole) {
   __shared__ int starts[kChunks];
   const Format& f = p.f;
-  const int64_t wide = f.col_tiles() > 0 ? f.col_tiles() : 1;
-  for (int64_t i = blockIdx.x; i < f.row_tiles() * wide; i += gridDim.x) {
-    const int64_t rt = i / wide, ct = i % wide;
-    if (f.group ? ct < f.col_tiles() : ct == 0) {
-      const Grid grid = grid_at(f, p.data, rt, ct);
-      f.scale == Dtype::f32 ? take_out<uint32_t>(p, rt, ct, grid)
-                            : take_out<uint16_t>(p, rt, ct, grid);
-    }
-    if (ct >= f.col_tiles()) continue;
-    const uint32_t* body = open_tile(f, p.data, rt, ct, starts);
-    const Grid grid = grid_at(f, p.data, rt, ct);
-    const int64_t top = rt * kTileRows, left = ct * kTileCols;
+  const int64_t ct = blockIdx.x, left = ct * kTileCols;
+  for (int64_t rt = blockIdx.y; rt < z.tall; rt += gridDim.y) {
+    if (f.group && ct >= z.wide) return;  // a matrix without columns
+    const Grid grid = grid_at(f, z, p.data, rt, ct);
+    if (f.group || ct == 0)
+      f.scale == Dtype::f32 ? take_out<uint32_t>(p, z, rt, ct, grid)
+                            : take_out<uint16_t>(p, z, rt, ct, grid);
+    if (ct >= z.wide) continue;
+    const uint32_t* body = open_tile(f, z, p.data, rt, ct, starts);
+    const int64_t top = rt * kTileRows;
     const int* at = f.kind == Kind::int4_mask ? starts : nullptr;
-    over_units(f.rows - top, f.cols - left, [&](int r, int k) {
-      const uint32_t zero = zero_at(f, grid.zeros, k / width_of(f) * kTileRows + r);
-      const uint2 codes = codes_at(f, body, at, r, k, zero);
+    over_units<1>(f.rows - top, f.cols - left, [&](int r, int k) {
+      const uint32_t zero = zero_at(f, grid.zeros, (k >> z.shift) * kTileRows + r);
+      const uint2 codes = codes_at(f, z, body, at, r, k, zero);
       alignas(8) uint8_t x[kUnit];
 #pragma unroll
       for (int j = 0; j < kUnit; ++j)
@@ -191,66 +208,74 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const Unpack p, bool w
 
 // One warp per tile of a wanted row; its first 16 lanes hold the 128 columns.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const Gather p, bool whole) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gather_kernel(const Gather p, const Sizes z, bool whole) {
   __shared__ int starts[kWarps][kChunks];
   const Format& f = p.f;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = lane * kUnit;
+  const bool mask = f.kind == Kind::int4_mask;
   for (int64_t i = blockIdx.x; i < p.count; i += gridDim.x) {
-    const int64_t row = p.indices[i];
-    const bool known = row >= 0 && row < f.rows;
-    const int64_t rt = known ? row / kTileRows : 0;
-    const int r = known ? static_cast<int>(row % kTileRows) : 0;
-    for (int64_t ct = blockIdx.y * kWarps + warp; ct < f.col_tiles();
+    const int64_t row = p.indices[i], rt = row / kTileRows;
+    const bool known = row >= 0 && row < f.rows;  // if not, there may be no tile at all
+    const int r = static_cast<int>(row % kTileRows);
+    for (int64_t ct = blockIdx.y * kWarps + warp; ct < z.wide;
          ct += static_cast<int64_t>(gridDim.y) * kWarps) {
-      const int k = lane * kUnit;
+      const uint8_t* record = known ? record_of(f, z, p.data, rt, ct) : nullptr;
+      const auto* body = reinterpret_cast<const uint32_t*>(record + z.body_at);
+      __syncwarp();
+      if (known && mask) scan_chunks(reinterpret_cast<const uint64_t*>(body), starts[warp], lane);
+      __syncwarp();
       const int64_t left = f.cols - ct * kTileCols - k;
-      T* to = static_cast<T*>(p.W) + i * f.cols + ct * kTileCols + k;
-      if (!known) {  // such a row may have no tile at all
-        if (k < kTileCols && left > 0)
-          put_floats(uint2{1u, 1u}, __int_as_float(0x7fffffff), 0, to, left, whole);
-        continue;
-      }
-      const uint8_t* record = p.data + record_at(f, p.data, rt, ct);
-      const auto* body = reinterpret_cast<const uint32_t*>(record + f.body_at());
-      const bool mask = f.kind == Kind::int4_mask;
-      __syncwarp();
-      if (mask) scan_chunks(reinterpret_cast<const uint64_t*>(body), starts[warp], lane);
-      __syncwarp();
       if (k >= kTileCols || left <= 0) continue;
-      const Grid grid = grid_at(f, p.data, rt, ct);
-      const int number = k / width_of(f) * kTileRows + r;
-      const uint32_t zero = zero_at(f, grid.zeros, number);
-      const uint2 codes = codes_at(f, body, mask ? starts[warp] : nullptr, r, k, zero);
-      put_floats(codes, scale_at(f, grid.scales, number), zero, to, left, whole);
+      uint2 codes = {1, 1};
+      float scale = __int_as_float(0x7fffffff);  // NaN
+      uint32_t zero = 0;
+      if (known) {
+        const Grid grid = grid_at(f, z, p.data, rt, ct);
+        const int number = (k >> z.shift) * kTileRows + r;
+        zero = zero_at(f, grid.zeros, number);
+        codes = codes_at(f, z, body, mask ? starts[warp] : nullptr, r, k, zero);
+        scale = scale_at(f, grid.scales, number);
+      }
+      T* to = static_cast<T*>(p.W) + i * f.cols + ct * kTileCols + k;
+      put_floats(codes, scale, zero, to, left, whole);
     }
   }
+}
+
+template <class T>
+void launch_dequantize(const Dequantize& p, cudaStream_t stream) {
+  const Sizes z(p.f);
+  const dim3 grid = grid_of_tiles(ceil_div<int64_t>(p.count, kTileRows), z.wide);
+  const bool whole = whole_rows<T>(p.W, p.f.cols);
+  over_kind(p.f.kind, [&]<Kind kKind>() {
+    dequantize_kernel<T, kKind><<<grid, kThreads, 0, stream>>>(p, z, whole);
+  });
 }
 
 }  // namespace
 
 void unpack_cuda(const Unpack& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
-  const int64_t wide = p.f.col_tiles() > 0 ? p.f.col_tiles() : 1;
-  unpack_kernel<<<grid_of(p.f.row_tiles() * wide), kThreads, 0, cuda::raw(stream)>>>(
-      p, whole_rows<uint8_t>(p.codes, p.f.cols));
+  const Sizes z(p.f);
+  unpack_kernel<<<grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream)>>>(
+      p, z, whole_rows<uint8_t>(p.codes, p.f.cols));
   cuda::check_launch();
 }
 
 void dequantize_cuda(const Dequantize& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
-  const int64_t tiles = ceil_div<int64_t>(p.count, kTileRows) * p.f.col_tiles();
-  dispatch<float, bf16, f16>(p.dtype, "W", [&]<class T>() {
-    dequantize_kernel<T>
-        <<<grid_of(tiles), kThreads, 0, cuda::raw(stream)>>>(p, whole_rows<T>(p.W, p.f.cols));
-  });
+  dispatch<float, bf16, f16>(p.dtype, "W",
+                             [&]<class T>() { launch_dequantize<T>(p, cuda::raw(stream)); });
   cuda::check_launch();
 }
 
 void gather_cuda(const Gather& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
-  const dim3 grid(grid_of(p.count), grid_of(ceil_div<int64_t>(p.f.col_tiles(), kWarps), 65535));
+  const Sizes z(p.f);
+  const dim3 grid(grid_of(p.count), grid_of(ceil_div<int64_t>(z.wide, kWarps), 65535));
   dispatch<float, bf16, f16>(p.dtype, "W", [&]<class T>() {
-    gather_kernel<T><<<grid, kThreads, 0, cuda::raw(stream)>>>(p, whole_rows<T>(p.W, p.f.cols));
+    gather_kernel<T><<<grid, kThreads, 0, cuda::raw(stream)>>>(p, z, whole_rows<T>(p.W, p.f.cols));
   });
   cuda::check_launch();
 }

@@ -8,12 +8,59 @@ namespace distaya::pack {
 
 inline constexpr int kThreads = 256;
 
-// Columns of a tile that share a grid, and the number of such groups.
-__device__ inline int width_of(const Format& f) {
-  return f.group ? static_cast<int>(f.group) : kTileCols;
+// What a Format says, worked out by the host: 64-bit divisions are slow on the device.
+struct Sizes {
+  int shift;        // log2 of the columns of a tile that share a grid
+  int tile_groups;  // their groups, 1 when they are as wide as the tile or wider
+  int zeros_at, body_at, chunk_values;
+  int64_t tall, wide;        // tiles
+  int64_t groups, record;    // scales of a row; bytes of a record of fixed size
+  int64_t offsets, section;  // bytes of int4_mask's offsets and of the row section
+
+  explicit Sizes(const Format& f)
+      : shift(f.group == 32   ? 5
+              : f.group == 64 ? 6
+                              : 7),
+        tile_groups(kTileCols >> shift),
+        zeros_at(f.zeros_at()),
+        body_at(f.body_at()),
+        chunk_values(f.kind == Kind::int4_out ? f.chunk_values() : 0),
+        tall(f.row_tiles()),
+        wide(f.col_tiles()),
+        groups(f.groups()),
+        record(f.kind == Kind::int4_mask ? 0 : f.record_bytes()),
+        offsets(f.offsets_bytes()),
+        section(f.row_section_bytes()) {}
+
+  __device__ int64_t mask_record(int values) const {
+    return (body_at + kMaskBytes + values + 15) / 16 * 16;
+  }
+};
+
+// A block per tile, column tiles along x; rows of tiles beyond the limit of y are strided over.
+inline dim3 grid_of_tiles(int64_t tall, int64_t wide) {
+  return dim3(cuda::grid_of(wide), cuda::grid_of(tall, 65535));
 }
 
-__device__ inline int groups_of(const Format& f) { return kTileCols / width_of(f); }
+// Calls body<kind>() so that a kernel is compiled once for each kind, and is small.
+template <class Body>
+void over_kind(Kind kind, const Body& body) {
+  switch (kind) {
+    case Kind::int4: return body.template operator()<Kind::int4>();
+    case Kind::int3: return body.template operator()<Kind::int3>();
+    case Kind::int8: return body.template operator()<Kind::int8>();
+    case Kind::int4_24: return body.template operator()<Kind::int4_24>();
+    case Kind::int4_mask: return body.template operator()<Kind::int4_mask>();
+    default: return body.template operator()<Kind::int4_out>();
+  }
+}
+
+// The problem with its kind as a constant.
+template <Kind kKind, class P>
+__device__ inline P of_kind(P p) {
+  p.f.kind = kKind;
+  return p;
+}
 
 // *bad starts as -1, the largest unsigned; the minimum does not depend on who comes first.
 __device__ inline void report(int64_t* bad, int64_t index) {
@@ -45,15 +92,10 @@ struct Grid {
   const uint8_t* zeros;
 };
 
-__device__ inline Grid row_grid_at(const Format& f, const uint8_t* section, int64_t rt) {
-  const int64_t all = f.row_tiles() * kTileRows, first = rt * kTileRows;
-  return {section + first * f.scale_bytes(), section + all * f.scale_bytes() + first};
-}
-
-__device__ inline Grid grid_at(const Format& f, const uint8_t* data, int64_t rt, int64_t ct) {
-  if (!f.group) return row_grid_at(f, data + row_section_at(f, data), rt);
-  const uint8_t* record = data + record_at(f, data, rt, ct);
-  return {record, record + f.zeros_at()};
+__device__ inline Grid row_grid_at(const Format& f, const Sizes& z, const uint8_t* section,
+                                   int64_t rt) {
+  const uint8_t* zeros = section + z.tall * kTileRows * f.scale_bytes();
+  return {section + rt * kTileRows * f.scale_bytes(), zeros + rt * kTileRows};
 }
 
 __device__ inline float scale_at(const Format& f, const uint8_t* scales, int i) {

@@ -42,70 +42,32 @@ inline void tile_grid(const Format& f, const uint8_t* buffer, int64_t row_tile, 
   }
 }
 
-DISTAYA_INLINE int bits_at(const uint8_t* body, pack::Place place, int bits) {
-  uint32_t word;
-  std::memcpy(&word, body + 4 * place.word, sizeof word);
-  return static_cast<int>(word >> place.bit & ((1u << bits) - 1));
-}
-
-// Byte of the panel that holds (row r, column k).
+// Byte of a panel that holds (row r, column k).
 constexpr int panel_at(int r, int k) { return (k / 4 * kTileRows + r) * 4 + k % 4; }
 
-inline void decode_dense(const Format& f, const uint8_t* body, uint8_t* panel) {
-  for (int k = 0; k < kTileCols; ++k)
-    for (int r = 0; r < kTileRows; ++r) {
-      int code;
-      if (f.kind == Kind::int4) {
-        code = bits_at(body, pack::place_int4(r, k), 4);
-      } else if (f.kind == Kind::int8) {
-        code = bits_at(body, pack::place_int8(r, k), 8);
-      } else {
-        code = bits_at(body, pack::place_int3_low(r, k), 2) |
-               bits_at(body, pack::place_int3_high(r, k), 1) << 2;
-      }
-      panel[panel_at(r, k)] = static_cast<uint8_t>(code);
-    }
-}
+#if DISTAYA_LANES == 16
+#include "sqgemm/decode_avx512.h"
+#else
+#include "sqgemm/decode_words.h"
+#endif
 
-inline void decode_24(const uint8_t* body, uint8_t* panel) {
-  for (int k = 0; k < kTileCols; k += 4)
-    for (int r = 0; r < kTileRows; ++r) {
-      const int kept = bits_at(body, pack::place_24_meta(r, k), 4);
-      const int low = bits_at(body, pack::place_24(r, k, 0), 4);
-      const int high = bits_at(body, pack::place_24(r, k, 1), 4);
-      panel[panel_at(r, k + (kept & 3))] = static_cast<uint8_t>(low);
-      panel[panel_at(r, k + (kept >> 2))] = static_cast<uint8_t>(high);
-    }
-}
-
-inline void decode_mask(const Format& f, const uint8_t* body, uint8_t* panel) {
-  const uint8_t* values = body + pack::kMaskBytes;
-  for (int chunk = 0; chunk < pack::kChunks; ++chunk) {
-    uint64_t mask;
-    std::memcpy(&mask, body + 8 * chunk, sizeof mask);
-    const int row = chunk / 4 % 4 * 16, col = chunk / 16 * 16 + chunk % 4 * 4;
-    int n = 0;
-    for (uint64_t left = mask; left; left &= left - 1, ++n) {
-      const int bit = __builtin_ctzll(left);
-      panel[panel_at(row + bit / 4, col + bit % 4)] = values[n / 2] >> 4 * (n % 2) & 15;
-    }
-    values += f.kind == Kind::int4_out ? f.chunk_values() : (n + 1) / 2;
+// run.operator()<kind>()
+template <class Run>
+DISTAYA_INLINE void each_kind(Kind kind, const Run& run) {
+  switch (kind) {
+    case Kind::int4: return run.template operator()<Kind::int4>();
+    case Kind::int3: return run.template operator()<Kind::int3>();
+    case Kind::int8: return run.template operator()<Kind::int8>();
+    case Kind::int4_24: return run.template operator()<Kind::int4_24>();
+    case Kind::int4_mask: return run.template operator()<Kind::int4_mask>();
+    default: return run.template operator()<Kind::int4_out>();
   }
 }
 
 // Codes of a tile as vpdpbusd wants them: panel [k / 4][64 rows][4 columns], columns in their own
-// order; padding and pruned weights hold the zero of their row.
+// order (decode<kind, false> leaves those of int4 in the order of interleave8()). Padding and
+// pruned weights hold the zero of their row.
 inline void decode_panel(const Format& f, const uint8_t* buffer, int64_t row_tile, int64_t col_tile,
                          uint8_t* panel) {
-  const uint8_t* body = buffer + pack::record_at(f, buffer, row_tile, col_tile) + f.body_at();
-  if (f.kind != Kind::int4_24 && f.kind != Kind::int4_mask && f.kind != Kind::int4_out)
-    return decode_dense(f, body, panel);
-  for (int k = 0; k < kTileCols; ++k) {
-    const int q = f.group ? static_cast<int>(k / f.group) : 0;
-    const uint8_t* zero = zeros_of(f, buffer, row_tile, col_tile, q);
-    for (int r = 0; r < kTileRows; ++r)
-      panel[panel_at(r, k)] = static_cast<uint8_t>(zero ? zero[r] : f.symmetric_zero());
-  }
-  if (f.kind == Kind::int4_24) return decode_24(body, panel);
-  decode_mask(f, body, panel);
+  each_kind(f.kind, [&]<Kind kind>() { decode<kind, true>(f, buffer, row_tile, col_tile, panel); });
 }

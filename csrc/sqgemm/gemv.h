@@ -1,28 +1,6 @@
 // Textual part of sqgemm_cpu.cpp, AVX-512 only: 64 rows times a few tokens. Codes go from the
 // buffer straight into the multiplication; weights are read once, in the order of memory.
 
-inline constexpr int64_t kFew = 4;  // tokens
-
-// A core reaches the bandwidth of the memory only if it asks early, across the 4 KB pages where the
-// hardware's prefetcher gives up: while a tile is multiplied, the record `kAhead` tiles on is asked
-// for, a quarter with each unit.
-struct Ahead {
-  static constexpr int64_t kAhead = 2;
-  const uint8_t* at;
-  int64_t bytes;
-};
-
-DISTAYA_INLINE void prefetch_quarter(const Ahead& a, int u) {
-  for (int64_t i = u * a.bytes / 4; i < (u + 1) * a.bytes / 4; i += 64)
-    __builtin_prefetch(a.at + i);
-}
-
-DISTAYA_INLINE Ahead ahead(const Format& f, const uint8_t* buffer, int64_t tile) {
-  const int64_t last = f.tiles(), a = std::min(last, tile + Ahead::kAhead);
-  const int64_t from = pack::record_at(f, buffer, 0, a);
-  return {buffer + from, pack::record_at(f, buffer, 0, std::min(last, a + 1)) - from};
-}
-
 // Scales of 16 rows.
 DISTAYA_INLINE vf scales16(Dtype dtype, const uint8_t* scales, int row) {
   if (dtype == Dtype::bf16) return load(reinterpret_cast<const bf16*>(scales) + row);
@@ -34,18 +12,6 @@ DISTAYA_INLINE const uint8_t* scales_of(const Format& f, const uint8_t* buffer, 
                                         const uint8_t* record, int q) {
   const int64_t line = static_cast<int64_t>(kTileRows) * f.scale_bytes();
   return f.group ? record + q * line : buffer + pack::row_section_at(f, buffer) + row_tile * line;
-}
-
-DISTAYA_INLINE vi four_bytes(const int8_t* x) {
-  int32_t word;
-  std::memcpy(&word, x, sizeof word);
-  return (vi)_mm512_set1_epi32(word);
-}
-
-// acc += four codes times four activations, in each lane. (gcc 12 keeps the sums of the intrinsic
-// on the stack.)
-DISTAYA_INLINE void dot(vi& acc, vi codes, vi x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
 }
 
 // C [T][64] of tokens t0 .. t0 + T - 1.

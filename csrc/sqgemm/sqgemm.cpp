@@ -37,6 +37,7 @@ Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact
   const Format f = pack::read_spec(spec);
   Problem p{};
   p.format = f;
+  p.device = x.device;
   p.tokens = tokens_of(x, f, "x", f.cols);
   x.need_contiguous("x");
   dispatch<float, f16, bf16>(x.dtype, "x", [&]<class T>() { p.x = x.as<T>("x"); });

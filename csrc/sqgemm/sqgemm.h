@@ -46,6 +46,7 @@ struct Problem {
   bool exact;           // false: int8 activations (CPU only)
   void* work;           // CUDA: cuda_work_bytes() bytes
   int64_t work_bytes;
+  int device;  // CUDA ordinal
 };
 
 void run_cpu(const Problem& p);

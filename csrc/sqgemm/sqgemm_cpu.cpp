@@ -16,12 +16,8 @@ using sqgemm::Problem;
 // clang-format off
 #include "sqgemm/decode.h"
 #include "sqgemm/activations.h"
-#if DISTAYA_LANES == 16
-#include "sqgemm/decode_avx512.h"
-#include "sqgemm/gemv.h"
-#include "sqgemm/gemm.h"
-#endif
 #include "sqgemm/int8.h"
+#include "sqgemm/exact_operands.h"
 #include "sqgemm/exact.h"
 #include "sqgemm/epilogue.h"
 // clang-format on
@@ -57,9 +53,9 @@ void each_tile(const Problem& p, const Rows& rows) {
 void sqgemm_run(const Problem& p) {
   using Bytes = const uint8_t*;
   if (p.exact) {
-    const Exact x(p);
+    const exact::Activations x(p);
     each_tile(p, [&](Bytes buffer, int64_t tile, int64_t t0, int64_t t1, float* C) {
-      exact_rows(p.format, buffer, tile, x, t0, t1, C);
+      exact::rows(p.format, buffer, tile, x, t0, t1, C);
     });
   } else {
     Quantized x;

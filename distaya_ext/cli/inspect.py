@@ -25,7 +25,7 @@ _GRID_SHARE = 0.6  # distinct values per kept weight above which a group is not 
 class Linear:
     """One matrix. pattern: "N:M" that every group obeys, or None. bits, group: a grid that the
     weights lie on (group 0 = one for the row), or None. encoding: how its codes are packed, None
-    for dense weights; kind: the kernel layout it asks for, None = the best one for its codes."""
+    for dense weights; kind: the kernel layout it is loaded into."""
 
     module: str
     rows: int
@@ -106,9 +106,11 @@ def look(checkpoint: Checkpoint, module: str) -> Linear:
 
 
 def _look_packed(checkpoint: Checkpoint, module: str) -> Linear:
+    from ..ops.pack import best_kind
+
     scheme, found = checkpoint.stored[module].scheme, checkpoint.grid(module)
     kept = found.kept()
-    count = int(kept.sum())
+    count = int(kept.count_nonzero())
     return Linear(
         module=module,
         rows=found.rows,
@@ -120,7 +122,7 @@ def _look_packed(checkpoint: Checkpoint, module: str) -> Linear:
         group=scheme.group,
         symmetric=scheme.symmetric,
         encoding=scheme.encoding,
-        kind=scheme.kind,
+        kind=scheme.kind or best_kind(found.codes, found.zeros)[0],
         bytes=scheme.nbytes(found.rows, found.cols, found.scales.dtype, count),
     )
 

@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint, header_bytes
 from ..errors import UsageError
 from ..formats import Grid, ModuleScheme, compressed, own
 from ..ops import obs as obs_op
+from ..ops.pack import best_kind
 from ..recipe import PACKED_BITS, Recipe
 from .settings import Settings
 
@@ -49,8 +50,11 @@ class Packing:
         """Tensors by suffix of a module, in the smaller of the encodings its format has."""
         scheme = self.planned[name]
         if scheme.encoding == "bitmask":
-            self._counted[name] = int(grid.kept().sum())
+            self._counted[name] = int(grid.kept().count_nonzero())
             scheme = self._smaller(grid.rows, grid.cols, self._counted[name])
+        if self.format == "distaya" and scheme.kind is None:
+            kind, nm = best_kind(grid.codes, grid.zeros)
+            scheme = dataclasses.replace(scheme, kind=kind, nm=nm)
         self.schemes[name] = scheme
         return scheme.encode(grid)
 
@@ -126,10 +130,7 @@ class Packing:
         if self.format == "pack-quantized":
             symmetric = recipe.symmetric is None or recipe.symmetric
             if not symmetric:
-                self.notices.append(
-                    "asymmetric pack-quantized weights load in vLLM and here; transformers with "
-                    "compressed-tensors up to 0.20 load only symmetric ones"
-                )
+                self.notices.append(compressed.ASYMMETRIC)
         return dataclasses.replace(
             settings,
             scale_dtype=self.dtype,
@@ -152,8 +153,7 @@ class Packing:
     def _smaller(self, rows: int, cols: int, kept: int) -> ModuleScheme:
         """Bitmask or dense codes, whichever takes fewer bytes."""
         dense = self._dense_coded(cols)
-        kind = "int4-2:4" if self.settings.nm == (2, 4) else "int4-mask"
-        mask = dataclasses.replace(dense, encoding="bitmask", kind=kind)
+        mask = dataclasses.replace(dense, encoding="bitmask")
         sizes = [s.nbytes(rows, cols, self.dtype, kept) for s in (mask, dense)]
         return mask if sizes[0] < sizes[1] else dense
 

@@ -227,7 +227,7 @@ def _row(m: ModuleReport) -> list[Any]:
         f"{m.sparsity:.6f}",
         m.bits,
         m.bytes,
-        f"{m.bits_per_weight:.4f}",
+        f"{m.bits_per_weight:.6f}",
         m.floored,
         m.dead,
         f"{m.seconds:.4f}",

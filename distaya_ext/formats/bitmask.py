@@ -21,6 +21,9 @@ from .grid import Grid, groups
 if TYPE_CHECKING:
     from .module import ModuleScheme, Needs
 
+# The eight bits of every byte as eight bytes of 0 or 1, in one int64 each.
+_EIGHT = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64)[:, 0]
+
 
 def needs(scheme: ModuleScheme, rows: int, cols: int, dtype: torch.dtype) -> Needs:
     """See ModuleScheme.tensors."""
@@ -35,14 +38,13 @@ def decode(
     scheme: ModuleScheme, tensors: Mapping[str, Tensor], rows: int, cols: int, name: str
 ) -> Grid:
     """See ModuleScheme.decode."""
-    every = (tensors["weight_mask"].unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1
-    every = every.view(rows, -1).bool()
+    every = _EIGHT[tensors["weight_mask"].long()].view(torch.bool).view(rows, -1)
     if bool(every[:, cols:].any()):
         row = int(every[:, cols:].any(dim=1).nonzero()[0])
         raise InputError(f"{name}.weight_mask keeps columns past {cols} in row {row}")
     kept = every[:, :cols]
     values = tensors["weight_values"]
-    count = int(kept.sum())
+    count = int(kept.count_nonzero())
     if len(values) != -(-count // 2):
         raise InputError(
             f"{name}.weight_mask keeps {count} weights, which take {-(-count // 2)} bytes of "
@@ -50,18 +52,19 @@ def decode(
         )
     zero = torch.full((rows, groups(cols, scheme.group)), 1 << (scheme.bits - 1)).to(torch.uint8)
     grid = packed.finish(scheme, torch.empty(rows, cols, dtype=torch.uint8), tensors, name)
-    codes = grid.spread(zero if grid.zeros is None else grid.zeros).clone()
-    codes[kept] = torch.stack((values & 15, values >> 4), dim=1).view(-1)[:count]
+    zeros = grid.spread(zero if grid.zeros is None else grid.zeros)
+    codes = zeros.clone(memory_format=torch.contiguous_format)
+    codes.masked_scatter_(kept, torch.stack((values & 15, values >> 4), dim=1).view(-1))
     return Grid(codes, grid.scales, grid.zeros, grid.bits, grid.group)
 
 
 def encode(scheme: ModuleScheme, grid: Grid) -> dict[str, Tensor]:
     """See ModuleScheme.encode. Weights whose code is the zero are not kept."""
     kept = grid.kept()
-    padded = torch.nn.functional.pad(kept, (0, -grid.cols % 8)).to(torch.uint8)
-    bit = 1 << torch.arange(8, dtype=torch.uint8)
-    mask = (padded.view(grid.rows, -1, 8) * bit).sum(dim=2, dtype=torch.uint8)
-    codes = grid.codes[kept]
+    padded = torch.nn.functional.pad(kept, (0, -grid.cols % 8))
+    # Eight bytes of 0 or 1 as one int64: the product moves byte i to bit 56 + i, without carries.
+    mask = ((padded.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
+    codes = grid.codes.masked_select(kept)
     codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
     return {
         "weight_mask": mask,

@@ -13,6 +13,10 @@ from .module import ModuleScheme
 from .scheme import Rule, Scheme, check_pattern, check_size, take
 
 BITS = (4, 8)
+ASYMMETRIC = (  # measured with transformers 5.23 and compressed-tensors 0.20
+    "asymmetric pack-quantized weights load in vLLM and here, but in transformers only with "
+    "CompressedTensorsConfig(dequantize=True)"
+)
 _FORMAT = "pack-quantized"
 _STATUSES = ("compressed", "frozen")  # frozen: what the first versions wrote
 _UNUSED = ("kv_cache_scheme", "moe_sparsity_config", "transform_config", "sparsity_config")

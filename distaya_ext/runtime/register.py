@@ -19,7 +19,7 @@ METHOD = "distaya"
 
 
 class HandedOver(dict):
-    """The configuration of another method, given to our hooks by load(); no JSON makes this class."""
+    """The configuration of another method, which load() gives to our hooks; no JSON makes one."""
 
 
 def register_when_imported() -> None:

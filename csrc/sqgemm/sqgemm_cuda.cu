@@ -1,0 +1,311 @@
+// y = x W^T on the device, always in the exact form (sqgemm.h). Weights stream through shared
+// memory as packed; a warp multiplies whole tiles on the tensor cores. Where row tiles are few the
+// columns are split among blocks, whose sums are added in their order by a second kernel: the same
+// bits every run. No atomics, no host sync, no allocation.
+#include "sqgemm/epilogue.cuh"
+#include "sqgemm/expand.cuh"
+#include "sqgemm/multiply.cuh"
+#include "sqgemm/plan.cuh"
+
+namespace distaya::sqgemm {
+namespace {
+
+using namespace cuda;
+
+// One launch. Activations are 16-bit, [parts][tokens][x_stride], zero behind the last column.
+struct Launch {
+  Plan plan;
+  Output out;
+  pack::Format format;
+  const uint8_t* weights[2];
+  const void* x;
+  int64_t x_stride;
+  float* partial;  // [splits][matrices][tokens][padded rows]
+};
+
+// What a warp works on; kept in shared memory, because the sums want the registers.
+struct Task {
+  const uint8_t* weights;
+  int64_t token;
+  int row_tile, first_tile, end_tile, way, steps;
+};
+
+__device__ Task task_of(const Launch& p) {
+  const Plan& plan = p.plan;
+  const int warp = threadIdx.x / 32;
+  const int64_t block = blockIdx.x;  // passes of one row block side by side share it in the L2
+  const int64_t row_way = warp / plan.matrices % plan.row_ways, last = p.format.row_tiles() - 1;
+  const int64_t row_tile = block / plan.passes * plan.row_ways + row_way;
+  const int64_t first = blockIdx.y * plan.split_tiles, end = first + plan.split_tiles;
+  Task w;
+  w.weights = p.weights[warp % plan.matrices];
+  w.token = block % plan.passes * plan.n_tiles * 8;
+  w.row_tile = static_cast<int>(row_tile < last ? row_tile : last);  // behind the end: unseen
+  w.first_tile = static_cast<int>(first);
+  w.end_tile = static_cast<int>(end < p.format.col_tiles() ? end : p.format.col_tiles());
+  w.way = warp / plan.matrices / plan.row_ways;
+  w.steps = ceil_div(w.end_tile - w.first_tile, plan.ways);
+  return w;
+}
+
+// All threads start copying the activations of a step: [ways][parts][n_tiles * 8][128].
+template <int n_tiles, int parts>
+__device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
+  constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
+  constexpr int tokens = n_tiles * 8, rows = parts * tokens;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
+    const int chunk = i % kChunks, row = i / kChunks;
+    const int column_tile = tile + row / rows;
+    const int64_t token = w.token + row % tokens;
+    const bool there = column_tile < w.end_tile && token < p.out.tokens;
+    const int64_t at = (row % rows / tokens * p.out.tokens + token) * p.x_stride +
+                       int64_t{column_tile} * pack::kTileCols + chunk * 8;
+    const auto* from = static_cast<const uint16_t*>(p.x) + (there ? at : 0);
+    ptx::copy_async_or_zero(to + 2 * pack::kTileCols * row + 16 * shuffled_chunk(row % 8, chunk),
+                            from, there);
+  }
+}
+
+// Every warp's sums to shared memory as [warp][token][kPitch].
+template <int n_tiles>
+__device__ void share_sums(const float (&sum)[4][n_tiles][4], float* to) {
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  float* mine = to + threadIdx.x / 32 * n_tiles * 8 * kPitch;
+#pragma unroll
+  for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int token = 8 * n + 2 * c + e % 2, row = e / 2 * 32 + 4 * g;
+      *reinterpret_cast<float4*>(mine + token * kPitch + row) =
+          make_float4(sum[0][n][e], sum[1][n][e], sum[2][n][e], sum[3][n][e]);
+    }
+}
+
+// Adds the warps that shared a row's columns, in their order, and writes y or the partial sums.
+template <class T>
+__device__ void write_sums(const Launch& p, const float* sums) {
+  const Plan& plan = p.plan;
+  const int tokens = plan.n_tiles * 8, per_tile = tokens * pack::kTileRows;
+  const int64_t block = blockIdx.x, first_token = block % plan.passes * tokens;
+  const int64_t padded = p.format.row_tiles() * pack::kTileRows;
+  for (int i = threadIdx.x; i < plan.row_ways * per_tile; i += kThreads) {
+    const int row_way = i / per_tile, t = i % per_tile / pack::kTileRows;
+    const int64_t token = first_token + t;
+    const int64_t row =
+        (block / plan.passes * plan.row_ways + row_way) * pack::kTileRows + i % pack::kTileRows;
+    if (token >= p.out.tokens || row >= p.out.rows) continue;
+    const auto total = [&](int m) {
+      float sum = 0.f;
+      for (int way = 0; way < plan.ways; ++way) {
+        const int warp = (way * plan.row_ways + row_way) * plan.matrices + m;
+        sum += sums[(warp * tokens + t) * kPitch + i % pack::kTileRows];
+      }
+      return sum;
+    };
+    if (plan.splits == 1) {
+      finish<T>(p.out, token, row, total(0), p.out.glu ? total(1) : 0.f);
+      continue;
+    }
+    for (int m = 0; m < plan.matrices; ++m) {
+      const int64_t part = static_cast<int64_t>(blockIdx.y) * plan.matrices + m;
+      p.partial[(part * p.out.tokens + token) * padded + row] = total(m);
+    }
+  }
+}
+
+// T: the type of the activations' terms; Out: of y and the biases.
+template <class T, class Out, int n_tiles, int parts, Body body>
+__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 ? 3 : 2)
+    multiply_kernel(const __grid_constant__ Launch p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
+  __shared__ uint32_t selectors[16];
+  __shared__ Task tasks[kWarps];
+  const Plan& plan = p.plan;
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x < 16) selectors[threadIdx.x] = spread_selector(threadIdx.x);
+  if (threadIdx.x % 32 == 0) tasks[warp] = task_of(p);
+  __syncthreads();
+  const Task& w = tasks[warp];
+  uint8_t* rows = shared + plan.grid_at + warp * pack::kTileRows * 5;
+  if (p.format.group == 0) copy_row_scales(p.format, w.weights, w.row_tile, rows);
+
+  const auto issue = [&](int step) {
+    uint8_t* stage = shared + step % plan.stages * plan.stage_bytes;
+    const int tile = w.first_tile + step * plan.ways;
+    if (tile + w.way < w.end_tile)
+      stage_record(p.format, w.weights, w.row_tile, tile + w.way, plan.body_at,
+                   stage + warp * plan.record_bytes);
+    stage_activations<n_tiles, parts>(p, w, tile, stage + kWarps * plan.record_bytes);
+  };
+
+  float sum[4][n_tiles][4] = {};
+  const int steps = w.steps;
+  for (int step = 0; step < plan.stages - 1; ++step) {
+    if (step < steps) issue(step);
+    ptx::copy_commit();
+  }
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    if (plan.stages == 3)
+      ptx::copy_wait<1>();
+    else
+      ptx::copy_wait<0>();
+    __syncthreads();  // this step has arrived for all, and all have left the stage issued next
+    if (step + plan.stages - 1 < steps) issue(step + plan.stages - 1);
+    ptx::copy_commit();
+    if (w.first_tile + step * plan.ways + w.way >= w.end_tile) continue;
+    const uint8_t* stage = shared + step % plan.stages * plan.stage_bytes;
+    const uint8_t* record = stage + warp * plan.record_bytes;
+    const uint8_t* codes = record + plan.body_at;
+    const Scales scales{p.format.group == 0 ? rows : record, p.format};
+    if (body == Body::int4 && p.format.kind != Kind::int4) {
+      uint8_t* words = shared + plan.expanded_at + warp * (pack::kTileWeights / 2);
+      __syncwarp();  // all lanes have read the tile before
+      if (p.format.kind == Kind::int3)
+        expand_int3(codes, words);
+      else
+        expand_mask(p.format, scales, codes, selectors, words);
+      __syncwarp();
+      codes = words;
+    }
+    const uint8_t* x = stage + kWarps * plan.record_bytes;
+    multiply_tile<T, body, n_tiles, parts>(sum, codes, scales, x + w.way * kActivations);
+  }
+  ptx::copy_wait<0>();
+  __syncthreads();  // the stages are free for the sums
+  auto* sums = reinterpret_cast<float*>(shared);
+  share_sums<n_tiles>(sum, sums);
+  __syncthreads();
+  write_sums<Out>(p, sums);
+}
+
+// Adds the splits in their order; a thread per output.
+template <class T>
+__global__ void add_splits_kernel(const __grid_constant__ Launch p) {
+  const int64_t padded = p.format.row_tiles() * pack::kTileRows;
+  const int64_t plane = p.out.tokens * padded, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < p.out.tokens * p.out.rows; i += step) {
+    const int64_t token = i / p.out.rows, row = i % p.out.rows;
+    const auto total = [&](int m) {
+      float sum = 0.f;
+      for (int64_t split = 0; split < p.plan.splits; ++split)
+        sum += p.partial[(split * p.plan.matrices + m) * plane + token * padded + row];
+      return sum;
+    };
+    finish<T>(p.out, token, row, total(0), p.out.glu ? total(1) : 0.f);
+  }
+}
+
+// [parts][tokens][stride] from x [tokens, cols]: padded with zeros; float32 as three bf16 that add
+// up to it exactly (each the leading 8 bits of what the ones before left).
+template <class T>
+__global__ void prepare_kernel(const T* x, int64_t tokens, int64_t cols, int64_t stride,
+                               uint16_t* out) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < tokens * stride;
+       i += step) {
+    const int64_t token = i / stride, column = i % stride;
+    const bool there = column < cols;
+    if constexpr (dtype_of<T> == Dtype::f32) {
+      float rest = there ? x[token * cols + column] : 0.f;
+      for (int part = 0; part < 3; ++part) {
+        uint32_t bits = __float_as_uint(rest);
+        if (rest != rest) bits = 0x7fff0000u;  // a NaN must not lose all its bits
+        out[part * tokens * stride + i] = static_cast<uint16_t>(bits >> 16);
+        const float taken = __uint_as_float(bits & 0xffff0000u);
+        rest = isfinite(taken) ? rest - taken : 0.f;
+      }
+    } else {
+      out[i] = there ? x[token * cols + column].bits : uint16_t{0};
+    }
+  }
+}
+
+// 16-bit activations as the kernel wants them: where they are, if possible.
+template <class T>
+void prepare(const Problem& p, Launch& launch, cudaStream_t stream) {
+  const int64_t stride = p.format.col_tiles() * pack::kTileCols;
+  launch.x_stride = stride;
+  launch.x = p.x;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  if (dtype_of<T> != Dtype::f32 && stride == p.format.cols && aligned) return;
+  launch.x = p.work;
+  prepare_kernel<T>
+      <<<grid_of(ceil_div<int64_t>(p.tokens * stride, 256), 1 << 16), 256, 0, stream>>>(
+          static_cast<const T*>(p.x), p.tokens, p.format.cols, stride,
+          static_cast<uint16_t*>(p.work));
+  check_launch();
+}
+
+template <class T, class Out, int n_tiles, int parts, Body body>
+void multiply(const Launch& p, cudaStream_t stream) {
+  const auto kernel = multiply_kernel<T, Out, n_tiles, parts, body>;
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+  const int64_t blocks = p.plan.row_blocks * p.plan.passes;
+  check(blocks < int64_t{1} << 31, "x of ", p.out.tokens, " tokens by a weight of ", p.out.rows,
+        " rows is too much for one launch");
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.plan.splits));
+  multiply_kernel<T, Out, n_tiles, parts, body>
+      <<<grid, kThreads, static_cast<size_t>(p.plan.shared_bytes), stream>>>(p);
+  check_launch();
+}
+
+template <class T, class Out, int n_tiles, int parts>
+void multiply_kind(const Launch& p, cudaStream_t stream) {
+  if (p.format.kind == Kind::int8) return multiply<T, Out, n_tiles, parts, Body::int8>(p, stream);
+  if (p.format.kind == Kind::int4_24)
+    return multiply<T, Out, n_tiles, parts, Body::sparse>(p, stream);
+  multiply<T, Out, n_tiles, parts, Body::int4>(p, stream);
+}
+
+template <class T>
+void run(const Problem& p, Launch& launch, cudaStream_t stream) {
+  if (p.format.cols > 0) prepare<T>(p, launch, stream);
+  const int n = launch.plan.n_tiles;
+  if constexpr (dtype_of<T> == Dtype::f32) {
+    n == 1 ? multiply_kind<bf16, float, 1, 3>(launch, stream)
+           : multiply_kind<bf16, float, 2, 3>(launch, stream);
+  } else {
+    n == 1   ? multiply_kind<T, T, 1, 1>(launch, stream)
+    : n == 2 ? multiply_kind<T, T, 2, 1>(launch, stream)
+    : n == 4 ? multiply_kind<T, T, 4, 1>(launch, stream)
+             : multiply_kind<T, T, 8, 1>(launch, stream);
+  }
+  if (launch.plan.splits == 1) return;
+  const int64_t outputs = p.tokens * p.format.rows;
+  add_splits_kernel<T>
+      <<<grid_of(ceil_div<int64_t>(outputs, 256), 1 << 16), 256, 0, stream>>>(launch);
+  check_launch();
+}
+
+}  // namespace
+
+int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype, bool glu) {
+  const Plan plan = make_plan(format, tokens, dtype, glu);
+  return plan.x_bytes + plan.partial_bytes;
+}
+
+void run_cuda(const Problem& p, Stream stream) {
+  if (p.tokens == 0 || p.format.rows == 0) return;
+  const DeviceGuard guard(p.device);
+  Launch launch{};
+  launch.plan = make_plan(p.format, p.tokens, p.dtype, p.up != nullptr);
+  const int64_t wanted = launch.plan.x_bytes + launch.plan.partial_bytes;
+  check(p.work_bytes >= wanted, "work has ", p.work_bytes, " bytes but this product needs ",
+        wanted);
+  for (const uint8_t* data : {p.weights, p.up})
+    check(reinterpret_cast<uintptr_t>(data) % 16 == 0,
+          "packed weights must begin at a multiple of ", "16 bytes");
+  launch.out = {p.y, p.bias, p.up_bias, p.tokens, p.format.rows, p.act, p.up != nullptr};
+  launch.format = p.format;
+  launch.weights[0] = p.weights;
+  launch.weights[1] = p.up;
+  launch.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(p.work) + launch.plan.x_bytes);
+  dispatch<float, f16, bf16>(p.dtype, "x", [&]<class T>() { run<T>(p, launch, raw(stream)); });
+}
+
+}  // namespace distaya::sqgemm
