@@ -152,6 +152,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
 
+    path = args.json or (None if args.smoke else ROOT / "bench" / "results" / "sqgemm.json")
     cpu = torch.device("cpu")
     machine = limits.Machine(cpu)
     whole = Result()
@@ -160,6 +161,7 @@ def main() -> None:
         whole.rows += part.rows
         whole.notes += part.notes
         whole.limits = part.limits
+        save(path, whole, [], [])  # a run that is stopped keeps what it measured
     whole.rows = kernels.limited(whole.rows, whole.limits)
     sizes = shapes.Model(256, 512, 4, 2, 8) if args.smoke else None
     streamed = 1 << 18 if args.smoke else None
@@ -170,18 +172,25 @@ def main() -> None:
     for bar in verdicts:
         print(bar)
     print(text(whole, layers))
-    path = args.json or (None if args.smoke else ROOT / "bench" / "results" / "sqgemm.json")
-    if path:
-        more = {
-            "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-            "layers": [asdict(row) for row in layers],
-            "bars": [asdict(bar) | {"met": bar.met} for bar in verdicts],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        body = report.kernels_json(whole, **more)
-        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    save(path, whole, layers, verdicts)
     if args.readme and not args.smoke:
         write_readme(whole, layers)
+
+
+def save(
+    path: Path | None, result: Result, layers: Sequence[LayerRow], verdicts: Sequence[Bar]
+) -> None:
+    """Everything that was measured as JSON."""
+    if path is None:
+        return
+    more = {
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "layers": [asdict(row) for row in layers],
+        "bars": [asdict(bar) | {"met": bar.met} for bar in verdicts],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = report.kernels_json(result, **more)
+    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
 def write_readme(result: Result, layers: Sequence[LayerRow]) -> None:
