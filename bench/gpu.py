@@ -2,7 +2,7 @@
 
     python bench/gpu.py [--build] [--only SECTIONS] [--skip SECTIONS] [--minutes 9] [--out FILE]
 
-Runs `pytest -m cuda`, measures the device's ceilings, then times every op of the four rooms at
+Runs `pytest -m cuda`, measures the device's ceilings, then times every op of the rooms at
 Aya-8B's shapes beside torch (CUDA events, medians, rotated inputs), prints a table and writes
 bench/results/<device>-<date>.json. Every section has a process and a time budget of its own: one
 that fails, crashes or hangs is recorded with its sentence, and the others still run. A section
@@ -38,15 +38,17 @@ from bench.gpu_report import (  # noqa: E402
 # Seconds of each section in a run of nine minutes, in order; 20 more are for what lies between.
 BUDGETS = {
     "build": 150,
-    "tests": 110,
+    "tests": 100,
     "ceilings": 20,
-    "hessian": 45,
-    "cholesky": 65,
-    "obs": 90,
-    "mask": 40,
+    "hessian": 35,
+    "cholesky": 55,
+    "obs": 70,
+    "mask": 30,
+    "pack": 15,
+    "sqgemm": 45,
 }
 MINUTES = 9
-ROOMS = ("hessian", "cholesky", "obs", "mask")
+ROOMS = ("hessian", "cholesky", "obs", "mask", "pack", "sqgemm")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What bench/gpu.py times: every op of the four rooms at Aya-8B's shapes, each beside torch's way.
+"""What bench/gpu.py times: every op of the rooms at Aya-8B's shapes, each beside torch's way.
 
 A case is built on the device right before it is measured and dropped right after. `work` counts
 what cannot be avoided, per ceiling: GFLOP under "bf16" or "fp32", GB read and written once under
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import shapes, textbook, tuned
+from bench import gpu_packed, shapes, textbook, tuned
 from bench.cases import MODES, our_options
 from bench.gpu_case import Case, Size, disagreement, relative, rotated
 
@@ -281,5 +281,7 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
             f"keep_k {d}x{ff} half, {along}": (lambda along=along: keep_half(along, s))
             for along in ("row", "column", "matrix")
         },
+        "pack": gpu_packed.pack_cases(s),
+        "sqgemm": gpu_packed.sqgemm_cases(s),
     }
     return table[section]

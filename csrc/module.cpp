@@ -10,6 +10,7 @@
 #include "mask/mask.h"
 #include "obs/obs.h"
 #include "pack/pack.h"
+#include "sqgemm/fragments.h"
 #include "sqgemm/sqgemm.h"
 
 namespace py = pybind11;
@@ -133,6 +134,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("sqgemm_work", &sqgemm::work_bytes, "x"_a, "spec"_a, "glu"_a);
   m.def("sqgemm_linear", &sqgemm_linear, "x"_a, "data"_a, "spec"_a, "bias"_a, "exact"_a, "work"_a,
         "y"_a, "y = x W^T + bias for a packed W", release_gil());
+  m.def(
+      "sqgemm_cuda_most_tokens",
+      [](const Spec& spec, const Tensor& x) {
+        return sqgemm::cuda_most_tokens(pack::read_spec(spec).kind, x.dtype);
+      },
+      "spec"_a, "x"_a, "Tokens above which a dense product of the dequantized W is faster");
+  m.def(
+      "sqgemm_fragments",
+      [](int64_t kind) {
+        const sqgemm::Fragments f = sqgemm::fragments_of(kind);
+        return py::dict("steps"_a = f.steps, "a"_a = f.a, "b"_a = f.b, "meta"_a = f.meta,
+                        "rows"_a = f.rows);
+      },
+      "kind"_a, "What each lane of a warp takes from a packed tile (sqgemm/fragments.h)");
   m.def("sqgemm_glu", &sqgemm_glu, "x"_a, "gate"_a, "up"_a, "spec"_a, "act"_a, "bias_gate"_a,
         "bias_up"_a, "exact"_a, "work"_a, "y"_a, "y = act(x W_gate^T) * (x W_up^T)", release_gil());
 }

@@ -28,6 +28,12 @@ _CPU_KERNELS = {
     },
 }
 
+_CUDA_KERNELS = {
+    "hessian, cholesky, obs, mask, pack": "CUDA kernels",
+    "sqgemm (int4, int8, int3, masks)": "tensor cores, mma.sync on packed weights",
+    "sqgemm (2:4)": "sparse tensor cores, mma.sp with ordered metadata",
+}
+
 
 def report() -> dict[str, dict[str, str]]:
     """Sections of name -> value: versions, cpu, gpu, kernels. Starts no CUDA context in torch."""
@@ -74,7 +80,8 @@ def _gpu() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     out = {f"{room} on cpu": how for room, how in _CPU_KERNELS[machine.isa()].items()}
     usable = machine.has_cuda() and machine.cuda_status()["status"] == "ok"
-    out["all rooms on cuda"] = "CUDA kernels" if usable else "unavailable: " + _gpu()["status"]
+    for room, how in _CUDA_KERNELS.items():
+        out[f"{room} on cuda"] = how if usable else "unavailable: " + _gpu()["status"]
     return out
 
 

@@ -41,13 +41,13 @@ def row_of(**changes):
 @pytest.mark.parametrize(
     ("argv", "sections"),
     [
-        ([], ["tests", "ceilings", "hessian", "cholesky", "obs", "mask"]),
+        ([], [n for n in gpu.BUDGETS if n != "build"]),
         (["--build"], list(gpu.BUDGETS)),
         (["--only", "obs,hessian"], ["ceilings", "hessian", "obs"]),
         (["--only", "mask", "--skip", "ceilings"], ["mask"]),
         (["--only", "tests"], ["tests"]),
-        (["--skip", "tests,obs"], ["ceilings", "hessian", "cholesky", "mask"]),
-        (["--device", "cpu", "--quick"], ["ceilings", "hessian", "cholesky", "obs", "mask"]),
+        (["--skip", "tests,obs"], ["ceilings", *(r for r in gpu.ROOMS if r != "obs")]),
+        (["--device", "cpu", "--quick"], ["ceilings", *gpu.ROOMS]),
     ],
 )
 def test_sections_chosen(argv, sections):
@@ -108,6 +108,16 @@ def test_aya_shapes_and_every_op_are_listed(capsys):
     wanted += [f"{method} 4096x14336" for method in ("magnitude", "wanda", "ria")]
     wanted += [f"keep_nm 4096x14336 2:4 {along}" for along in ("inputs", "outputs")]
     wanted += [f"keep_k 4096x14336 half, {along}" for along in ("row", "column", "matrix")]
+    wanted += [
+        f"dequantize 14336x4096 {kind}" for kind in ("int4", "int4-2:4", "int4-mask", "int8")
+    ]
+    wanted += ["pack 14336x4096 int4", "linear 256000x4096 int8, 1"]
+    sparse = ("int4", "int4-2:4")
+    tokens = (1, 16, 64, 256, 2048)
+    wanted += [f"linear 28672x4096 {kind}, {m}" for kind in sparse for m in tokens]
+    wanted += [f"linear 4096x14336 {kind}, {m}" for kind in sparse for m in (1, 16)]
+    wanted += [f"linear 28672x4096 {kind}, 1" for kind in ("int3", "int4-mask", "int4-out")]
+    wanted += [f"glu 14336x4096 {kind}, 1" for kind in sparse]
     assert [name for name in wanted if f"  {name}" not in out] == []
     assert len(wanted) == sum(line.startswith("  ") for line in out.splitlines())
 

@@ -23,7 +23,7 @@ DISTAYA_INLINE vi four_bytes(const int8_t* x) {
   return vi{} + word;
 }
 
-DISTAYA_INLINE vi load_words(const void* p) {
+DISTAYA_INLINE vi load_codes(const void* p) {
   typedef int32_t any __attribute__((vector_size(DISTAYA_LANES * 4), aligned(4), may_alias));
   return *static_cast<const any*>(p);
 }
@@ -42,7 +42,7 @@ DISTAYA_INLINE void unit_wide(const uint8_t* panel, const int8_t* x, vi (&acc)[k
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kDown; ++v) {
-      const vi w = load_words(panel + v * 4 * kLanes);
+      const vi w = load_codes(panel + v * 4 * kLanes);
       const vi low = w & 0x00ff00ff, high = (vi)((vu)w >> 8) & 0x00ff00ff;
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) acc[v][t] += pairs(low, even[t]) + pairs(high, odd[t]);
@@ -61,7 +61,7 @@ DISTAYA_INLINE void unit_narrow(const uint8_t* panel, const int8_t* x, vi (&acc)
     for (int t = 0; t < T; ++t) a[t] = four_bytes(x + t * kTileCols);
 #pragma GCC unroll 4
     for (int v = 0; v < kDown; ++v) {
-      const vi w = load_words(panel + v * 4 * kLanes);
+      const vi w = load_codes(panel + v * 4 * kLanes);
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) sum[v][t] += (vs)_mm256_maddubs_epi16((__m256i)w, (__m256i)a[t]);
     }

@@ -7,6 +7,8 @@
 // step: int4 and int8 take 8 of m16n8k16 per tile and slab, int4_24 takes 4 of mma.sp m16n8k32.
 #pragma once
 
+#include <vector>
+
 #include "pack/layout.h"
 
 namespace distaya::sqgemm {
@@ -82,6 +84,16 @@ DISTAYA_HD constexpr int shuffled_slot(int slot) {
 DISTAYA_HD constexpr int shuffled_chunk(int token, int chunk) {
   return chunk ^ (4 * (token & 1) | (token & 2) | (token >> 2 & 1));
 }
+
+// All of this as numbers (fragments.cpp). a [steps][4 slabs][32 lanes][8 values][word, bit], b
+// [steps][32 lanes][4 or, sparse, 8 values] = tile columns, meta [steps][4][32] = words, rows
+// [4][16].
+struct Fragments {
+  int steps = 0;
+  std::vector<int> a, b, meta, rows;
+};
+
+Fragments fragments_of(int64_t kind);  // int4, int8 or int4_24
 
 // ---- proofs ----
 

@@ -61,11 +61,16 @@ Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact
   return p;
 }
 
-void run(const Problem& p, const Tensor& x) {
-  if (p.tokens == 0 || p.format.rows == 0) return;
+bool declines(const Format& f, int64_t tokens, const Tensor& x) {
+  return x.on_cuda && f.cols > 0 && tokens > sqgemm::cuda_most_tokens(f.kind, x.dtype);
+}
+
+bool run(const Problem& p, const Tensor& x) {
+  if (p.tokens == 0 || p.format.rows == 0) return true;
+  if (declines(p.format, p.tokens, x)) return false;
   if constexpr (has_cuda)
-    if (x.on_cuda) return sqgemm::run_cuda(p, stream_of(x));
-  sqgemm::run_cpu(p);
+    if (x.on_cuda) return sqgemm::run_cuda(p, stream_of(x)), true;
+  return sqgemm::run_cpu(p), true;
 }
 
 Activation parse_act(const std::string& act) {
@@ -78,22 +83,23 @@ Activation parse_act(const std::string& act) {
 }  // namespace
 
 int64_t sqgemm::work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu) {
-  if constexpr (has_cuda) {
-    const Format f = pack::read_spec(spec);
-    if (x.on_cuda) return cuda_work_bytes(f, tokens_of(x, f, "x", f.cols), x.dtype, glu);
-  }
+  const Format f = pack::read_spec(spec);
+  const int64_t tokens = tokens_of(x, f, "x", f.cols);
+  if (declines(f, tokens, x)) return 0;
+  if constexpr (has_cuda)
+    if (x.on_cuda) return cuda_work_bytes(f, tokens, x.dtype, glu);
   return 0;
 }
 
-void sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
+bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
                    const MaybeTensor& bias, bool exact, const MaybeTensor& work, const Tensor& y) {
   Problem p = problem_of(x, spec, exact, false, work, y);
   p.weights = weights_of(p.format, data, "data", x);
   p.bias = bias_of(bias, "bias", p.format, x);
-  run(p, x);
+  return run(p, x);
 }
 
-void sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
+bool sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
                 const std::vector<int64_t>& spec, const std::string& act,
                 const MaybeTensor& bias_gate, const MaybeTensor& bias_up, bool exact,
                 const MaybeTensor& work, const Tensor& y) {
@@ -103,7 +109,7 @@ void sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
   p.up = weights_of(p.format, up, "up", x);
   p.bias = bias_of(bias_gate, "bias_gate", p.format, x);
   p.up_bias = bias_of(bias_up, "bias_up", p.format, x);
-  run(p, x);
+  return run(p, x);
 }
 
 }  // namespace distaya

@@ -53,18 +53,32 @@ void run_cpu(const Problem& p);
 void run_cuda(const Problem& p, Stream stream);
 int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype, bool glu);
 
-// Bytes of `work` the doors want for this call: 0 on the CPU.
+// The most tokens that run_cuda is meant for; with more, to dequantize W and multiply it with the
+// dense product of the framework is faster. Counted for an H100, not measured: that way moves
+// b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass of 64 tokens here takes about 1500
+// instructions of a warp for 8192 weights, 0.25 ps, and half as many again where records are
+// expanded first. Six and four such passes, less a third. float32, whose dense product has no
+// tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
+constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
+  if (dtype == Dtype::f32) return INT64_MAX;
+  const bool whole =
+      kind == pack::Kind::int4 || kind == pack::Kind::int8 || kind == pack::Kind::int4_24;
+  return whole ? 256 : 192;
+}
+
+// Bytes of `work` the doors want for this call: 0 on the CPU, and where they decline it.
 int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu);
 
 }  // namespace sqgemm
 
 // Doors. x [..., cols], y [..., rows] of one dtype; data, gate, up: uint8 buffers of the format
 // that spec says (pack::read_spec); biases [rows] of x's dtype; work: uint8, sqgemm::work_bytes()
-// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh.
-void sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
+// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh. False: all
+// is well but y was not computed, as x has more than cuda_most_tokens() tokens.
+bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
                    const std::optional<Tensor>& bias, bool exact, const std::optional<Tensor>& work,
                    const Tensor& y);
-void sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
+bool sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
                 const std::vector<int64_t>& spec, const std::string& act,
                 const std::optional<Tensor>& bias_gate, const std::optional<Tensor>& bias_up,
                 bool exact, const std::optional<Tensor>& work, const Tensor& y);

@@ -2,121 +2,20 @@
 // memory as packed; a warp multiplies whole tiles on the tensor cores. Where row tiles are few the
 // columns are split among blocks, whose sums are added in their order by a second kernel: the same
 // bits every run. No atomics, no host sync, no allocation.
-#include "sqgemm/epilogue.cuh"
+#include <atomic>
+
+#include "sqgemm/block.cuh"
 #include "sqgemm/expand.cuh"
 #include "sqgemm/multiply.cuh"
-#include "sqgemm/plan.cuh"
 
 namespace distaya::sqgemm {
 namespace {
 
 using namespace cuda;
 
-// One launch. Activations are 16-bit, [parts][tokens][x_stride], zero behind the last column.
-struct Launch {
-  Plan plan;
-  Output out;
-  pack::Format format;
-  const uint8_t* weights[2];
-  const void* x;
-  int64_t x_stride;
-  float* partial;  // [splits][matrices][tokens][padded rows]
-};
-
-// What a warp works on; kept in shared memory, because the sums want the registers.
-struct Task {
-  const uint8_t* weights;
-  int64_t token;
-  int row_tile, first_tile, end_tile, way, steps;
-};
-
-__device__ Task task_of(const Launch& p) {
-  const Plan& plan = p.plan;
-  const int warp = threadIdx.x / 32;
-  const int64_t block = blockIdx.x;  // passes of one row block side by side share it in the L2
-  const int64_t row_way = warp / plan.matrices % plan.row_ways, last = p.format.row_tiles() - 1;
-  const int64_t row_tile = block / plan.passes * plan.row_ways + row_way;
-  const int64_t first = blockIdx.y * plan.split_tiles, end = first + plan.split_tiles;
-  Task w;
-  w.weights = p.weights[warp % plan.matrices];
-  w.token = block % plan.passes * plan.n_tiles * 8;
-  w.row_tile = static_cast<int>(row_tile < last ? row_tile : last);  // behind the end: unseen
-  w.first_tile = static_cast<int>(first);
-  w.end_tile = static_cast<int>(end < p.format.col_tiles() ? end : p.format.col_tiles());
-  w.way = warp / plan.matrices / plan.row_ways;
-  w.steps = ceil_div(w.end_tile - w.first_tile, plan.ways);
-  return w;
-}
-
-// All threads start copying the activations of a step: [ways][parts][n_tiles * 8][128].
-template <int n_tiles, int parts>
-__device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
-  constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
-  constexpr int tokens = n_tiles * 8, rows = parts * tokens;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
-    const int chunk = i % kChunks, row = i / kChunks;
-    const int column_tile = tile + row / rows;
-    const int64_t token = w.token + row % tokens;
-    const bool there = column_tile < w.end_tile && token < p.out.tokens;
-    const int64_t at = (row % rows / tokens * p.out.tokens + token) * p.x_stride +
-                       int64_t{column_tile} * pack::kTileCols + chunk * 8;
-    const auto* from = static_cast<const uint16_t*>(p.x) + (there ? at : 0);
-    ptx::copy_async_or_zero(to + 2 * pack::kTileCols * row + 16 * shuffled_chunk(row % 8, chunk),
-                            from, there);
-  }
-}
-
-// Every warp's sums to shared memory as [warp][token][kPitch].
-template <int n_tiles>
-__device__ void share_sums(const float (&sum)[4][n_tiles][4], float* to) {
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  float* mine = to + threadIdx.x / 32 * n_tiles * 8 * kPitch;
-#pragma unroll
-  for (int n = 0; n < n_tiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = 8 * n + 2 * c + e % 2, row = e / 2 * 32 + 4 * g;
-      *reinterpret_cast<float4*>(mine + token * kPitch + row) =
-          make_float4(sum[0][n][e], sum[1][n][e], sum[2][n][e], sum[3][n][e]);
-    }
-}
-
-// Adds the warps that shared a row's columns, in their order, and writes y or the partial sums.
-template <class T>
-__device__ void write_sums(const Launch& p, const float* sums) {
-  const Plan& plan = p.plan;
-  const int tokens = plan.n_tiles * 8, per_tile = tokens * pack::kTileRows;
-  const int64_t block = blockIdx.x, first_token = block % plan.passes * tokens;
-  const int64_t padded = p.format.row_tiles() * pack::kTileRows;
-  for (int i = threadIdx.x; i < plan.row_ways * per_tile; i += kThreads) {
-    const int row_way = i / per_tile, t = i % per_tile / pack::kTileRows;
-    const int64_t token = first_token + t;
-    const int64_t row =
-        (block / plan.passes * plan.row_ways + row_way) * pack::kTileRows + i % pack::kTileRows;
-    if (token >= p.out.tokens || row >= p.out.rows) continue;
-    const auto total = [&](int m) {
-      float sum = 0.f;
-      for (int way = 0; way < plan.ways; ++way) {
-        const int warp = (way * plan.row_ways + row_way) * plan.matrices + m;
-        sum += sums[(warp * tokens + t) * kPitch + i % pack::kTileRows];
-      }
-      return sum;
-    };
-    if (plan.splits == 1) {
-      finish<T>(p.out, token, row, total(0), p.out.glu ? total(1) : 0.f);
-      continue;
-    }
-    for (int m = 0; m < plan.matrices; ++m) {
-      const int64_t part = static_cast<int64_t>(blockIdx.y) * plan.matrices + m;
-      p.partial[(part * p.out.tokens + token) * padded + row] = total(m);
-    }
-  }
-}
-
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 && body != Body::int8 ? 3 : 2)
     multiply_kernel(const __grid_constant__ Launch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
@@ -243,8 +142,13 @@ void prepare(const Problem& p, Launch& launch, cudaStream_t stream) {
 template <class T, class Out, int n_tiles, int parts, Body body>
 void multiply(const Launch& p, cudaStream_t stream) {
   const auto kernel = multiply_kernel<T, Out, n_tiles, parts, body>;
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+  static std::atomic<uint64_t> allowed{0};  // a bit per device: asking costs more than a launch
+  const uint64_t bit = p.device < 64 ? uint64_t{1} << p.device : 0;
+  if (!(allowed.load() & bit)) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+    allowed.fetch_or(bit);
+  }
   const int64_t blocks = p.plan.row_blocks * p.plan.passes;
   check(blocks < int64_t{1} << 31, "x of ", p.out.tokens, " tokens by a weight of ", p.out.rows,
         " rows is too much for one launch");
@@ -302,6 +206,7 @@ void run_cuda(const Problem& p, Stream stream) {
           "packed weights must begin at a multiple of ", "16 bytes");
   launch.out = {p.y, p.bias, p.up_bias, p.tokens, p.format.rows, p.act, p.up != nullptr};
   launch.format = p.format;
+  launch.device = p.device;
   launch.weights[0] = p.weights;
   launch.weights[1] = p.up;
   launch.partial = reinterpret_cast<float*>(static_cast<uint8_t*>(p.work) + launch.plan.x_bytes);

@@ -4,7 +4,9 @@ x keeps its dtype (bf16, fp16 or fp32) and any number of tokens; sums are fp32; 
 On the CPU ``exact=False``, the default, multiplies with int8 activations (W4A8): symmetric, per
 token and per block of min(group, 128) columns, half a step of max |x| / 127 off at most. A block
 with a NaN or an Inf makes every output of its token NaN. ``exact=True`` takes the activations as
-they are. On CUDA every product is exact. csrc/sqgemm/sqgemm.h states the bounds.
+they are. On CUDA every product is exact, except that for many tokens (a few hundred; the number is
+in csrc/sqgemm/sqgemm.h, with the bounds) panels of W are rounded to x's dtype and multiplied by
+torch's dense kernels, which is faster there.
 """
 
 import torch
@@ -14,6 +16,8 @@ from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.ops import pack
 from distaya_ext.ops.pack import PackedWeight
+
+_PANEL_BYTES = 64 << 20  # of dequantized weights at once; whole tiles of 64 rows
 
 
 def _output(x: Tensor, spec: list[int]) -> Tensor:
@@ -36,11 +40,28 @@ def _work(x: Tensor, spec: list[int], glu: bool) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
 
 
+def _dense(x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, y: Tensor) -> Tensor:
+    """y = x W^T + bias by dense products with panels of W. CUDA, where the kernels decline."""
+    rows, cols = spec[1:3]
+    flat, out = x.view(-1, cols), y.view(-1, rows)
+    step = max(1, _PANEL_BYTES // (64 * cols * x.itemsize)) * 64
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        W = pack.pack_dequantize(data, spec, first, last - first, x.dtype)
+        if bias is None:
+            torch.mm(flat, W.t(), out=out[:, first:last])
+        else:
+            torch.addmm(bias[first:last], flat, W.t(), out=out[:, first:last])
+    return y
+
+
 @op(fake=_fake_linear)
 def sqgemm(x: Tensor, data: Tensor, spec: list[int], bias: Tensor | None, exact: bool) -> Tensor:
     """See linear; data and spec are those of the PackedWeight, x is contiguous."""
     y = _output(x, spec)
-    _C.sqgemm_linear(x, data, spec, bias, exact, _work(x, spec, False), y)
+    work = _work(x, spec, False)
+    if not _C.sqgemm_linear(x, data, spec, bias, exact, work, y):
+        _dense(x, data, spec, bias, y)
     return y
 
 
@@ -58,7 +79,10 @@ def sqgemm_glu(
     """See glu; gate, up and spec are those of the two PackedWeights, x is contiguous."""
     y = _output(x, spec)
     work = _work(x, spec, True)
-    _C.sqgemm_glu(x, gate, up, spec, act, bias_gate, bias_up, exact, work, y)
+    if not _C.sqgemm_glu(x, gate, up, spec, act, bias_gate, bias_up, exact, work, y):
+        g = _dense(x, gate, spec, bias_gate, torch.empty_like(y))
+        u = _dense(x, up, spec, bias_up, y)
+        u.copy_(reference_act(g.float(), act) * u.float())
     return y
 
 
