@@ -34,6 +34,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("packed")
     source = tiny.make(root / "source", tiny.FAMILIES["llama"], dtype=torch.bfloat16)
     (source / "LICENSE").write_text("free")
+    (source / "quantize_config.json").write_text("{}")
     for name, fields in SOURCES.items():
         method = {"method": "rtn", **fields}
         compress(source, root / name, tiny.recipe(**method))
@@ -76,6 +77,7 @@ def test_codes_are_carried_over(folders, tmp_path, name, to):
     told = [notice for notice in found.notices if "becomes dense bfloat16" in notice]
     assert len(told) == (2 if name in ("ours", "mask") else 0)
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
     back = export(tmp_path / "out", tmp_path / "back", "pack-quantized")
     assert same_codes(folders / name, tmp_path / "back") == 21 == back.modules
 

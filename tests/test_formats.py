@@ -241,6 +241,7 @@ def test_several_groups_and_kinds_of_targets():
 
 def test_gptq_configs():
     about = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+    about |= {"checkpoint_format": None, "modules_in_block_to_quantize": None, "use_exllama": True}
     held = read_scheme({"quantization_config": about}).for_module("x")
     assert held == ModuleScheme(4, 128, True, "gptq", offset=1)
     about |= {"checkpoint_format": "gptq_v2", "group_size": -1, "sym": False, "bits": 8,

@@ -126,6 +126,9 @@ def test_the_walk_saw_the_weights_that_the_file_means(tmp_path):
             if key == "2:4":
                 assert int((W.view(-1, 4) != 0).sum(1).max()) <= 2
     assert len(seen["Saved"]) == 3
+    for planned, saved in zip(seen["Planned"], seen["Saved"], strict=True):
+        assert planned.format == "pack-quantized"
+        assert saved.bytes == pytest.approx(planned.bytes, rel=0.1)  # headers are a tenth here
 
 
 @pytest.mark.parametrize("pruning", [{"nm": "2:4"}, {"sparsity": 0.6}, {}], ids=str)

@@ -39,7 +39,11 @@ def recipes(draw):
     else:
         fields["bits"] = draw(st.integers(2, 8))
     fields["group"] = draw(st.sampled_from([0, 32, 64, 128]))
-    fields["symmetric"] = draw(st.booleans())
+    fields["symmetric"] = draw(st.none() | st.booleans())
+    if fields["bits"] in (None, 3, 4, 8):
+        fields["embed_bits"] = draw(st.sampled_from([None, 8]))
+    if fields["bits"] in (4, 8) and not fields.get("embed_bits"):
+        fields["format"] = draw(st.sampled_from(["auto", "dense", "pack-quantized", "distaya"]))
     fields["skip"] = draw(
         st.lists(st.sampled_from(["q_proj$", r"layers\.0\.", "ümlaut"]), max_size=3)
     )
@@ -85,6 +89,13 @@ def test_yaml_round_trip(tmp_path_factory, recipe):
         ({"nm": "2:4", "order": "activation"}, ["activation", "2:4"]),
         ({"method": "wanda", "sparsity": 0.5, "order": "activation"}, ["activation", "wanda"]),
         ({"sparsity": 0.5, "seed": 3}, ["'seed'", "calibration"]),
+        ({"sparsity": 0.5, "embed_bits": 4}, ["embed_bits", "4", "8"]),
+        ({"sparsity": 0.5, "bits": 4, "format": "gptq"}, ["format", "'gptq'", "'distaya'"]),
+        ({"sparsity": 0.5, "format": "distaya"}, ["distaya", "quantised", "bits"]),
+        ({"sparsity": 0.5, "format": "pack-quantized"}, ["pack-quantized", "quantised"]),
+        ({"sparsity": 0.5, "embed_bits": 8, "format": "dense"}, ["dense", "int8 embedding"]),
+        ({"method": "gptq", "bits": 3, "format": "pack-quantized"}, ["3 bits", "4, 8 bits"]),
+        ({"method": "gptq", "bits": 5, "embed_bits": 8}, ["5 bits", "distaya holds 3, 4, 8"]),
     ],
 )
 def test_what_cannot_run(fields, words):

@@ -134,8 +134,8 @@ def read_config(folder: Path, *, packed: bool = False) -> dict:
     for name in _NUMBERS:
         if not isinstance(config.get(name, 0.0), (int, float)):
             raise InputError(f"config.json gives {config[name]!r} for {name}; it must be a number")
-    if "quantization_config" in config and not packed:
-        about = config["quantization_config"]
+    about = config.get("quantization_config")
+    if about is not None and not packed:
         method = about.get("quant_method", "unknown") if isinstance(about, dict) else "unknown"
         raise InputError(
             f"the model is already quantised ({method}); start from its bf16 or fp32 weights"

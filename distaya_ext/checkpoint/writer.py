@@ -20,7 +20,8 @@ from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README*")
-_NOT_COPIED = ("*.index.json", "results.json")  # where the old weights lay, what the old run found
+# Where the old weights lay, what the old run found, what GPTQ writers repeat of config.json.
+_NOT_COPIED = ("*.index.json", "results.json", "quantize_config.json", "quant_config.json")
 
 
 class ShardWriter:

@@ -69,6 +69,8 @@ class Reporter:
                     f"replay of {layers} layers reproduces the model's own logits (max "
                     f"difference {diff:g})"
                 )
+            case events.Planned(form, count):
+                self.say(f"packed as {form}, about {size(count)}")
             case events.LayerStart(layer, layers):
                 self._worst = None
                 if layer == 0 or self._bar is not None:

@@ -2,7 +2,17 @@
 
 from .calibrate import Calibration
 from .driver import compress
-from .events import Calibrated, Event, LayerDone, LayerStart, Notice, Proved, Saved, StageDone
+from .events import (
+    Calibrated,
+    Event,
+    LayerDone,
+    LayerStart,
+    Notice,
+    Planned,
+    Proved,
+    Saved,
+    StageDone,
+)
 from .report import ModuleReport, Report
 
 __all__ = [
@@ -13,6 +23,7 @@ __all__ = [
     "LayerStart",
     "ModuleReport",
     "Notice",
+    "Planned",
     "Proved",
     "Report",
     "Saved",

@@ -130,7 +130,10 @@ class _Run:
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens)
         self.report.spilled = self.budget.spills(waiting)
-        check_disk(staging.root, self.packing.predicted() + waiting * self.report.spilled)
+        planned = self.packing.predicted()
+        check_disk(staging.root, planned + waiting * self.report.spilled)
+        if self.packing.format != "dense":
+            self.on_event(events.Planned(self.packing.format, planned))
         for message in self.packing.notices:
             self._notice(message)
         if self.calibration is not None:

@@ -36,6 +36,14 @@ class Proved:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """Quantised weights will be packed as `format`; the weight files take about `bytes`."""
+
+    format: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class LayerStart:
     """Layer `layer` (from 0) of `layers` begins."""
 
@@ -78,4 +86,4 @@ class Saved:
     bytes: int
 
 
-Event = Notice | Calibrated | Proved | LayerStart | StageDone | LayerDone | Saved
+Event = Notice | Calibrated | Proved | Planned | LayerStart | StageDone | LayerDone | Saved

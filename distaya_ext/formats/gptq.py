@@ -20,7 +20,7 @@ def read(about: Mapping[str, Any], where: str) -> Scheme:
     `dynamic` may leave modules out ("-:pattern") or change their bits, group and symmetry.
     """
     where = f"quantization_config of {where}"
-    form = take(about, "checkpoint_format", str, "gptq", where)
+    form = take(about, "checkpoint_format", (str, type(None)), None, where) or "gptq"
     if form not in _FORMATS:
         raise InputError(
             f"{where} has the checkpoint_format {form!r}; {' and '.join(_FORMATS)} can be read"
@@ -32,7 +32,7 @@ def read(about: Mapping[str, Any], where: str) -> Scheme:
     for pattern, change in (take(about, "dynamic", (dict, type(None)), None, where) or {}).items():
         rules.append(_override(pattern, change, about, _FORMATS[form], f"dynamic of {where}"))
     rules += _named(about, base, where)
-    head = take(about, "lm_head", bool, False, where)
+    head = take(about, "lm_head", (bool, type(None)), False, where)
     return Scheme("gptq", tuple(rules), () if head else ("lm_head",))
 
 
