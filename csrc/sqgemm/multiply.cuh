@@ -175,8 +175,9 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
   constexpr int kGroup = 8 * pack::kTileCols * 2;  // bytes of 8 tokens
   // What the registers hold at a time: more slabs read x less often, more columns settle less
   // often.
-  constexpr int slabs = n_tiles * parts <= 2 ? 4 : 2;
-  constexpr int columns = n_tiles == 8 && body != Body::sparse ? 32 : 64;
+  constexpr bool tight = n_tiles == 8 && body == Body::int4;
+  constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight ? 1 : 2;
+  constexpr int columns = n_tiles == 8 && body == Body::int8 ? 32 : 64;
   const bool fine = s.format.group == 32;
 #pragma unroll 1
   for (int block = 0; block < pack::kTileCols / columns; ++block) {

@@ -13,9 +13,13 @@ namespace {
 
 using namespace cuda;
 
+// Blocks that a multiprocessor should hold: three where 168 registers a thread suffice.
+template <int n, Body body>
+inline constexpr int kResident = n == 1 && body != Body::int8 ? 3 : 2;
+
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, n_tiles* parts == 1 && body != Body::int8 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
     multiply_kernel(const __grid_constant__ Launch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
