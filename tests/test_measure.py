@@ -231,6 +231,18 @@ def test_contended_rows_are_flagged_and_told(monkeypatch, quick):
     assert report.kernels_json(result)["contended"] == 2
 
 
+def test_a_contended_ruler_spoils_every_ratio(monkeypatch, quick):
+    monkeypatch.setattr(clock, "sample", Clock({}, contended=("torch int4",)))
+    assert all(r.contended for r in kernels.measure(plan(tokens=[1])).rows)
+
+
+def test_rows_above_their_limit_are_told(monkeypatch, quick):
+    monkeypatch.setattr(clock, "sample", Clock({"int4": 1e-7}))
+    said = []
+    kernels.measure(plan(tokens=[1]), on_note=said.append)
+    assert said[-1].startswith("1 of 6 rows are faster than the limits say")
+
+
 def test_weights_are_rotated():
     used = []
     subject = rulers.Subject("x", 10, "int8", ["a", "b", "c"], lambda x, w: used.append(w) or x)

@@ -20,6 +20,7 @@ from .shapes import Shape
 _SAMPLE = 0.02  # seconds one sample should last at least
 _SLOW, _SLOWER = 0.25, 1.0  # seconds of calls that are timed only 3 times, 2 times
 _RUNS = 5
+_ABOVE = 1.1  # a row this far above its limit shows that the limit was measured badly
 _AGAIN = 1  # times a comparison is repeated when a contender had no quiet run
 
 
@@ -60,7 +61,7 @@ class Row:
     ratios: dict[str, float]  # ruler -> how many times faster than it this is
     error: float | None
     runs: int
-    contended: bool
+    contended: bool  # this, or a ruler that its ratios are taken of
 
 
 @dataclass
@@ -178,6 +179,12 @@ def measure(
         machine.peaks()
         result.limits = [machine.at(threads) for threads in plan.threads]
     result.rows = limited(result.rows, result.limits)
+    above = sum(row.reached > _ABOVE for row in result.rows)
+    if above:
+        note(
+            f"{above} of {len(result.rows)} rows are faster than the limits say: something else "
+            "ran while those were measured"
+        )
     return result
 
 
@@ -241,6 +248,7 @@ def rows(
         timings = clock.compare(contenders, limit.threads, warm=False)
     each = {name: timings[name].wall / rotations[name].calls for name in rotations}
     ruled = [s.name for s in subjects if s.kind is None]
+    spoilt = {name for name, timing in timings.items() if not timing.trusted}
     found = []
     ops = 2.0 * len(x) * shape.weights
     for s in subjects:
@@ -267,7 +275,7 @@ def rows(
                 ratios={name: each[name] / spent for name in ruled},
                 error=(errors or {}).get(s.name),
                 runs=timings[s.name].runs,
-                contended=not timings[s.name].trusted,
+                contended=s.name in spoilt or bool(spoilt & set(ruled)),
             )
         )
     return found
