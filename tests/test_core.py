@@ -119,7 +119,7 @@ def test_isa_from_the_environment():
 def test_peaks_are_measured(isa):
     peak = machine.peak()
     assert peak["fp32"] > 1
-    assert (peak["bf16_dot"] > 0) == (isa == "avx512")
+    assert (peak["bf16_dot"] > 0) == (peak["int8_dot"] > 0) == (isa == "avx512")
 
 
 def test_doctor_reports_every_section():

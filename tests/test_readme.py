@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import distaya_ext
-from distaya_ext import Quant, compress, evaluate, read_texts
+from distaya_ext import Quant, Recipe, compress, evaluate, read_texts
 from distaya_ext.cli.app import app
 from distaya_ext.ops import hessian, obs
 
@@ -28,10 +28,11 @@ def test_the_two_commands_are_there_for_ci():
 
 def test_every_flag_in_the_commands_exists():
     shell = "\n".join(blocks(""))
-    commands = re.findall(r"distaya (\w+)((?:.*\\\n)*.*)", shell)
+    commands = re.findall(r"distaya ((?:bench )?\w+)((?:.*\\\n)*.*)", shell)
     assert {name for name, _ in commands} >= {"demo", "doctor", "inspect", "compress", "eval"}
+    assert "bench model" in {name for name, _ in commands}
     for name, rest in commands:
-        text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        text = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"}).output
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in text, f"distaya {name} has no {flag}"
 
@@ -51,8 +52,17 @@ def test_the_python_example_runs_in_under_fifteen_lines(tmp_path, monkeypatch):
     assert (tmp_path / "aya-2of4-w4" / "results.json").exists()
 
 
+def test_the_loading_example_runs(tmp_path):
+    (code,) = (c for c in blocks("python") if "distaya_ext.load" in c)
+    recipe = Recipe(model=str(ASSETS / "nano-aya"), method="magnitude", nm="2:4", bits=4)
+    compress(recipe.model, tmp_path / "small", recipe)
+    names = {"ids": torch.tensor([[1, 5, 6]])}
+    exec(compile(code.replace("aya-2of4-w4", str(tmp_path / "small")), "README.md", "exec"), names)
+    assert distaya_ext.resident_bytes(names["model"]) < 0.8 * 16257664  # nano-aya in bf16
+
+
 def test_the_kernel_example_runs():
-    code = blocks("python")[1].replace("4096", "64")
+    (code,) = (c.replace("4096", "64") for c in blocks("python") if "hessian.Hessian" in c)
     names = {"activations": torch.randn(3, 50, 64), "weight": torch.randn(32, 64)}
     code = code.replace("group=128", "group=32")
     exec(compile(code, "README.md", "exec"), names)

@@ -10,7 +10,8 @@
 namespace distaya::probe {
 
 // Gflop/s of one thread issuing nothing but FMAs on registers, on the instruction set in force:
-// {"fp32": ..., "bf16_dot": ... (0 without AVX512-BF16)}. The ceiling of every fp32 kernel here.
+// {"fp32": ..., "bf16_dot": ... (0 without AVX512-BF16), "int8_dot": ... (Gop/s; 0 without
+// AVX512-VNNI)}: the ceilings of every kernel here.
 std::map<std::string, double> peak();
 
 // {"driver": n, "runtime": n, "devices": n, "status": sentence, "device0": name, ...} as text.

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import DistayaError
+from . import bench
 from .compress import compress
 from .demo import demo
 from .doctor import doctor
@@ -100,6 +101,7 @@ app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..evaluate import Loaded
+    from ..measure.speed import Stopwatch
 
 
 def generate(
@@ -31,14 +32,39 @@ def generate(
 ) -> None:
     """Go on with PROMPT, greedily or (with --seed) by drawing."""
     from ..evaluate import load
-    from .output import print_json
+    from ..measure.speed import Stopwatch
+    from ..runtime import resident_bytes
+    from .output import print_json, size
 
     loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
-    text = go_on(loaded, prompt, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
+    watch = Stopwatch()
+    text = go_on(
+        loaded,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        watch=watch,
+    )
+    speed, resident = watch.speed(), resident_bytes(loaded.model)
     if json:
-        print_json({"model": model, "prompt": prompt, "continuation": text, "seed": seed})
-    else:
-        typer.echo(prompt + text)
+        found = {"model": model, "prompt": prompt, "continuation": text, "seed": seed}
+        rates = {
+            "prompt_tokens": speed.prompt,
+            "new_tokens": speed.new,
+            "prefill_tokens_per_second": speed.prefill_rate,
+            "decode_tokens_per_second": speed.decode_rate,
+            "resident_bytes": resident,
+        }
+        print_json(found | rates)
+        return
+    typer.echo(prompt + text)
+    decode = "-" if speed.decode_rate is None else f"{speed.decode_rate:.1f}"
+    typer.echo(
+        f"{speed.new} tokens at {decode} tokens/s after a prompt of {speed.prompt} in "
+        f"{speed.prefill:.2f} s; {size(resident)} of weights in memory",
+        err=True,
+    )
 
 
 def go_on(
@@ -48,8 +74,9 @@ def go_on(
     max_new_tokens: int,
     seed: int | None = None,
     temperature: float = 0.8,
+    watch: Stopwatch | None = None,
 ) -> str:
-    """The continuation alone. The global random state of torch is left as it was."""
+    """The continuation alone, timed by `watch`. torch's global random state is left as it was."""
     import torch
 
     from ..checkpoint.whole import quiet_transformers
@@ -82,6 +109,7 @@ def go_on(
             max_new_tokens=max_new_tokens,
             do_sample=seed is not None,
             pad_token_id=loaded.tokenizer.pad_token_id or 0,
+            streamer=watch,
             **drawing,
         )
     return loaded.tokenizer.decode(out[0, row.shape[1] :], skip_special_tokens=True)

@@ -55,9 +55,10 @@ def cuda_status() -> dict[str, str]:
 
 
 def peak() -> dict[str, float]:
-    """Measured one-thread ceilings on registers alone, in Gflop/s: ``fp32`` and ``bf16_dot``.
+    """Measured one-thread ceilings on registers alone: ``fp32``, ``bf16_dot`` (Gflop/s) and
+    ``int8_dot`` (Gop/s).
 
-    ``bf16_dot`` is 0 where the instruction set has no bf16 dot product. Takes about 0.1 s.
+    The last two are 0 where the instruction set has no such dot product. Takes about 0.1 s.
     """
     return _C.peak()
 

@@ -6,7 +6,7 @@
 Nothing here imports transformers until it is called.
 """
 
-from .glu import PackedGLU
+from .glu import PackedGLU, fuse
 from .load import load
 from .modules import PackedEmbedding, PackedHead, PackedLinear
 from .register import register_when_imported
@@ -17,6 +17,7 @@ __all__ = [
     "PackedGLU",
     "PackedHead",
     "PackedLinear",
+    "fuse",
     "load",
     "register_when_imported",
     "resident_bytes",
