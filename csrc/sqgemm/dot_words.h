@@ -121,7 +121,8 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
 // The same for 1 <= n <= kTogether tokens.
 template <Kind kind>
 void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-                     const int32_t* sums, const float* scales, Ahead, float* C) {
+                     const int32_t* sums, const float* scales, Ahead next, float* C) {
+  for (int64_t i = 0; i < next.bytes; i += 64) __builtin_prefetch(next.at + i);
   constexpr bool wide = kind == Kind::int8 || DISTAYA_LANES < 8;
   if (n == 1) return multiply<wide, 1>(panel, grid, groups, x, sums, scales, C);
   multiply<wide, 2>(panel, grid, groups, x, sums, scales, C);
