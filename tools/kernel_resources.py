@@ -94,7 +94,8 @@ def demangle(uses: list[Use]) -> None:
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
     for use, name in zip(uses, plain.stdout.splitlines(), strict=True):
         name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-        name = re.sub(r"\(.*", "", re.sub(r"\((?:int|bool|unsigned int|long)\)", "", name))
+        name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # the type of a template's number
+        name = re.sub(r"\(.*", "", name)
         use.kernel = re.sub(r"distaya::(?:cuda::)?", "", name)
 
 
