@@ -63,6 +63,7 @@ def test_stock_transformers_load_what_we_write(tmp_path, key, dtype):
     assert not torch.equal(got, logits(stock(source, dtype), ids))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_asymmetric_ones_load_in_stock_transformers_as_the_notice_says(tmp_path):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"], dtype=torch.bfloat16)
     out = tmp_path / "out"
