@@ -39,7 +39,8 @@ void each_tile(const Problem& p, const Rows& rows) {
   const int64_t step = tokens_per_task(p), blocks = (p.tokens + step - 1) / step;
   cpu::parallel_for(p.format.row_tiles() * blocks, [&](int64_t task) {
     alignas(64) float sums[2][kMostTokens * kTileRows];
-    const int64_t tile = task / blocks, t0 = task % blocks * step;
+    // Token blocks outermost: the activations of one stay in the cache while all rows go by.
+    const int64_t tile = task % p.format.row_tiles(), t0 = task / p.format.row_tiles() * step;
     const int64_t t1 = std::min(p.tokens, t0 + step);
     rows(p.weights, tile, t0, t1, sums[0]);
     if (p.up) rows(p.up, tile, t0, t1, sums[1]);
