@@ -41,6 +41,8 @@ void bind_core(py::module_& m) {
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(cpu::parse_isa(name)); }, "name"_a);
   m.def("threads", [] { return omp_get_max_threads(); }, "Threads of the pool shared with torch");
   m.def("peak", &probe::peak, "Measured one-thread FMA rates in Gflop/s", release_gil());
+  m.def("read", &probe::read, "t"_a, "Xor of the 64-byte lines of t, by all threads",
+        release_gil());
   m.def("cuda_status", &probe::cuda_status,
         "Driver, runtime and devices as the CUDA runtime sees them");
   m.def("touch", &probe::touch, "a"_a, "b"_a, "c"_a, "d"_a,

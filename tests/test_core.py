@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -136,3 +137,14 @@ def test_import_starts_nothing():
         "assert 'transformers' not in sys.modules"
     )
     python(code)
+
+
+def test_reading_reads_everything(threads):
+    """The xor of the 64-byte lines, by torch; a tail below a line is left out."""
+    words = torch.randint(-(2**63), 2**63 - 1, (3 << 18,), dtype=torch.int64)
+    t = torch.cat([words.view(torch.uint8), torch.ones(9, dtype=torch.uint8)])
+    expected = int(np.bitwise_xor.reduce(words.numpy().view(np.uint64)))
+    assert machine.read(t) == expected
+    assert machine.read(t[:0]) == 0
+    with pytest.raises(ValueError, match="must be uint8 but is float32"):
+        machine.read(torch.ones(64))

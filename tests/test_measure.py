@@ -50,8 +50,9 @@ class Clock:
         value = run(*inputs)
         if kept is not None:
             kept.append(value)
-        name = run.subject.name
-        wall = self.seconds.get(name, 1.0) * run.calls
+        subject = getattr(run, "subject", None)  # the plain read of memory has none
+        name, calls = (subject.name, run.calls) if subject else ("memory read", 1)
+        wall = self.seconds.get(name, 1.0) * calls
         return clock.Sample(wall, wall, wall if name in self.contended else 0.0, threads)
 
 
@@ -165,6 +166,7 @@ def test_rulers_that_cannot_take_a_shape_are_left_out():
 
 def test_ratios_rates_and_limits_on_a_stubbed_clock(monkeypatch, quick):
     spent = {"torch bf16": 8e-3, "torch int4": 3e-3, "int4": 2e-3, "int4-2:4 exact": 4e-3}
+    spent["memory read"] = 0.5
     monkeypatch.setattr(clock, "sample", Clock(spent))
     seen = []
     result = kernels.measure(plan(), on_row=seen.append)
@@ -179,6 +181,8 @@ def test_ratios_rates_and_limits_on_a_stubbed_clock(monkeypatch, quick):
     assert row.gbs == pytest.approx(row.nbytes / 2e-3 / 1e9)
     assert (row.bound, row.least) == ("memory", pytest.approx(row.nbytes / 40e9))
     assert row.reached == pytest.approx(row.least / 2e-3)
+    assert row.read == pytest.approx(limits.Machine(CPU).read_bytes / 0.5e9)
+    assert report.share(row).endswith(f"({100 * row.gbs / row.read:.0f} %)")
     assert rows[1, "torch int4"].ratios["torch int4"] == pytest.approx(1)
     assert rows[1, "int4"].error is not None and rows[1, "torch bf16"].error is None
 

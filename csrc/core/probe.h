@@ -14,6 +14,10 @@ namespace distaya::probe {
 // AVX512-VNNI)}: the ceilings of every kernel here.
 std::map<std::string, double> peak();
 
+// Reads t (uint8, on the CPU) once with all threads and returns the xor of its whole 64-byte lines:
+// how fast memory can be read. A tail shorter than a line is left out.
+uint64_t read(const Tensor& t);
+
 // {"driver": n, "runtime": n, "devices": n, "status": sentence, "device0": name, ...} as text.
 std::map<std::string, std::string> cuda_status();
 

@@ -19,7 +19,9 @@ from .shapes import Shape
 
 _SAMPLE = 0.02  # seconds one sample should last at least
 _SLOW, _SLOWER = 0.25, 1.0  # seconds of calls that are timed only 3 times, 2 times
-_RUNS = 5
+_RUNS = 9
+_READ = "memory read"
+_READS = 8  # up to so many tokens a plain read of memory takes part in the comparison
 _ABOVE = 1.1  # a row this far above its limit shows that the limit was measured badly
 _AGAIN = 1  # times a comparison is repeated when a contender had no quiet run
 
@@ -58,6 +60,7 @@ class Row:
     least: float  # seconds that the measured limits allow
     bound: str  # memory or compute: which limit that is
     reached: float  # least / seconds
+    read: float | None  # GB/s of a plain read of memory that took turns with it
     ratios: dict[str, float]  # ruler -> how many times faster than it this is
     error: float | None
     runs: int
@@ -218,7 +221,8 @@ def _shape(
         x = torch.randn(size, generator=random, device=plan.device).to(torch.bfloat16)
         errors = {s.name: rulers.check(s, x) for s in subjects if s.kind}
         for threads in plan.threads:
-            yield from rows(shape, subjects, x, machine.at(threads), errors)
+            reader = machine if tokens <= _READS else None
+            yield from rows(shape, subjects, x, machine.at(threads), errors, reader)
 
 
 def rotation(subject: Subject, x: Tensor) -> Rotation:
@@ -232,8 +236,13 @@ def rows(
     x: Tensor,
     limit: Limits,
     errors: dict[str, float] | None = None,
+    reader: Machine | None = None,
 ) -> list[Row]:
-    """Every subject on the same activations [tokens, cols], alternating."""
+    """Every subject on the same activations [tokens, cols], alternating, and reader's plain read.
+
+    The bandwidth of a shared machine drifts within a run, so a share of it is only worth something
+    beside a read of the same seconds.
+    """
     torch.set_num_threads(limit.threads)
     rotations = {s.name: rotation(s, x) for s in subjects}
     contenders = []
@@ -241,11 +250,15 @@ def rows(
         once = calls.calibrate()
         runs = _RUNS if once < _SLOW else 3 if once < _SLOWER else 2
         contenders.append(Contender(name, calls, runs=runs))
+    if reader is not None:  # between the rulers and ours
+        first = sum(s.kind is None for s in subjects)
+        contenders.insert(first, Contender(_READ, reader.read, runs=_RUNS))
     timings = clock.compare(contenders, limit.threads, warm=False)
     for _ in range(_AGAIN):
         if all(timing.trusted for timing in timings.values()):
             break
         timings = clock.compare(contenders, limit.threads, warm=False)
+    read = reader.read_bytes / timings[_READ].wall / 1e9 if reader is not None else None
     each = {name: timings[name].wall / rotations[name].calls for name in rotations}
     ruled = [s.name for s in subjects if s.kind is None]
     spoilt = {name for name, timing in timings.items() if not timing.trusted}
@@ -272,6 +285,7 @@ def rows(
                 least=least,
                 bound=bound,
                 reached=least / spent,
+                read=read,
                 ratios={name: each[name] / spent for name in ruled},
                 error=(errors or {}).get(s.name),
                 runs=timings[s.name].runs,

@@ -73,14 +73,14 @@ class Machine:
     def __init__(self, device: torch.device, nbytes: int | None = None) -> None:
         self.device = device
         nbytes = nbytes or max(256 << 20, 5 * cache_bytes(device))
-        self._big = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
+        self._big = torch.ones(nbytes, dtype=torch.uint8, device=device)
         self._read: dict[int, float] = {}
         self._peak: dict[str, float] = {}
 
     def at(self, threads: int) -> Limits:
         """Read once more (some 30 ms) with so many threads; torch keeps that number of threads."""
         torch.set_num_threads(threads)
-        rate = self._big.numel() * 8 / _best(self._sum, threads, 3) / 1e9
+        rate = self._big.numel() / _best(self.read, threads, 3) / 1e9
         self._read[threads] = max(rate, self._read.get(threads, 0.0))
         if not self._peak:
             self.peaks()
@@ -97,9 +97,18 @@ class Machine:
         for name, rate in found.items():
             self._peak[name] = max(rate, self._peak.get(name, 0.0))
 
-    def _sum(self) -> None:
-        self._big.sum()
-        _finish(self.device)
+    @property
+    def read_bytes(self) -> int:
+        """What read() reads."""
+        return self._big.numel()
+
+    def read(self) -> None:
+        """Read memory once, and do nothing with it."""
+        if self.device.type == "cuda":
+            self._big.view(torch.int64).sum()
+            _finish(self.device)
+        else:
+            machine.read(self._big)
 
 
 def _product_rate(device: torch.device, n: int = 8192) -> float:

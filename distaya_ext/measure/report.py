@@ -31,6 +31,11 @@ def limit(row: Row) -> str:
     return f"{row.gops:.0f} of {row.gops / row.reached:.0f} GOP/s"
 
 
+def share(row: Row) -> str:
+    """A row against the read that took turns with it, e.g. "31.0 of 35.2 GB/s (88 %)"."""
+    return f"{row.gbs:.1f} of {row.read:.1f} GB/s ({100 * row.gbs / row.read:.0f} %)"
+
+
 def kernel_tables(rows: Sequence[Row]) -> Iterable[Table]:
     """One table for each shape and number of threads, the tokens below each other."""
     from rich.table import Table
@@ -72,7 +77,8 @@ def _cells(row: Row, rulers: list[str]) -> list[str]:
 def markdown(rows: Sequence[Row], columns: Sequence[str], main: str = "int4") -> str:
     """Milliseconds of each kernel in `columns`, one line for each shape and number of tokens.
 
-    Beside them what `main` reached of its limit and how many times faster than the rulers it is.
+    Beside them what `main` reached of its limit (for few tokens: of the read that took turns with
+    it) and how many times faster than the rulers it is.
     """
     lines: list[str] = []
     for threads, found in _by(rows, lambda r: r.threads).items():
@@ -89,7 +95,7 @@ def markdown(rows: Sequence[Row], columns: Sequence[str], main: str = "int4") ->
                 mark = " (contended)" if row and row.contended else ""
                 cells.append(milliseconds(row.seconds) + mark if row else "")
             row = by_name.get(main)
-            cells.append(limit(row) if row else "")
+            cells.append("" if row is None else limit(row) if row.read is None else share(row))
             cells += [f"{row.ratios[n]:.2f}" if row and n in row.ratios else "" for n in rulers]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")

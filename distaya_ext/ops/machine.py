@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch  # noqa: F401  (before _C: its OpenMP runtime must be the one we share)
+import torch  # before _C: its OpenMP runtime must be the one we share
 
 from distaya_ext import _C
 
@@ -61,6 +61,14 @@ def peak() -> dict[str, float]:
     The last two are 0 where the instruction set has no such dot product. Takes about 0.1 s.
     """
     return _C.peak()
+
+
+def read(t: torch.Tensor) -> int:
+    """Read t (uint8 on the CPU, contiguous) once with all threads: the ceiling of memory.
+
+    Returns the xor of its 64-byte lines as 64-bit words, so that nothing can be left out.
+    """
+    return _C.read(t)
 
 
 # touch(a, b, c, d) -> total elements of four tensors: the cost of crossing the border at all. Not
