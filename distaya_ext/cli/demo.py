@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What is tried: label, folder name, fields of the recipe.
 TRIALS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("50 %", "half", {"sparsity": 0.5}),
-    ("2:4 + int4", "2of4-int4", {"nm": "2:4", "bits": 4, "group": 128}),
+    ("2:4 + int4", "2of4-int4", {"nm": "2:4", "bits": 4, "group": 128, "embed_bits": 8}),
 )
 SPOKEN = ("en", "es", "ja")  # languages a continuation is shown in
 _WINDOW = 128  # the bundled texts are short; shorter windows waste less of them
@@ -39,6 +39,8 @@ class Trial:
     folder: Path
     seconds: float
     sparsity: float
+    nbytes: int  # of the weight files
+    packed: bool  # runs on packed weights, not on dense ones
 
 
 def demo(
@@ -55,7 +57,7 @@ def demo(
 ) -> None:
     """Compress the bundled model, measure every language before and after, let it talk."""
     start = time.perf_counter()
-    from .output import console, print_json
+    from .output import console, print_json, size
     from .progress import Reporter
 
     folder = Path(tempfile.mkdtemp(prefix="distaya-demo-")) if out is None else out
@@ -65,6 +67,7 @@ def demo(
         reporter = stack.enter_context(Reporter(quiet))
         made = [_compress(assets, folder, *trial, reporter, overwrite) for trial in trials]
         found, spoken = _measure(assets, made, reporter)
+        before = sum(f.stat().st_size for f in (assets / "nano-aya").glob("*.safetensors"))
     seconds = time.perf_counter() - start
     if json:
         print_json(_as_dict(made, found, spoken, seconds))
@@ -80,9 +83,9 @@ def demo(
     show.print()
     for trial in made:
         show.print(
-            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, compressed in "
-            f"{trial.seconds:.1f} s, "
-            f"written to {trial.folder}",
+            f"{trial.label}: {100 * trial.sparsity:.1f} % zeros, weights of {size(before)} now "
+            f"{size(trial.nbytes)}{' and run packed' if trial.packed else ', still dense'}, "
+            f"compressed in {trial.seconds:.1f} s, written to {trial.folder}",
             markup=False,
         )
     show.print(
@@ -108,7 +111,8 @@ def _compress(
     recipe = Recipe(model=str(model), method="sparsegpt", calibration=spec, **fields)
     reporter.say(f"{label}: sparsegpt on nano-aya")
     report = run(model, folder / name, recipe, on_event=reporter.on_event, overwrite=overwrite)
-    return Trial(label, folder / name, report.seconds, report.sparsity)
+    packed = recipe.bits is not None
+    return Trial(label, folder / name, report.seconds, report.sparsity, report.file_bytes, packed)
 
 
 def _all_tokens(assets: Path) -> int:
@@ -212,6 +216,7 @@ def _as_dict(
                 "label": trial.label,
                 "folder": str(trial.folder),
                 "sparsity": trial.sparsity,
+                "bytes": trial.nbytes,
                 "seconds": round(trial.seconds, 3),
                 "evaluation": evaluation.to_dict(),
             }
