@@ -271,7 +271,7 @@ __device__ void pack_tile(const Pack& p, const Sizes& z, int64_t rt, int64_t ct,
 }
 
 template <Kind kKind>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const Pack any, const Sizes z) {
+__global__ void __launch_bounds__(kThreads, 3) pack_kernel(const Pack any, const Sizes z) {
   __shared__ Stage s;
   const Pack p = of_kind<kKind>(any);
   const Format& f = p.f;
