@@ -113,6 +113,22 @@ def sums(x: torch.Tensor, packed: PackedWeight, exact: bool, bias: torch.Tensor 
     return Sums(value, error + 1.01 * (runs + 4) * U * ((a + step) @ W.t() + more))
 
 
+def quantized_sums(x: torch.Tensor, packed: PackedWeight) -> Sums:
+    """W4A8 with the int8 activations made here, in plain torch: a far closer bound than sums'.
+
+    The integer sums are exact; one rounding scales each, and K / g of them are added with one
+    rounding each: (K / g + 1) u sum |x'||w| with x' the rounded activations, 1 % for higher orders.
+    """
+    run = packed.format.group or 128
+    blocks = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % run)).unflatten(1, (-1, run))
+    scales = blocks.abs().amax(2, keepdim=True) / 127
+    codes = (blocks / scales.where(scales > 0, 1.0)).round().clamp(-127, 127)
+    near = (codes.double() * scales.double()).flatten(1)[:, : x.shape[1]]
+    W = packing.reference_dequantize(*packing.unpack(packed), bits=packed.format.bits)
+    error = 1.01 * (blocks.shape[1] + 1) * U * (near.abs() @ W.abs().t())
+    return Sums(near @ W.t(), error)
+
+
 def output(dtype: torch.dtype) -> tuple[float, float]:
     """Half a last place: relative to a value, and of the subnormals."""
     other = {torch.bfloat16: (2.0**-8, 2.0**-134), torch.float16: (2.0**-11, 2.0**-25)}

@@ -30,6 +30,7 @@ def test_content_that_does_not_fit_is_named_by_its_place(isa):
     crowded = codes.clone()
     crowded[100, 201:204] = 1
     crowded[101, 4:8] = 1
+    crowded[100, 220:223] = crowded[127, 130:134] = 1  # later ones of the same tile
     at_most = "int4-2:4 keeps at most 2 of every 4 columns but columns 200 to 203 of row 100 keep"
     refuses(at_most, crowded, scales, kind="int4-2:4")
     crowded = codes.clone()
@@ -37,6 +38,7 @@ def test_content_that_does_not_fit_is_named_by_its_place(isa):
     refuses("at most 1 of every 4 rows but rows 128 to 129 of column 299 keep more", crowded,
             scales, kind="int4-out", nm=(1, 4))  # fmt: skip
     crowded[8:13, 17] = 1
+    crowded[8:13, 60] = crowded[48:56, 3] = 1
     refuses("rows 8 to 15 of column 17", crowded, scales, kind="int4-out", nm=(4, 8))
 
     for value, dtype in itertools.product(("inf", "-inf", "nan"), P.SCALES):

@@ -6,7 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from products import BOTH, DTYPES, KINDS, SHAPES, check, check_linear, matrix, rand, rounded, sums
+from products import (
+    BOTH,
+    DTYPES,
+    KINDS,
+    SHAPES,
+    check,
+    check_linear,
+    matrix,
+    quantized_sums,
+    rand,
+    rounded,
+    sums,
+)
 
 from distaya_ext.ops import machine, sqgemm
 from distaya_ext.ops import pack as packing
@@ -153,6 +165,21 @@ def test_instruction_sets_agree(kind, exact):
                 results.append(sqgemm.linear(x, packed, exact=exact).double())
         for other in results[1:]:
             check(other, results[0], bound)
+            assert exact or torch.equal(other, results[0])  # sums of int8 products are exact
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_products_are_those_of_the_rounded_activations(isa, kind, group):
+    """Halves to even, per block; and the same bits whichever tokens share the call."""
+    packed = matrix(kind, 66, 270, group, False)
+    halves = torch.randint(-254, 255, (9, 270), generator=torch.Generator().manual_seed(1)) / 2
+    halves[:, ::32] = 127.0  # of each block: its scale is 1
+    for x in (halves, rand(9, 270)):
+        y, s = sqgemm.linear(x, packed), quantized_sums(x, packed)
+        check(y, s.value, rounded(s, x.dtype))
+        for tokens in (1, 4, 7):
+            assert torch.equal(sqgemm.linear(x[:tokens], packed), y[:tokens])
 
 
 def test_same_bits_for_any_thread_count(isa):
@@ -183,6 +210,7 @@ def test_what_is_not_finite_reaches_its_token_and_no_other(isa, dtype, bad, exac
             x[1, 77] = bad
             y = sqgemm.linear(x, packed, exact=exact)
             assert not y[1].isfinite().any()
+            assert exact or y[1].isnan().all()
             others = torch.arange(tokens) != 1
             assert torch.equal(y[others], clean[others])
             if exact and math.isinf(bad):  # the sign is that of the weight

@@ -114,6 +114,19 @@ def test_offsets_that_lead_out_of_the_buffer_are_refused():
         sqgemm.linear(X, PackedWeight(data, TINY.format))
 
 
+@pytest.mark.parametrize("group", [32, 0])
+def test_masks_that_lead_out_of_the_buffer_are_refused(group):
+    packed = matrix("int4-mask", 130, 300, group)
+    for tile in (packed.format.tiles - 1, packed.format.tiles - 2):
+        data = packed.data.clone()
+        body = packed.format.record_bytes - 1024  # after scales and zeros
+        at = int(data.view(torch.int64)[tile]) + body
+        data[at : at + 1024] = 255
+        for exact in (True, False):
+            with pytest.raises(ValueError, match=f"tile {tile} is not as long as its mask"):
+                sqgemm.linear(torch.zeros(1, 300), PackedWeight(data, packed.format), exact=exact)
+
+
 def test_bad_gated_units_are_refused():
     with pytest.raises(ValueError, match=r"gate is .*cols=200.* but up is .*cols=100"):
         sqgemm.glu(X, W, matrix(cols=100))

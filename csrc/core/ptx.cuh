@@ -1,6 +1,6 @@
-// Every instruction that CUDA C++ has no name for, behind a plain function. No other file contains
-// asm. Warp-wide ones must be called by all 32 lanes. PTX ISA 8.5, "Matrix multiply-accumulate
-// operation using mma / mma.sp instruction" and "Data movement: cp.async".
+// Every instruction that CUDA C++ has no name for, behind a plain function. No other CUDA
+// file contains asm. Warp-wide ones must be called by all 32 lanes. PTX ISA 8.5, "Matrix
+// multiply-accumulate operation using mma / mma.sp instruction" and "Data movement: cp.async".
 #pragma once
 
 #include "core/cuda.cuh"

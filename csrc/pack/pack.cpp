@@ -1,5 +1,7 @@
 #include "pack/pack.h"
 
+#include <bit>
+
 namespace distaya {
 namespace pack {
 namespace {
@@ -21,6 +23,20 @@ void check_sizes(int64_t rows, int64_t cols) {
         " is too large");
 }
 
+// A mask that asks for more codes than its record holds leads a reader on into what follows, and
+// from the records near the end (at most 4: none is shorter than kMaskBytes) out of the buffer.
+void check_last_masks(const Format& f, const uint8_t* data, int64_t bytes) {
+  const auto* offsets = reinterpret_cast<const int64_t*>(data);
+  for (int64_t t = f.tiles() - 1; t >= 0; --t) {
+    const int64_t at = offsets[t];
+    if (at + f.values_at() + kTileWeights / 2 + kTail <= bytes) break;
+    const auto* masks = reinterpret_cast<const uint64_t*>(data + at + f.body_at());
+    int64_t values = 0;
+    for (int chunk = 0; chunk < kChunks; ++chunk) values += (std::popcount(masks[chunk]) + 1) / 2;
+    if (f.mask_record_bytes(values) != offsets[t + 1] - at) fail_record(t);
+  }
+}
+
 void check_offsets(const Format& f, const Tensor& data, const char* name) {
   const auto* offsets = static_cast<const uint64_t*>(data.data);
   uint64_t at = static_cast<uint64_t>(f.offsets_bytes());
@@ -36,9 +52,14 @@ void check_offsets(const Format& f, const Tensor& data, const char* name) {
   }
   check(static_cast<uint64_t>(f.bytes(static_cast<int64_t>(at))) == size, name, " has ", size,
         " bytes but its offsets and format say ", f.bytes(static_cast<int64_t>(at)));
+  check_last_masks(f, static_cast<const uint8_t*>(data.data), data.numel());
 }
 
 }  // namespace
+
+void fail_record(int64_t tile) {
+  fail("the record of tile ", tile, " is not as long as its mask asks for: not a packed matrix");
+}
 
 Format read_spec(const std::vector<int64_t>& spec) {
   check(spec.size() == 8, "the spec of a packed matrix has 8 numbers but this one has ",

@@ -24,8 +24,11 @@ Format read_spec(const std::vector<int64_t>& spec);
 
 // The bytes of a packed buffer, after checking that they are what the format says: uint8, one
 // dimension, contiguous, aligned to 64, of the right size and (int4_mask on the CPU) with offsets
-// that ascend inside the buffer.
+// that ascend inside the buffer, and with masks that lead no reader out of it.
 const uint8_t* buffer_of(const Format& f, const Tensor& data, const char* name);
+
+// Refuses an int4_mask whose mask does not agree with the length of its record.
+[[noreturn]] void fail_record(int64_t tile);
 
 // The two columns int4_24 stores of a group of 4 in which `kept` (4 bits) are kept: lower index |
 // higher index << 2. 0, which is no pair, where more than two are kept.

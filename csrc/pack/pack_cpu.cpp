@@ -178,10 +178,6 @@ void put_row(const Format& f, const Tile& tile, const Scales& scales, int r, int
   }
 }
 
-[[noreturn]] void fail_record(int64_t tile) {
-  fail("the record of tile ", tile, " is not as long as its mask asks for: not a packed matrix");
-}
-
 template <class T>
 void dequantize(const pack::Dequantize& p) {
   const Format& f = p.f;
@@ -200,7 +196,7 @@ void dequantize(const pack::Dequantize& p) {
         put_row(f, tile, scales, r, ct, static_cast<T*>(p.W) + (top + r) * f.cols);
     }
   });
-  if (broken >= 0) fail_record(broken);
+  if (broken >= 0) pack::fail_record(broken);
 }
 
 template <class T>
@@ -219,7 +215,7 @@ void gather(const pack::Gather& p) {
       put_row(f, tile, scales, r, ct, static_cast<T*>(p.W) + i * f.cols);
     }
   });
-  if (broken >= 0) fail_record(broken);
+  if (broken >= 0) pack::fail_record(broken);
 }
 
 }  // namespace
@@ -276,7 +272,7 @@ void pack_read(const pack::Unpack& p) {
         std::memcpy(p.codes + (top + r) * f.cols + left, tile.codes[r], static_cast<size_t>(cols));
     }
   });
-  if (broken >= 0) fail_record(broken);
+  if (broken >= 0) pack::fail_record(broken);
 }
 
 void pack_dequantize(const pack::Dequantize& p) {

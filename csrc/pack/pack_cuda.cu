@@ -73,12 +73,12 @@ __device__ void stage_chunks(const Sizes& z, Stage& s) {
   __syncthreads();
 }
 
-constexpr uint64_t kFirstColumn = 0x1111111111111111;  // of a chunk: a row is a nibble
+// The first column of the first `rows` rows of a chunk: a row is a nibble.
+__device__ uint64_t run_of(int rows) { return 0x1111111111111111ull >> (64 - 4 * rows); }
 
 // The most kept of any `rows` consecutive rows of a column of a chunk.
 __device__ int most_of_rows(uint64_t mask, int rows) {
-  const uint64_t run =
-      (rows == 16 ? ~uint64_t{0} : (uint64_t{1} << 4 * rows) - 1) & 0x1111111111111111ull;
+  const uint64_t run = run_of(rows);
   int most = 0;
 #pragma unroll 1
   for (int r = 0; r < 16; r += rows)
@@ -216,7 +216,7 @@ __device__ void write_chunk(const Stage& s, uint8_t* out, int room) {
 // Every group of a chunk that keeps more than n of m rows; the chunk begins at (row, col).
 __device__ void report_crowded(const Format& f, int64_t* bad, int64_t row, int64_t col,
                                uint64_t mask) {
-  const uint64_t run = f.m == 16 ? kFirstColumn : kFirstColumn & ((uint64_t{1} << 4 * f.m) - 1);
+  const uint64_t run = run_of(f.m);
 #pragma unroll 1
   for (int i = 0; i < 64; i += i % 4 == 3 ? 4 * f.m - 3 : 1)
     if (__popcll(mask >> i & run) > f.n) report(bad, (row + i / 4) * f.cols + col + i % 4);
@@ -271,7 +271,7 @@ __device__ void pack_tile(const Pack& p, const Sizes& z, int64_t rt, int64_t ct,
 }
 
 template <Kind kKind>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const Pack any, const Sizes z) {
+__global__ void __launch_bounds__(kThreads, 3) pack_kernel(const Pack any, const Sizes z) {
   __shared__ Stage s;
   const Pack p = of_kind<kKind>(any);
   const Format& f = p.f;

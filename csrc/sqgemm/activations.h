@@ -56,7 +56,7 @@ DISTAYA_INLINE void quantize_block(const float* x, int n, int8_t* codes, float* 
   for (int l = 0; l < kLanes; ++l) *total += sums[l];
 }
 
-// One token's 128 columns from k0 on.
+// 128 columns of one token: x [n], beyond it 0.
 template <class T>
 inline void quantize_tile(const T* x, int64_t n, int64_t blocks, bool interleave, int8_t* codes,
                           float* scales, int32_t* sums) {

@@ -219,7 +219,7 @@ DISTAYA_INLINE void spread_zeros(const uint8_t* zeros, int symmetric_zero, vi* o
       continue;
     }
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + 16 * v));
-    out[v] = (vi)_mm512_maskz_cvtepu8_epi32(0xffff, bytes) * 0x01010101;
+    out[v] = (vi)((vu)_mm512_maskz_cvtepu8_epi32(0xffff, bytes) * 0x01010101u);
   }
 }
 

@@ -16,9 +16,9 @@ DISTAYA_INLINE void dot(vi& acc, vi codes, vi x) {
 
 // C [T][64] += panel times tokens; x, sums, scales: of the first token.
 template <int T>
-void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-              const int32_t* sums, const float* scales, Ahead next, float* C) {
-  const int steps = 32 / groups;
+void multiply(const uint8_t* panel, const Grid& grid, const int8_t* x, const int32_t* sums,
+              const float* scales, Ahead next, float* C) {
+  const int groups = grid.groups, steps = 32 / groups;
   for (int q = 0; q < groups; ++q) {
     vi acc[4][T];
 #pragma GCC unroll 4
@@ -56,14 +56,14 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
 
 // The same for 1 <= n <= kTogether tokens. (8-bit codes need no care here.)
 template <Kind>
-void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
+void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, const int8_t* x,
                      const int32_t* sums, const float* scales, Ahead next, float* C) {
   switch (n) {
-    case 1: return multiply<1>(panel, grid, groups, x, sums, scales, next, C);
-    case 2: return multiply<2>(panel, grid, groups, x, sums, scales, next, C);
-    case 3: return multiply<3>(panel, grid, groups, x, sums, scales, next, C);
-    case 4: return multiply<4>(panel, grid, groups, x, sums, scales, next, C);
-    case 5: return multiply<5>(panel, grid, groups, x, sums, scales, next, C);
-    default: return multiply<6>(panel, grid, groups, x, sums, scales, next, C);
+    case 1: return multiply<1>(panel, grid, x, sums, scales, next, C);
+    case 2: return multiply<2>(panel, grid, x, sums, scales, next, C);
+    case 3: return multiply<3>(panel, grid, x, sums, scales, next, C);
+    case 4: return multiply<4>(panel, grid, x, sums, scales, next, C);
+    case 5: return multiply<5>(panel, grid, x, sums, scales, next, C);
+    default: return multiply<6>(panel, grid, x, sums, scales, next, C);
   }
 }

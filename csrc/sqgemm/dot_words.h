@@ -85,10 +85,10 @@ DISTAYA_INLINE vf flush(vf w, vf sum, vf y) {
 
 // C [T][64] += panel times T tokens; x, sums, scales: of the first token.
 template <bool wide, int T>
-void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
-              const int32_t* sums, const float* scales, float* C) {
+void multiply(const uint8_t* panel, const Grid& grid, const int8_t* x, const int32_t* sums,
+              const float* scales, float* C) {
   constexpr int kStep = kDown * kLanes;  // rows
-  const int units = 4 / groups;
+  const int groups = grid.groups, units = 4 / groups;
   for (int row = 0; row < kTileRows; row += kStep)
     for (int q = 0, u = 0; q < groups; ++q) {
       vi acc[kDown][T] = {};
@@ -120,10 +120,10 @@ void multiply(const uint8_t* panel, const Grid& grid, int groups, const int8_t* 
 
 // The same for 1 <= n <= kTogether tokens.
 template <Kind kind>
-void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, int groups, const int8_t* x,
+void multiply_tokens(int64_t n, const uint8_t* panel, const Grid& grid, const int8_t* x,
                      const int32_t* sums, const float* scales, Ahead next, float* C) {
   for (int64_t i = 0; i < next.bytes; i += 64) __builtin_prefetch(next.at + i);
   constexpr bool wide = kind == Kind::int8 || DISTAYA_LANES < 8;
-  if (n == 1) return multiply<wide, 1>(panel, grid, groups, x, sums, scales, C);
-  multiply<wide, 2>(panel, grid, groups, x, sums, scales, C);
+  if (n == 1) return multiply<wide, 1>(panel, grid, x, sums, scales, C);
+  multiply<wide, 2>(panel, grid, x, sums, scales, C);
 }

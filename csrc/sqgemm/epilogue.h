@@ -36,7 +36,7 @@ DISTAYA_INLINE vf gelu(vf g) {
   return splat(0.5f) * g * select(g < splat(0.0f), erfc, splat(2.0f) - erfc);
 }
 
-// Sums of one token and its kLanes (or n) rows.
+// Sums of one token and kLanes rows (of which n exist) from `row` on, with the bias.
 template <class T>
 DISTAYA_INLINE vf biased(const float* C, const void* bias, int64_t row, int64_t n) {
   const vf sum = load(C);

@@ -2,24 +2,11 @@
 
 namespace exact {
 
-// The record that is wanted two tiles from now, asked for by quarters: a core reaches the bandwidth
-// of the memory only if it asks early, and across the 4 KB pages where the hardware stops.
-struct Coming {
-  const uint8_t* at = nullptr;
-  int64_t bytes = 0;
-
-  Coming(const Format& f, const uint8_t* buffer, int64_t row_tile, int64_t col_tile) {
-    const int64_t last = f.tiles(), tile = std::min(last, row_tile * f.col_tiles() + col_tile + 2);
-    const int64_t from = pack::record_at(f, buffer, 0, tile);
-    at = buffer + from;
-    bytes = pack::record_at(f, buffer, 0, std::min(last, tile + 1)) - from;
-  }
-
-  void prefetch(int64_t part, int64_t parts) const {
-    for (int64_t i = part * bytes / parts; i < (part + 1) * bytes / parts; i += 64)
-      __builtin_prefetch(at + i);
-  }
-};
+// Asks for one of `parts` of the body ahead.
+DISTAYA_INLINE void ask_part(const Ahead& next, int64_t part, int64_t parts) {
+  for (int64_t i = part * next.bytes / parts; i < (part + 1) * next.bytes / parts; i += 64)
+    __builtin_prefetch(next.at + i);
+}
 
 // In how many parts a sum is kept where there are too few sums to hide the latency of a product.
 constexpr int parts_of(int tokens, int words) {
@@ -64,7 +51,7 @@ DISTAYA_INLINE void add_scaled(const vf (&acc)[kParts][T][kVectors], const float
 
 // C [T][64] += scale * sum over a tile, codes straight into products. x [T][words of 128 columns].
 template <int T, Source kSource, bool kPairs>
-void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const Coming& coming,
+void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const Ahead& next,
                 const float* x, float* C) {
   using D = Decoder<kSource, kPairs>;
   const D d = decoder;
@@ -76,7 +63,7 @@ void few_tokens(const Decoder<kSource, kPairs>& decoder, const Grid& grid, const
       for (int v = 0; v < kVectors; ++v)
         zero[v] = D::zero(grid.zeros + q * kTileRows + r0 + v * kLanes);
       for (int u = q * units; u < (q + 1) * units; ++u) {
-        if (r0 == 0) coming.prefetch(u, 4);
+        if (r0 == 0) ask_part(next, u, 4);
         const uint32_t* words = d.unit(u) + D::at(0, r0);
         const float* a = x + u * D::kSteps * D::kWords;
 #pragma GCC unroll 1
@@ -170,7 +157,7 @@ void tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const Activ
   for (int64_t c = 0; c < f.col_tiles(); ++c) {
     tile_grid(f, buffer, row_tile, c, grid.scales, grid.zeros);
     if (f.group == 0) std::fill_n(grid.scales, kTileRows, 1.0f);  // the row's comes at the end
-    const Coming coming(f, buffer, row_tile, c);
+    const Ahead next = ahead(f, buffer, row_tile * f.col_tiles() + c);
     const uint8_t* codes = bytes;
     if constexpr (kSource == Source::bytes)
       decode_panel(f, buffer, row_tile, c, bytes);
@@ -179,14 +166,14 @@ void tiles(const Format& f, const uint8_t* buffer, int64_t row_tile, const Activ
     decoder.words = reinterpret_cast<const uint32_t*>(codes);
     if (x.tokens <= kInline) {
       with_constant<kInline>(
-          t1 - t0, [&](auto n) { few_tokens<n.value>(decoder, grid, coming, x.at(c, t0), C); });
+          t1 - t0, [&](auto n) { few_tokens<n.value>(decoder, grid, next, x.at(c, t0), C); });
       continue;
     }
     fill_panel(decoder, grid, panel);
     const int64_t blocks = (t1 - t0 + kAcross - 1) / kAcross;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t t = t0 + i * kAcross;
-      coming.prefetch(i, blocks);
+      ask_part(next, i, blocks);
       with_constant<kAcross>(std::min<int64_t>(kAcross, t1 - t), [&](auto n) {
         many_tokens<n.value, kPairs>(grid, panel, x.at(c, t), C + (t - t0) * kTileRows);
       });

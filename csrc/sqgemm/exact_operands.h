@@ -181,11 +181,4 @@ DISTAYA_INLINE vu load_words(const uint32_t* p) {
   return float_to_bits(load(reinterpret_cast<const float*>(p)));
 }
 
-// Scales and zeros of a tile, [groups][64].
-struct Grid {
-  alignas(64) float scales[4 * kTileRows];
-  alignas(64) float zeros[4 * kTileRows];
-  int groups;
-};
-
 }  // namespace exact

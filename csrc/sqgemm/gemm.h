@@ -1,13 +1,15 @@
 // Textual part of sqgemm_cpu.cpp: 64 rows times many tokens. A tile is decoded once into a panel in
 // L1, which all tokens are then multiplied with, a register tile of them at a time.
 
+// Scales and zeros of a tile, [groups][64].
 struct Grid {
   alignas(64) float scales[4 * kTileRows], zeros[4 * kTileRows];
+  int groups;
 };
 
 // A core reaches the bandwidth of the memory only if it asks early and evenly, across the 4 KB
 // pages where the hardware's prefetcher gives up: while a tile is multiplied, the record kAhead
-// tiles on is asked for, its scales and zeros at once, its body in 32 steps.
+// tiles on is asked for, its scales and zeros at once, its body (at, bytes) in steps.
 struct Ahead {
   static constexpr int64_t kAhead = 2;
   const uint8_t* at;
@@ -33,7 +35,7 @@ void gemm(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
           int64_t t1, float* C) {
   alignas(64) uint8_t panel[pack::kTileWeights];
   Grid grid;
-  const int groups = std::max(1, f.tile_groups());
+  const int groups = grid.groups = std::max(1, f.tile_groups());
   std::memset(C, 0, sizeof(float) * static_cast<size_t>((t1 - t0) * kTileRows));
   const int64_t blocks = (t1 - t0 + kTogether - 1) / kTogether;
   for (int64_t c = 0; c < x.col_tiles; ++c) {
@@ -43,7 +45,7 @@ void gemm(const Format& f, const uint8_t* buffer, int64_t row_tile, const Quanti
     for (int64_t b = 0; b < blocks; ++b) {  // sizes differ by at most one
       const int64_t t = t0 + b * (t1 - t0) / blocks, n = t0 + (b + 1) * (t1 - t0) / blocks - t;
       const int64_t at = c * x.tokens + t;
-      multiply_tokens<kind>(n, panel, grid, groups, x.values.get() + at * kTileCols,
+      multiply_tokens<kind>(n, panel, grid, x.values.get() + at * kTileCols,
                             x.sums.get() + at * groups, x.scales.get() + at * groups,
                             {next.at + b * next.bytes / blocks, next.bytes / blocks},
                             C + (t - t0) * kTileRows);

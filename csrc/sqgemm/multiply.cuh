@@ -167,6 +167,26 @@ __device__ inline void settle(float (&sum)[4], float (&part)[4], float low, floa
   part[0] = part[1] = part[2] = part[3] = 0.f;
 }
 
+// part[i] += slab i of a 2:4 block times 8 tokens; of its columns 0..31 (lower), 32..63 (upper).
+template <class T, int slabs, int parts>
+__device__ inline void multiply_sparse(float (&part)[slabs][4],
+                                       const Weights<T, Body::sparse, slabs, 64>& w,
+                                       const Activations<Body::sparse, 64> (&v)[parts], bool lower,
+                                       bool upper) {
+#pragma unroll
+  for (int p = 0; p < parts; ++p) {
+    uint32_t b[2][4];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      b[j / 4][j % 4] = (j % 2 ? upper : lower) ? v[p].b[j / 4][j % 4] : 0u;
+#pragma unroll
+    for (int i = 0; i < slabs; ++i) {
+      ptx::mma_sparse<T, 0>(part[i], w.a[i][0], b[0], w.meta[i]);
+      ptx::mma_sparse<T, 1>(part[i], w.a[i][1], b[1], w.meta[i]);
+    }
+  }
+}
+
 // sum[slab][n] += the tile's 16 rows of the slab times tokens 8n .. 8n+7. x: [parts][n_tiles * 8]
 // tokens of 128 columns each, whose parts add up.
 template <class T, Body body, int n_tiles, int parts>
@@ -198,27 +218,13 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
             settle(sum[first + i][n], part[i], w.scale[which][0][i], w.scale[which][1][i]);
         };
         if constexpr (body == Body::sparse) {
-          const auto add = [&](bool lower, bool upper) {  // columns 0..31, 32..63 of the block
-#pragma unroll
-            for (int p = 0; p < parts; ++p) {
-              uint32_t b[2][4];
-#pragma unroll
-              for (int j = 0; j < 8; ++j)
-                b[j / 4][j % 4] = (j % 2 ? upper : lower) ? v[p].b[j / 4][j % 4] : 0u;
-#pragma unroll
-              for (int i = 0; i < slabs; ++i) {
-                ptx::mma_sparse<T, 0>(part[i], w.a[i][0], b[0], w.meta[i]);
-                ptx::mma_sparse<T, 1>(part[i], w.a[i][1], b[1], w.meta[i]);
-              }
-            }
-          };
           if (fine) {
-            add(true, false);
+            multiply_sparse(part, w, v, true, false);
             flush(0);
-            add(false, true);
+            multiply_sparse(part, w, v, false, true);
             flush(1);
           } else {
-            add(true, true);
+            multiply_sparse(part, w, v, true, true);
             flush(0);
           }
         } else {

@@ -258,7 +258,7 @@ def _infer_group(codes: Tensor, grid: Tensor | None) -> int:
 
 
 def best_kind(codes: Tensor, zeros: Tensor | None = None) -> tuple[str, tuple[int, int] | None]:
-    """(kind, nm) of the smallest kind that holds these 4-bit codes uint8 [rows, cols].
+    """(kind, nm) of the kind that suits these 4-bit codes uint8 [rows, cols]: small, fast to read.
 
     int4-2:4 where it fits, else int4-out with (2, 4) or (4, 8), else int4-mask where that is
     smaller than int4, else int4. Raises ValueError for shapes that do not fit.
