@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
 from . import options
 
 if TYPE_CHECKING:
@@ -55,10 +54,7 @@ def inspect(
     from ..checkpoint import open_checkpoint
     from .output import console, print_json
 
-    try:
-        checkpoint = open_checkpoint(model, offline=offline, packed=True)
-    except InputError as error:
-        raise InputError(f"{model} cannot be read: {error}") from error
+    checkpoint = open_checkpoint(model, offline=offline, packed=True)
     linears = [look(checkpoint, name) for name in names(checkpoint)]
     facts = summary(checkpoint, linears)
     if json:
@@ -223,7 +219,7 @@ def _table(linears: list[Linear], every: bool) -> Any:
         "module" if every else "matrix",
         "count",
         "shape",
-        "dtype",
+        "layout",
         "zeros",
         "pattern",
         "grid",
@@ -244,11 +240,11 @@ def _table(linears: list[Linear], every: bool) -> Any:
             kind,
             str(len(group)),
             _common(f"{x.rows}x{x.columns}" for x in group),
-            _common(x.dtype for x in group),
+            _common(x.kind or x.dtype for x in group),
             zeros,
             _common(x.pattern or "-" for x in group),
             _common(_grid_name(x) for x in group),
-            _common(_stored_name(x) for x in group),
+            _common(x.encoding or "dense" for x in group),
             size(sum(x.bytes for x in group)),
         )
     return table
@@ -257,15 +253,8 @@ def _table(linears: list[Linear], every: bool) -> Any:
 def _grid_name(linear: Linear) -> str:
     if linear.bits is None:
         return "-"
-    symmetric = ", symmetric" if linear.symmetric else ""
-    per = f"{linear.group} inputs" if linear.group else "row"
-    return f"{linear.bits} bits per {per}{symmetric}"
-
-
-def _stored_name(linear: Linear) -> str:
-    if linear.encoding is None:
-        return "dense"
-    return linear.encoding + (f", for {linear.kind}" if linear.kind else "")
+    symmetric = ", sym." if linear.symmetric else ""
+    return f"{linear.bits} bits per {linear.group or 'row'}{symmetric}"
 
 
 def _common(values: Any) -> str:
