@@ -115,7 +115,8 @@ def test_generate_tells_its_speed_on_stderr(folder):
     result = distaya("generate", folder, "the cat", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "tokens/s" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if "tokens/s" in line]
-    assert line.startswith("4 tokens at ") and line.endswith(" of weights in memory")
+    assert line.startswith("prompt of ") and line.endswith(" of weights in memory")
+    assert "4 new at " in line
     found = json.loads(
         distaya("generate", folder, "the cat", "--max-new-tokens", 4, "--json").stdout
     )
@@ -123,4 +124,9 @@ def test_generate_tells_its_speed_on_stderr(folder):
     assert found["decode_tokens_per_second"] > 0 < found["prefill_tokens_per_second"]
     assert found["resident_bytes"] >= parameter_bytes(folder)
     one = json.loads(distaya("generate", folder, "the cat", "--max-new-tokens", 1, "--json").stdout)
-    assert one["decode_tokens_per_second"] is None
+    assert one["decode_tokens_per_second"] is None and "against" not in one
+    both = distaya("generate", folder, "the cat", "--max-new-tokens", 2, "--against", folder)
+    assert both.stdout.count("the cat") == 2 and both.stderr.count("tokens/s") == 4
+    two = json.loads(distaya("generate", folder, "the cat", "--json", "--against", folder).stdout)
+    assert two["against"]["continuation"] == two["continuation"]
+    assert two["dense_bytes"] == two["against"]["resident_bytes"]
