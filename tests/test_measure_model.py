@@ -85,7 +85,7 @@ def test_decode_goes_on_from_the_prompt(folder):
     ids = torch.tensor([[1, 20, 30]])
     runner = model._Runner(network, ids, new=5)
     with torch.inference_mode():
-        last = runner.decode(*runner.prepare())
+        last = runner.decode(*runner.prefill())
         out = network.generate(
             ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,12 +69,7 @@ def inspect(
 
 def names(checkpoint: Checkpoint) -> list[str]:
     """Modules that compression works on, layer by layer, then quantised embedding and head."""
-    architecture = checkpoint.architecture
-    linears = [
-        f"{architecture.layers}.{layer}.{name}"
-        for layer in range(checkpoint.config.num_hidden_layers)
-        for name in architecture.linears()
-    ]
+    linears = checkpoint.linears()
     return linears + sorted(set(checkpoint.stored) - set(linears))
 
 
@@ -172,7 +168,7 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     zeros = sum(linear.sparsity * linear.rows * linear.columns for linear in layers)
     packed = {linear.module for linear in linears if linear.encoding is not None}
     parameters = sum(
-        _numel(x.shape)
+        math.prod(x.shape)
         for k, x in checkpoint.entries.items()
         if k.rpartition(".")[0] not in packed or k.endswith(".bias")
     )
@@ -199,13 +195,6 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
             "bits_per_weight": round(8 * sum(x.bytes for x in inside) / held, 3) if held else None,
         }
     return facts
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def _table(linears: list[Linear], every: bool) -> Any:
