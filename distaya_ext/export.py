@@ -176,13 +176,8 @@ def _config(
     if to == "dense":
         return None
     kept = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    architecture = checkpoint.architecture
-    linears = [
-        f"{architecture.layers}.{layer}.{name}"
-        for layer in range(checkpoint.config.num_hidden_layers)
-        for name in architecture.linears()
-    ]
-    ignore = [name for name in (architecture.head, *linears) if name not in kept]
+    every = (checkpoint.architecture.head, *checkpoint.linears())
+    ignore = [name for name in every if name not in kept]
     return (gptq if to == "gptq" else compressed).write(kept, ignore)
 
 

@@ -85,7 +85,7 @@ def test_decode_goes_on_from_the_prompt(folder):
     ids = torch.tensor([[1, 20, 30]])
     runner = model._Runner(network, ids, new=5)
     with torch.inference_mode():
-        last = runner.decode(*runner.prepare())
+        last = runner.decode(*runner.prefill())
         out = network.generate(
             ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
         )
@@ -115,7 +115,8 @@ def test_generate_tells_its_speed_on_stderr(folder):
     result = distaya("generate", folder, "the cat", "--max-new-tokens", 4)
     assert result.exit_code == 0 and "tokens/s" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if "tokens/s" in line]
-    assert line.startswith("4 tokens at ") and line.endswith(" of weights in memory")
+    assert line.startswith("prompt of ") and line.endswith(" of weights in memory")
+    assert "4 new at " in line
     found = json.loads(
         distaya("generate", folder, "the cat", "--max-new-tokens", 4, "--json").stdout
     )
@@ -123,4 +124,9 @@ def test_generate_tells_its_speed_on_stderr(folder):
     assert found["decode_tokens_per_second"] > 0 < found["prefill_tokens_per_second"]
     assert found["resident_bytes"] >= parameter_bytes(folder)
     one = json.loads(distaya("generate", folder, "the cat", "--max-new-tokens", 1, "--json").stdout)
-    assert one["decode_tokens_per_second"] is None
+    assert one["decode_tokens_per_second"] is None and "against" not in one
+    both = distaya("generate", folder, "the cat", "--max-new-tokens", 2, "--against", folder)
+    assert both.stdout.count("the cat") == 2 and both.stderr.count("tokens/s") == 4
+    two = json.loads(distaya("generate", folder, "the cat", "--json", "--against", folder).stdout)
+    assert two["against"]["continuation"] == two["continuation"]
+    assert two["dense_bytes"] == two["against"]["resident_bytes"]

@@ -252,6 +252,25 @@ def test_sizes_are_told(folders):
     assert model.num_parameters() == weights  # those that are parameters: norms
 
 
+@pytest.mark.parametrize("way", ["ours", "plain", "swapped"])
+def test_a_dense_head_is_not_copied_for_the_last_token(folders, way):
+    """torch copies a weight that needs no gradient where the input is a slice (and calls bmm)."""
+    folder, _ = folders(method="distaya" if way == "plain" else "pack-quantized")
+    if way == "ours":
+        model = distaya_ext.load(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = distaya_ext.use_kernels(model) if way == "swapped" else model
+    head = model.get_output_embeddings()
+    x = torch.randn(2, 5, head.in_features, dtype=model.dtype)
+    for last in (x[:1, -1:], x[:, -1:], x[:, -3:]):
+        with torch.no_grad(), torch.profiler.profile() as seen:
+            y = head(last)
+        calls = {event.key for event in seen.key_averages()}
+        assert "aten::mm" in calls and "aten::bmm" not in calls
+        assert torch.equal(y, torch.nn.functional.linear(last.contiguous(), head.weight))
+
+
 def test_hooks_on_a_part_of_a_fused_mlp_are_called(folders):
     folder, _ = folders()
     model = distaya_ext.load(folder, dtype="float32", exact=True)
@@ -278,6 +297,7 @@ def test_made_dense_again(folders):
     model = distaya_ext.load(folder, dtype="float32").dequantize()
     assert torch.equal(logits(model), logits(twin_of(twin)))
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())  # as those of any dense model
 
 
 def spoil(folder, tmp_path, change):

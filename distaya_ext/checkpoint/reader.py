@@ -60,6 +60,14 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    def linears(self) -> list[str]:
+        """Full names of the Linears of all layers, layer by layer."""
+        return [
+            f"{self.architecture.layers}.{layer}.{name}"
+            for layer in range(self.config.num_hidden_layers)
+            for name in self.architecture.linears()
+        ]
+
     def read(
         self, names: Iterable[str], device: str | torch.device = "cpu"
     ) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on with.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 60,
+    against: Annotated[
+        str | None, typer.Option(help="Dense model that goes on with the same text, to compare.")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, help="Draw tokens with this seed; the likeliest are taken without it."),
@@ -32,38 +35,56 @@ def generate(
 ) -> None:
     """Go on with PROMPT, greedily or (with --seed) by drawing."""
     from ..evaluate import load
-    from ..measure.speed import Stopwatch
-    from ..runtime import resident_bytes
-    from .output import print_json, size
+    from .output import print_json
 
-    loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
-    watch = Stopwatch()
-    text = go_on(
-        loaded,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        temperature=temperature,
-        watch=watch,
-    )
-    speed, resident = watch.speed(), resident_bytes(loaded.model)
+    results = []
+    for name in [model] if against is None else [model, against]:
+        loaded = load(name, dtype=dtype, device=device, offline=offline, exact=exact)
+        found = _timed(
+            loaded, prompt, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature
+        )
+        results.append({"model": name, "prompt": prompt, "seed": seed, **found})
+        if not json:
+            typer.echo(prompt + found["continuation"])
+            typer.echo(_line(found), err=True)
+        del loaded
     if json:
-        found = {"model": model, "prompt": prompt, "continuation": text, "seed": seed}
-        rates = {
-            "prompt_tokens": speed.prompt,
-            "new_tokens": speed.new,
-            "prefill_tokens_per_second": speed.prefill_rate,
-            "decode_tokens_per_second": speed.decode_rate,
-            "resident_bytes": resident,
-        }
-        print_json(found | rates)
-        return
-    typer.echo(prompt + text)
-    decode = "-" if speed.decode_rate is None else f"{speed.decode_rate:.1f}"
-    typer.echo(
-        f"{speed.new} tokens at {decode} tokens/s after a prompt of {speed.prompt} in "
-        f"{speed.prefill:.2f} s; {size(resident)} of weights in memory",
-        err=True,
+        first, *others = results
+        print_json(first | ({"against": others[0]} if others else {}))
+
+
+def _timed(loaded: Loaded, prompt: str, **options: Any) -> dict[str, Any]:
+    """The continuation, its speed, and the bytes of the weights."""
+    from ..measure.speed import Stopwatch
+    from ..runtime import dense_bytes, resident_bytes
+
+    watch = Stopwatch()
+    text = go_on(loaded, prompt, watch=watch, **options)
+    speed = watch.speed()
+    return {
+        "continuation": text,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "prompt_tokens": speed.prompt,
+        "new_tokens": speed.new,
+        "prefill_tokens_per_second": speed.prefill_rate,
+        "decode_tokens_per_second": speed.decode_rate,
+        "resident_bytes": resident_bytes(loaded.model),
+        "dense_bytes": dense_bytes(loaded.model),
+    }
+
+
+def _line(found: dict[str, Any]) -> str:
+    from .output import size
+
+    prefill, decode = (
+        "-" if rate is None else f"{rate:.1f}"
+        for rate in (found["prefill_tokens_per_second"], found["decode_tokens_per_second"])
+    )
+    resident, dense = found["resident_bytes"], found["dense_bytes"]
+    beside = f" ({size(dense)} if dense in {found['dtype']})" if dense != resident else ""
+    return (
+        f"prompt of {found['prompt_tokens']} at {prefill} tokens/s, {found['new_tokens']} new at "
+        f"{decode} tokens/s; {size(resident)} of weights in memory{beside}"
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
 from . import options
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ def inspect(
     from ..checkpoint import open_checkpoint
     from .output import console, print_json
 
-    try:
-        checkpoint = open_checkpoint(model, offline=offline, packed=True)
-    except InputError as error:
-        raise InputError(f"{model} cannot be read: {error}") from error
+    checkpoint = open_checkpoint(model, offline=offline, packed=True)
     linears = [look(checkpoint, name) for name in names(checkpoint)]
     facts = summary(checkpoint, linears)
     if json:
@@ -72,12 +69,7 @@ def inspect(
 
 def names(checkpoint: Checkpoint) -> list[str]:
     """Modules that compression works on, layer by layer, then quantised embedding and head."""
-    architecture = checkpoint.architecture
-    linears = [
-        f"{architecture.layers}.{layer}.{name}"
-        for layer in range(checkpoint.config.num_hidden_layers)
-        for name in architecture.linears()
-    ]
+    linears = checkpoint.linears()
     return linears + sorted(set(checkpoint.stored) - set(linears))
 
 
@@ -176,7 +168,7 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     zeros = sum(linear.sparsity * linear.rows * linear.columns for linear in layers)
     packed = {linear.module for linear in linears if linear.encoding is not None}
     parameters = sum(
-        _numel(x.shape)
+        math.prod(x.shape)
         for k, x in checkpoint.entries.items()
         if k.rpartition(".")[0] not in packed or k.endswith(".bias")
     )
@@ -205,13 +197,6 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     return facts
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
 def _table(linears: list[Linear], every: bool) -> Any:
     """One row per matrix, or one per kind of matrix with the range over the layers."""
     from rich.table import Table
@@ -223,7 +208,7 @@ def _table(linears: list[Linear], every: bool) -> Any:
         "module" if every else "matrix",
         "count",
         "shape",
-        "dtype",
+        "layout",
         "zeros",
         "pattern",
         "grid",
@@ -244,11 +229,11 @@ def _table(linears: list[Linear], every: bool) -> Any:
             kind,
             str(len(group)),
             _common(f"{x.rows}x{x.columns}" for x in group),
-            _common(x.dtype for x in group),
+            _common(x.kind or x.dtype for x in group),
             zeros,
             _common(x.pattern or "-" for x in group),
             _common(_grid_name(x) for x in group),
-            _common(_stored_name(x) for x in group),
+            _common(x.encoding or "dense" for x in group),
             size(sum(x.bytes for x in group)),
         )
     return table
@@ -257,15 +242,8 @@ def _table(linears: list[Linear], every: bool) -> Any:
 def _grid_name(linear: Linear) -> str:
     if linear.bits is None:
         return "-"
-    symmetric = ", symmetric" if linear.symmetric else ""
-    per = f"{linear.group} inputs" if linear.group else "row"
-    return f"{linear.bits} bits per {per}{symmetric}"
-
-
-def _stored_name(linear: Linear) -> str:
-    if linear.encoding is None:
-        return "dense"
-    return linear.encoding + (f", for {linear.kind}" if linear.kind else "")
+    symmetric = ", sym." if linear.symmetric else ""
+    return f"{linear.bits} bits per {linear.group or 'row'}{symmetric}"
 
 
 def _common(values: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -173,12 +172,8 @@ class Packing:
 
     def _dense_linears(self) -> list[str]:
         """Linears that a reader would take for quantised by their class."""
-        architecture = self.checkpoint.architecture
-        layers = range(self.checkpoint.config.num_hidden_layers)
-        every: Iterable[str] = (
-            f"{architecture.layers}.{i}.{name}" for i in layers for name in architecture.linears()
-        )
-        return [name for name in (architecture.head, *every) if name not in self.schemes]
+        every = (self.checkpoint.architecture.head, *self.checkpoint.linears())
+        return [name for name in every if name not in self.schemes]
 
 
 def _ragged(group: int, cols: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ class ModuleScheme:
         if (grid.bits, grid.group, grid.symmetric) != (self.bits, self.group, self.symmetric):
             raise InputError(
                 f"a matrix of {grid.bits} bits, group {grid.group}, symmetric {grid.symmetric} "
-                f"cannot be stored as {self.bits} bits, group {self.group}, {self.symmetric}"
+                f"cannot be stored as {self.bits} bits, group {self.group}, symmetric "
+                f"{self.symmetric}"
             )
         return _WAYS[self.encoding].encode(self, grid.check("the matrix"))
 
@@ -90,9 +92,8 @@ class ModuleScheme:
         """Bytes of all tensors; bitmask needs to know how many weights are kept."""
         total = 0
         for size_dtype, shape in self.tensors(rows, cols, dtype).values():
-            count = -(-(rows * cols if kept is None else kept) // 2) if shape is None else 1
-            for size in shape or ():
-                count *= size
+            values = -(-(rows * cols if kept is None else kept) // 2)
+            count = values if shape is None else math.prod(shape)
             total += count * size_dtype.itemsize
         return total
 

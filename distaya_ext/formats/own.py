@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..packed import KINDS
 from .module import ModuleScheme
 from .scheme import Rule, Scheme, check_size, take
 
 VERSION = 1
-KINDS = ("int4", "int3", "int8", "int4-2:4", "int4-mask", "int4-out")
 BITS = (3, 4, 8)
 _KEYS = {"quant_method", "version", "modules"}
 _MODULE_KEYS = {"bits", "group", "symmetric", "encoding", "kind", "nm"}

@@ -93,6 +93,8 @@ def measure(
 
 def compare(models: dict[str, Any], s: Setting) -> ModelResult:
     """Rows of loaded models. InputError when one gives no finite logits."""
+    from ..runtime import resident_bytes
+
     ids = _prompt(models, s)
     runs = {name: _Runner(model, ids, s.new) for name, model in models.items()}
     with clock.threads_kept(), torch.inference_mode():
@@ -102,7 +104,7 @@ def compare(models: dict[str, Any], s: Setting) -> ModelResult:
         for name, run in runs.items():
             run.check(name)
         decode = [
-            Contender(name, run.decode, run.prepare, runs=s.runs) for name, run in runs.items()
+            Contender(name, run.decode, run.prefill, runs=s.runs) for name, run in runs.items()
         ]
         then = clock.compare(decode, threads)
     rows = []
@@ -137,9 +139,6 @@ class _Runner:
         """The cache and the first token."""
         return self._step(self.ids, None)
 
-    def prepare(self) -> tuple[Any, Tensor]:
-        return self.prefill()
-
     def decode(self, cache: Any, token: Tensor) -> Tensor:
         for _ in range(self.new):
             cache, token = self._step(token, cache)
@@ -163,13 +162,6 @@ def kinds(model: Any) -> list[str]:
 
     found = {m.format.kind for m in model.modules() if isinstance(m, Packed) and m.format}
     return sorted(found)
-
-
-def resident_bytes(model: Any) -> int:
-    """Bytes of parameters and buffers in memory, what is shared counted once."""
-    from ..runtime import resident_bytes as count
-
-    return count(model)
 
 
 def _prompt(models: dict[str, Any], s: Setting) -> Tensor:

@@ -10,13 +10,14 @@ from .glu import PackedGLU, fuse
 from .load import load
 from .modules import PackedEmbedding, PackedHead, PackedLinear
 from .register import register_when_imported
-from .swap import resident_bytes, set_exact, use_kernels
+from .swap import dense_bytes, resident_bytes, set_exact, use_kernels
 
 __all__ = [
     "PackedEmbedding",
     "PackedGLU",
     "PackedHead",
     "PackedLinear",
+    "dense_bytes",
     "fuse",
     "load",
     "register_when_imported",

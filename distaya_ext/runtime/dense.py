@@ -12,7 +12,10 @@ from .place import replace
 
 
 def to_dense(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Make all packed modules dense, in place, in dtype (None: that of the model); returns it."""
+    """Make all packed modules dense, in place, in dtype (None: that of the model); returns it.
+
+    Its parameters need gradients, as those of a dense model that transformers loads do.
+    """
     dtype = dtype or model.dtype
     heads = {n: m for n, m in model.named_modules() if isinstance(m, PackedHead)}
     for name, module in list(model.named_modules()):
@@ -24,7 +27,7 @@ def to_dense(model: Any, dtype: torch.dtype | None = None) -> Any:
             for path, head in heads.items():
                 if head.embedding is module:
                     replace(model, path, _linear(dense.weight, head.bias))
-    return model.to(dtype)
+    return model.to(dtype).requires_grad_(True)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -44,7 +47,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 def _weight(module: PackedLinear | PackedEmbedding, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(module.dequantize(dtype), requires_grad=False)
+    return nn.Parameter(module.dequantize(dtype))
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
