@@ -33,11 +33,20 @@ int64_t tokens_per_task(const Problem& p) {
   return std::clamp(even, kFewestTokens, kMostTokens);
 }
 
+// Consecutive tasks that a thread takes at once: with few tokens the kernels ask for memory two
+// tiles ahead, and at the end of a run of tasks that is memory which another thread will use.
+int64_t tasks_at_once(const Problem& p, int64_t tasks) {
+  constexpr int64_t kRun = 1 << 20;  // bytes of weights
+  const int64_t each = std::max<int64_t>(1, p.format.col_tiles() * p.format.record_bytes());
+  return std::clamp<int64_t>(kRun / each, 1, std::max<int64_t>(1, tasks / 32));
+}
+
 // Rows(buffer, row_tile, t0, t1, C) computes the sums of 64 rows for the tokens [t0, t1).
 template <class Rows>
 void each_tile(const Problem& p, const Rows& rows) {
   const int64_t step = tokens_per_task(p), blocks = (p.tokens + step - 1) / step;
-  cpu::parallel_for(p.format.row_tiles() * blocks, [&](int64_t task) {
+  const int64_t tasks = p.format.row_tiles() * blocks, run = tasks_at_once(p, tasks);
+  const auto one = [&](int64_t task) {
     alignas(64) float sums[2][kMostTokens * kTileRows];
     // Token blocks outermost: the activations of one stay in the cache while all rows go by.
     const int64_t tile = task % p.format.row_tiles(), t0 = task / p.format.row_tiles() * step;
@@ -46,6 +55,9 @@ void each_tile(const Problem& p, const Rows& rows) {
     if (p.up) rows(p.up, tile, t0, t1, sums[1]);
     dispatch<float, f16, bf16>(p.dtype, "x",
                                [&]<class T>() { finish<T>(p, tile, t0, t1, sums[0], sums[1]); });
+  };
+  cpu::parallel_for((tasks + run - 1) / run, [&](int64_t i) {
+    for (int64_t task = i * run; task < std::min(tasks, (i + 1) * run); ++task) one(task);
   });
 }
 
