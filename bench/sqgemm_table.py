@@ -192,7 +192,26 @@ def save(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     body = report.kernels_json(result, **more)
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    path.write_text(_one_row_a_line(body), encoding="utf-8")
+
+
+def _one_row_a_line(body: dict) -> str:
+    """JSON with a line for every row, so that two runs can be compared line by line."""
+
+    def short(value):
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {key: short(inner) for key, inner in value.items()}
+        return [short(inner) for inner in value] if isinstance(value, list) else value
+
+    parts = []
+    for key, value in short(body).items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n " + ",\n ".join(json.dumps(row) for row in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write_readme(result: Result, layers: Sequence[LayerRow]) -> None:
