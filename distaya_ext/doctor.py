@@ -17,11 +17,17 @@ _CPU_KERNELS = {
         "hessian (fp16, fp32)": "AVX-512 FMA",
         "cholesky, obs": "AVX-512 FMA, 8x48 register tile",
         "mask": "AVX-512 scores, radix select",
+        "pack": "AVX-512 dequantize",
+        "sqgemm (int8 activations)": "AVX512-VNNI dot products, patterns expanded by VBMI2",
+        "sqgemm (exact)": "AVX512-BF16 dot products for bf16, AVX-512 FMA for fp16 and fp32",
     },
     "avx2": {
         "hessian (bf16, fp16, fp32)": "AVX2 FMA (bf16 widened to fp32: no bf16 dot instruction)",
         "cholesky, obs": "AVX2 FMA, 4x24 register tile",
         "mask": "AVX2 scores, radix select",
+        "pack": "AVX2 dequantize",
+        "sqgemm (int8 activations)": "AVX2 multiply-add of bytes, patterns expanded by pdep",
+        "sqgemm (exact)": "AVX2 FMA",
     },
     "portable": {
         "all rooms": "portable 4-lane vectors: correct, several times slower than AVX2",
