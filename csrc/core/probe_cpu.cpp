@@ -28,42 +28,43 @@ double best_rate(double flops_per_step, const Step& run) {
   return best;
 }
 
-// In each loop the accumulators are born and summed inside: shared with the outside they would be
-// stored at every step, and the loop would measure stores.
-
-double fp32_peak() {
-  vf a = splat(0.999999f), b = splat(1e-7f);
-  asm volatile("" : "+m"(a), "+m"(b));  // opaque: the loop must not fold away
+// The rate of step(acc) on kChains independent vectors. They are born and summed inside the timed
+// body: shared with the outside they would be stored at every step, and the loop would measure
+// stores.
+template <class V, class Start, class Step>
+double chained_rate(double flops_per_chain, const Start& start, const Step& step) {
   volatile float sink = 0;
-  return best_rate(2.0 * kLanes * kChains, [&] {
-    const vf factor = a, term = b;
-    vf acc[kChains];
+  return best_rate(flops_per_chain * kChains, [&] {
+    V acc[kChains];
 #pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = splat(1.0f + c);
+    for (int c = 0; c < kChains; ++c) acc[c] = start(c);
     for (int64_t i = 0; i < kSteps; ++i)
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], factor, term);
+      for (int c = 0; c < kChains; ++c) acc[c] = step(acc[c]);
 #pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) sink = sink + sum(acc[c]);
+    for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
   });
+}
+
+// The operands are made opaque, or the loops would fold away.
+
+double fp32_peak() {
+  vf factor = splat(0.999999f), term = splat(1e-7f);
+  asm volatile("" : "+m"(factor), "+m"(term));
+  return chained_rate<vf>(
+      2.0 * kLanes, [](int c) { return splat(1.0f + c); },
+      [=](vf acc) __attribute__((always_inline)) { return fma(acc, factor, term); });
 }
 
 double bf16_peak() {
 #if DISTAYA_LANES == 16
   __m512i ones = _mm512_set1_epi32(0x3f803f80);
   asm volatile("" : "+m"(ones));
-  volatile float sink = 0;
-  return best_rate(4.0 * kLanes * kChains, [&] {
-    const __m512bh one = (__m512bh)ones;
-    __m512 acc[kChains];
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_ps(1.0f + c);
-    for (int64_t i = 0; i < kSteps; ++i)
-#pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbf16_ps(acc[c], one, one);
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
-  });
+  return chained_rate<__m512>(
+      4.0 * kLanes, [](int c) { return _mm512_set1_ps(1.0f + c); },
+      [=](__m512 acc) __attribute__((always_inline)) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)ones, (__m512bh)ones);
+      });
 #else
   return 0;  // no bf16 dot instruction below AVX512-BF16
 #endif
@@ -73,18 +74,10 @@ double int8_peak() {
 #if DISTAYA_LANES == 16
   __m512i ones = _mm512_set1_epi8(1);
   asm volatile("" : "+m"(ones));
-  volatile float sink = 0;
-  return best_rate(8.0 * kLanes * kChains, [&] {
-    const __m512i one = ones;
-    __m512i acc[kChains];
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = _mm512_set1_epi32(c);
-    for (int64_t i = 0; i < kSteps; ++i)
-#pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) acc[c] = _mm512_dpbusd_epi32(acc[c], one, one);
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) sink = sink + sum((vf)acc[c]);
-  });
+  return chained_rate<__m512i>(
+      8.0 * kLanes, [](int c) { return _mm512_set1_epi32(c); },
+      [=](__m512i acc)
+          __attribute__((always_inline)) { return _mm512_dpbusd_epi32(acc, ones, ones); });
 #else
   return 0;  // no int8 dot instruction below AVX512-VNNI
 #endif
