@@ -15,8 +15,7 @@ from distaya_ext.ops import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {s.name.replace(" ", "-"): s for name in shapes.MODELS for s in shapes.of_model(name)}
-OURS = [f"{kind}{mode}" for kind in pack.KINDS for mode in ("", " exact")]
-RULERS = ["torch bf16", "torch int4", "torch int8", "torch 2:4"]
+MODES = ["exact"] if DEVICE.type == "cuda" else rulers.MODES
 
 
 @pytest.fixture(scope="session")
@@ -49,23 +48,28 @@ def subjects(shape):
     kinds = rulers.kinds_of(shape, pack.KINDS)
     need, free = kernels.needed_bytes(shape, kinds, streamed), limits.free_bytes(DEVICE)
     if need > free:
-        pytest.skip(f"{shape.name} needs {need >> 20} MiB of memory and {free >> 20} are free")
+        pytest.fail(f"{shape.name} needs {need >> 20} MiB of memory and {free >> 20} are free")
     found = rulers.rulers(shape, kinds, streamed, DEVICE)
-    modes = ["exact"] if DEVICE.type == "cuda" else rulers.MODES
     for kind in kinds:
-        found += rulers.ours(shape, kind, modes, streamed, DEVICE)
+        found += rulers.ours(shape, kind, MODES, streamed, DEVICE)
     return found
 
 
-@pytest.mark.parametrize("name", RULERS + OURS)
-@pytest.mark.parametrize("tokens", shapes.TOKENS, ids=lambda m: f"m{m}")
-@pytest.mark.parametrize("shape", SHAPES)
+def cases():
+    """Every subject of every shape by name."""
+    for name, shape in SHAPES.items():
+        kinds = rulers.kinds_of(shape, pack.KINDS)
+        ours = [rulers.name_of(kind, mode) for kind in kinds for mode in MODES]
+        for tokens in shapes.TOKENS:
+            for subject in (*rulers.ruler_names(shape, kinds, DEVICE), *ours):
+                yield pytest.param(name, tokens, subject, id=f"{name}-m{tokens}-{subject}")
+
+
+@pytest.mark.parametrize(("shape", "tokens", "name"), cases())
 def test_sqgemm(benchmark, field, shape, tokens, name):
     """Seconds of a call on the CPU, of a CUDA graph of a call on every copy on a GPU."""
     found, x, rows = field(shape, tokens)
-    subject = next((s for s in found if s.name == name), None)
-    if subject is None:
-        pytest.skip(f"there is no {name} of {shape} on {DEVICE.type}")
+    subject = next(s for s in found if s.name == name)
     rotation = kernels.rotation(subject, x)
     with torch.inference_mode(), clock.threads_kept():
         rotation.calibrate()  # a round lasts 20 ms or one call

@@ -52,7 +52,7 @@ def export(
     """Write the packed model in `folder` (ours, pack-quantized or GPTQ) to `out`.
 
     to         "dense": ordinary weights in the model's dtype; "pack-quantized": compressed-tensors,
-               which stock transformers and vLLM load; "gptq": symmetric grids and those without a
+               which stock transformers loads; "gptq": symmetric grids and those without a
                zero of 0 in the first version of the format, others as gptq_v2
     on_module  is called with (done, of, name) after each module
 
@@ -176,9 +176,7 @@ def _config(
     if to == "dense":
         return None
     kept = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    every = (checkpoint.architecture.head, *checkpoint.linears())
-    ignore = [name for name in every if name not in kept]
-    return (gptq if to == "gptq" else compressed).write(kept, ignore)
+    return (gptq if to == "gptq" else compressed).write(kept, checkpoint.dense_linears(kept))
 
 
 def _write_recipe(source: Path, target: Path, to: str) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distaya_ext.dtypes import FLOATS
 from distaya_ext.errors import InputError
 
-_SCALE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SCALE_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 _GROUPS = (0, 32, 64, 128)
 
 

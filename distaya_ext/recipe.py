@@ -75,7 +75,7 @@ class Recipe(_Strict):
     transformers load no others as they are, and else asymmetric ones, which fit closer.
 
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
-    stock transformers and vLLM read them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
+    stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it.
     """
 

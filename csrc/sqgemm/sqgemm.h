@@ -58,8 +58,9 @@ int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype,
 // dense product of the framework is faster. Counted for an H100, not measured: that way moves
 // b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass of 64 tokens here takes about 1500
 // instructions of a warp for 8192 weights, 0.25 ps, and half as many again where records are
-// expanded first. Six and four such passes, less a third. float32, whose dense product has no
-// tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
+// expanded first. They break even at six and at four such passes; a third is left for what the
+// count forgets, so 256 and 192 tokens. float32, whose dense product has no tensor cores (0.03 ps a
+// weight and token, against 0.02 here), always stays.
 constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   if (dtype == Dtype::f32) return INT64_MAX;
   const bool whole =

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +24,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * (self.dtype.itemsize if self.dtype else 1)
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 1)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -33,9 +32,8 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(str(size) for size in shape) or "scalar"
 
 
-def some(names: list[str]) -> str:
-    """How many tensors, and the first few of them."""
-    head = ", ".join(names[:3])
-    return (
-        f"{len(names)} tensor{'s' * (len(names) > 1)} ({head}{', ...' if len(names) > 3 else ''})"
-    )
+def some(names: Sequence[str], what: str = "tensor") -> str:
+    """How many there are, and the first of them: "4 modules (a, b, c, ...)"."""
+    head = ", ".join(name[:80] for name in names[:3])
+    dots = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({head}{dots})"

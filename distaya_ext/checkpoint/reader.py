@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import dtypes
 from ..errors import InputError
 from ..finite import all_finite
 from ..formats import Grid, Scheme, read_scheme
@@ -21,7 +22,6 @@ from .compare import Stored, compare, stored_modules
 from .entry import DTYPES, FLOATS, Entry, some
 from .folder import contained, locate, read_config, read_index
 
-_CONFIG_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Old files carry tables that the model computes by itself; they are neither used nor copied.
 _HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$|\.masked_bias$|self_attn\.bias$")
 _FINITE_BLOCK = 1 << 22  # elements tested at once, so that the test itself takes no memory
@@ -59,6 +59,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    def dense_linears(self, packed: Collection[str]) -> list[str]:
+        """Head and Linears that are not among `packed`: readers that go by class must skip them."""
+        every = (self.architecture.head, *self.linears())
+        return [name for name in every if name not in packed]
 
     def linears(self) -> list[str]:
         """Full names of the Linears of all layers, layer by layer."""
@@ -181,11 +186,11 @@ def _check_depth(config: Any, entries: dict[str, Entry]) -> None:
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name is not None:
-        if not isinstance(name, str) or name not in _CONFIG_DTYPES:
+        if not isinstance(name, str) or name not in dtypes.FLOATS:
             raise InputError(
-                f"config.json names dtype {name!r}; one of {', '.join(_CONFIG_DTYPES)} is needed"
+                f"config.json names dtype {name!r}; one of {', '.join(dtypes.FLOATS)} is needed"
             )
-        return _CONFIG_DTYPES[name]
+        return dtypes.FLOATS[name]
     embed = entries.get(f"{architecture.embed}.weight")
     known = embed is not None and embed.dtype in FLOATS
     return embed.dtype if known else torch.float32

@@ -76,7 +76,7 @@ class Packing:
             return None
         if self.format == "distaya":
             return own.write(self.schemes)
-        return compressed.write(self.schemes, self._dense_linears())
+        return compressed.write(self.schemes, self.checkpoint.dense_linears(self.schemes))
 
     def predicted(self) -> int:
         """Bytes of the weight files, headers included, from shapes and schemes alone.
@@ -169,11 +169,6 @@ class Packing:
         tied = self.checkpoint.tied
         ends = [architecture.embed] if tied else [architecture.embed, architecture.head]
         return [name for name in ends if f"{name}.weight" in entries]
-
-    def _dense_linears(self) -> list[str]:
-        """Linears that a reader would take for quantised by their class."""
-        every = (self.checkpoint.architecture.head, *self.checkpoint.linears())
-        return [name for name in every if name not in self.schemes]
 
 
 def _ragged(group: int, cols: int) -> bool:

@@ -13,8 +13,9 @@ import torch
 
 from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..device import find_device
-from ..errors import InputError, UsageError
-from ..runtime.load import DTYPES, load_opened
+from ..dtypes import parse_dtype
+from ..errors import InputError
+from ..runtime.load import load_opened
 from ..tokenizer import load_tokenizer
 
 # Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
@@ -51,17 +52,14 @@ def load(
     otherwise. exact runs packed weights with full-precision activations on the CPU too. Remote code
     is never run, and only safetensors are read.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    chosen = parse_dtype(dtype)
     place = find_device(device)
     checkpoint = open_checkpoint(model, offline=offline, packed=True)
     if checkpoint.scheme is not None:
         find_device(device, kernels=True)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-    if dtype == "auto":
+    if chosen is None:
         chosen = torch.float32 if _dense_bytes(checkpoint) < _FLOAT32_BELOW else checkpoint.dtype
-    else:
-        chosen = DTYPES[dtype]
     network = load_opened(checkpoint, chosen, exact=exact)
     for name, weight in network.named_parameters():
         check_finite(name, weight.data)

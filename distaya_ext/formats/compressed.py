@@ -1,6 +1,6 @@
 """quantization_config of compressed-tensors, format pack-quantized: reading anyone's, writing ours.
 
-What we write loads in stock transformers with the compressed-tensors package, and in vLLM.
+What we write loads in stock transformers with the compressed-tensors package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .scheme import Rule, Scheme, check_pattern, check_size, take
 
 BITS = (4, 8)
 ASYMMETRIC = (  # measured with transformers 5.23 and compressed-tensors 0.20
-    "asymmetric pack-quantized weights load in vLLM and here, but in transformers only with "
+    "asymmetric pack-quantized weights load here, but in transformers only with "
     "CompressedTensorsConfig(dequantize=True)"
 )
 _FORMAT = "pack-quantized"

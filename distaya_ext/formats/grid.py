@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATS
 from ..errors import InputError
 from ..finite import all_finite
 
-SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SCALE_DTYPES = tuple(FLOATS.values())
 _BLOCK = 1 << 22  # weights made dense at once in float32
 
 

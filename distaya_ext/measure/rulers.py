@@ -108,11 +108,10 @@ def ours(
     found = []
     for mode in modes:
         exact = mode == "exact"
-        name = kind if mode == "a8" else f"{kind} exact"
         work = "bf16" if exact else "int8"
         found.append(
             Subject(
-                name=name,
+                name=name_of(kind, mode),
                 nbytes=packed.nbytes,
                 work=work,
                 copies=copies,
@@ -124,19 +123,34 @@ def ours(
     return found
 
 
+def name_of(kind: str, mode: str) -> str:
+    """What our kernel of a kind is called in a mode, "a8" or "exact"."""
+    return kind if mode == "a8" else f"{kind} exact"
+
+
+def ruler_names(shape: Shape, kinds: Sequence[str], device: torch.device) -> list[str]:
+    """torch's products that can take the shape and compete with a kind of ours; bf16 always."""
+    rows, cols, gpu = shape.rows, shape.cols, device.type == "cuda"
+    fits = {
+        "torch bf16": True,
+        "torch int4": any(k != "int8" for k in kinds) and cols % GROUP == 0 and rows % 32 == 0,
+        "torch int8": "int8" in kinds and not gpu and rows % 32 == 0 and cols % 16 == 0,
+        "torch 2:4": gpu and rows % 64 == 0 and cols % 64 == 0,
+    }
+    return [name for name, fit in fits.items() if fit]
+
+
 def rulers(
     shape: Shape, kinds: Sequence[str], streamed: int, device: torch.device
 ) -> list[Subject]:
-    """torch's bf16 product, and its own int4, int8 and 2:4 ones where it has them and a kind of
-    ours competes."""
-    found = [bf16(shape, streamed, device)]
-    if any(kind != "int8" for kind in kinds) and shape.cols % GROUP == 0 and shape.rows % 32 == 0:
-        found.append(int4(shape, streamed, device))
-    if "int8" in kinds and device.type == "cpu" and shape.rows % 32 == 0 and shape.cols % 16 == 0:
-        found.append(int8(shape, streamed))
-    if device.type == "cuda" and shape.rows % 64 == 0 and shape.cols % 64 == 0:
-        found.append(two_four(shape, streamed, device))
-    return found
+    """The subjects of ruler_names."""
+    make = {
+        "torch bf16": lambda: bf16(shape, streamed, device),
+        "torch int4": lambda: int4(shape, streamed, device),
+        "torch int8": lambda: int8(shape, streamed),
+        "torch 2:4": lambda: two_four(shape, streamed, device),
+    }
+    return [make[name]() for name in ruler_names(shape, kinds, device)]
 
 
 def random_dense(shape: Shape, device: torch.device) -> Tensor:

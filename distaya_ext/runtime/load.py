@@ -11,11 +11,9 @@ import torch
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.whole import load_whole
 from ..device import find_device
-from ..errors import UsageError
+from ..dtypes import parse_dtype
 from .register import METHOD, HandedOver, register
 from .swap import set_exact
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -36,7 +34,7 @@ def load(
 
     InputError and UsageError in one sentence. Remote code is never run, pickles are never read.
     """
-    chosen = _dtype(dtype)
+    chosen = parse_dtype(dtype)
     checkpoint = open_checkpoint(path, offline=offline, packed=True)
     place = find_device(device, kernels=checkpoint.scheme is not None)
     return load_opened(checkpoint, chosen or checkpoint.dtype, exact=exact).to(place)
@@ -54,12 +52,3 @@ def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = Fal
     model = load_whole(checkpoint.folder, dtype, config)
     set_exact(model, exact)
     return model
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if dtype == "auto":
-        return None
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
-        raise UsageError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
-    return chosen

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.entry import some
 from ..errors import InputError
 from .modules import Packed, PackedEmbedding, PackedHead, PackedLinear
 
@@ -110,11 +111,3 @@ def check_held(modules: Mapping[str, Packed], entries: Mapping[str, Entry]) -> s
             raise InputError(f"{name} is quantised, but the folder holds {name}.weight")
         module.scheme.check(headers, module.rows, module.cols, name)
     return {f"{name}.{suffix}" for name, parts in found.items() for suffix in parts}
-
-
-def some(names: Iterable[str], what: str) -> str:
-    """ "3 modules (a, b, c)", the first three by name."""
-    names = list(names)
-    head = ", ".join(name[:80] for name in names[:3])
-    dots = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({head}{dots})"

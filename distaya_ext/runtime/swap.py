@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.entry import some
 from ..errors import UsageError
 from ..formats import read_scheme
 from .glu import fuse
 from .modules import Packed, PackedHead, PackedLinear
-from .place import prefix, replace, some
+from .place import prefix, replace
 
 
 def use_kernels(model: Any, *, exact: bool = False) -> Any:
