@@ -65,14 +65,14 @@ PYBIND11_MODULE(_C, m) {
         release_gil());
 
   // --- cholesky ----------------------------------------------------------------------------------
-  m.attr("cholesky_work") = kCholeskyWork;
+  m.def("cholesky_work", &cholesky_work, "H"_a);
   m.def("cholesky_", &cholesky_, "H"_a, "damp"_a, "floor"_a, "info"_a, "mean"_a, "work"_a,
         release_gil());
   m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
   m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
-  m.attr("mask_keep_work") = mask::kKeepWork;
+  m.def("mask_keep_work", &mask::keep_work, "scores"_a, "along"_a);
   m.def("mask_score_work", &mask::score_work, "rows"_a, "cols"_a);
   m.def(
       "mask_score",
@@ -94,16 +94,16 @@ PYBIND11_MODULE(_C, m) {
         "mask = the n best of every m consecutive inputs or outputs", release_gil());
 
   // --- obs ---------------------------------------------------------------------------------------
-  py::class_<GridOptions>(m, "GridOptions")
+  py::class_<GridOptions>(m, "GridOptions", py::module_local())
       .def(py::init<int64_t, int64_t, bool, bool, std::string>(), "bits"_a = 0, "group"_a = 0,
            "symmetric"_a = false, "mse"_a = false, "scale_dtype"_a = "float32");
-  py::class_<ObsOptions>(m, "ObsOptions")
+  py::class_<ObsOptions>(m, "ObsOptions", py::module_local())
       .def(py::init<std::string, double, bool, int64_t, int64_t, GridOptions, bool>(),
            "select"_a = "none", "sparsity"_a = 0.0, "reference"_a = false, "n"_a = 0, "m"_a = 0,
            "grid"_a = GridOptions{}, "dynamic"_a = false);
   m.def("obs", &obs, "W"_a, "R"_a, "mask"_a, "codes"_a, "scales"_a, "zeros"_a, "group_of"_a,
         "loss"_a, "work"_a, "options"_a, release_gil());
-  m.def("obs_work", &obs_work, "rows"_a, "cols"_a, "on_cuda"_a);
+  m.def("obs_work", &obs_work, "W"_a);
   m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
 
   // --- pack --------------------------------------------------------------------------------------

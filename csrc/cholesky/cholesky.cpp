@@ -33,13 +33,21 @@ void vector(const Tensor& t, const char* name, int64_t least, const Tensor& H) {
 
 }  // namespace
 
+int64_t cholesky_work(const Tensor& H) {
+  const auto [n, cols] = H.shape<2>("H");
+  (void)cols;
+  if constexpr (has_cuda)
+    if (H.on_cuda) return cholesky_work_cuda(n);
+  return 0;
+}
+
 void cholesky_(Tensor H, double damp, double floor, Tensor info, Tensor mean, Tensor work) {
   const int64_t n = square(H, "H");
   check(std::isfinite(damp) && damp >= 0, "damp must be a finite number >= 0 but is ", damp);
   check(std::isfinite(floor) && floor > 0, "floor must be a finite number > 0 but is ", floor);
   vector(info, "info", kInfo, H);
   vector(mean, "mean", 1, H);
-  vector(work, "work", kCholeskyWork, H);
+  vector(work, "work", cholesky_work(H), H);
   const Cholesky p{.H = H.as<float>("H"),
                    .n = n,
                    .damp = damp,

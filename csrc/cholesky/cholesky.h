@@ -29,10 +29,8 @@ struct Cholesky {
   double damp, floor;  // relative to the mean of the diagonal
   int64_t* info;       // [kInfo]
   double* mean;        // [1] mean of H's diagonal
-  float* work;         // [kCholeskyWork] CUDA only: the inverse of one diagonal block
+  float* work;         // [cholesky_work_cuda(n)]; not used on the CPU
 };
-
-inline constexpr int64_t kCholeskyWork = 64 * 64;
 
 // U = R^-1 for an upper triangular R with a nonzero diagonal; both [n, n].
 struct InverseFactor {
@@ -48,6 +46,7 @@ struct Inverse {
   int64_t n;
 };
 
+int64_t cholesky_work(const Tensor& H);  // floats of `work` that H [n, n] needs: 0 on the CPU
 void cholesky_(Tensor H, double damp, double floor, Tensor info, Tensor mean, Tensor work);
 void inverse_factor(Tensor R, Tensor U);
 void inverse(Tensor U, Tensor out);
@@ -56,6 +55,7 @@ void cholesky_cpu(const Cholesky& p);
 void inverse_factor_cpu(const InverseFactor& p);
 void inverse_cpu(const Inverse& p);
 
+int64_t cholesky_work_cuda(int64_t n);
 void cholesky_cuda(const Cholesky& p, Stream stream, int device);
 void inverse_factor_cuda(const InverseFactor& p, Stream stream, int device);
 void inverse_cuda(const Inverse& p, Stream stream, int device);

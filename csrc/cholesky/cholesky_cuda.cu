@@ -11,17 +11,15 @@ namespace distaya {
 namespace {
 
 using cuda::check_cuda;
-using cuda::check_launch;
 using cuda::Gemm;
 using cuda::gemm;
 using cuda::grid_of;
+using cuda::launch;
 
 constexpr int kBlock = 64;        // A and its inverse take 33 KB of shared memory
 constexpr int64_t kSlice = 256;   // depth of the trailing update
 constexpr int kPad = kBlock + 1;  // columns are walked too: no two rows on one bank
 constexpr int kThreads = 256;
-
-static_assert(kBlock * kBlock <= kCholeskyWork);
 
 __device__ double unit_of(const double* mean) { return *mean > 0 ? *mean : 1.0; }
 
@@ -202,6 +200,8 @@ int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
 
 }  // namespace
 
+int64_t cholesky_work_cuda(int64_t) { return kBlock * kBlock; }  // a diagonal block's inverse
+
 void cholesky_cuda(const Cholesky& p, Stream s, int device) {
   const cuda::DeviceGuard guard(device);
   const cudaStream_t stream = cuda::raw(s);
@@ -210,25 +210,21 @@ void cholesky_cuda(const Cholesky& p, Stream s, int device) {
     float *R = p.H + c, *C = p.H + to;
     gemm({rows, rows - to, k, -1, R, p.n, 1, R + to * p.n, 1, p.n, C, p.n, upper}, stream);
   };
-  prepare_kernel<<<1, kThreads, 0, stream>>>(p);
-  check_launch();
+  launch(prepare_kernel, 1, kThreads, 0, stream, p);
   for (int64_t end = p.n; end > 0;) {
     const int64_t begin = start_of(end, kSlice);
     for (int64_t last = end, c; last > begin; last = c) {
       c = start_of(last, kBlock);
       const int w = static_cast<int>(last - c);
-      factor_kernel<<<1, kThreads, 0, stream>>>(p, c, w);
-      check_launch();
+      launch(factor_kernel, 1, kThreads, 0, stream, p, c, w);
       if (c == 0) break;
-      panel_kernel<<<blocks(c), kThreads, 0, stream>>>(p.H + c, p.n, c, w, p.work);
-      check_launch();
+      launch(panel_kernel, blocks(c), kThreads, 0, stream, p.H + c, p.n, c, w, p.work);
       update(c, begin, c, w, false);
     }
     update(begin, 0, begin, end - begin, true);
     end = begin;
   }
-  clear_lower_kernel<<<grid_of(p.n, 65535), kThreads, 0, stream>>>(p.H, p.n);
-  check_launch();
+  launch(clear_lower_kernel, grid_of(p.n, 65535), kThreads, 0, stream, p.H, p.n);
 }
 
 void inverse_factor_cuda(const InverseFactor& p, Stream s, int device) {
@@ -242,16 +238,14 @@ void inverse_factor_cuda(const InverseFactor& p, Stream s, int device) {
     gemm({rows, n - c, k, 1, A, n, 1, B, n, 1, p.U + from * n + c, n}, stream);
   };
   check_cuda(cudaMemsetAsync(p.U, 0, static_cast<size_t>(n) * n * sizeof(float), stream));
-  invert_diagonal_kernel<<<blocks(n), kThreads, 0, stream>>>(p);
-  check_launch();
+  launch(invert_diagonal_kernel, blocks(n), kThreads, 0, stream, p);
   for (int64_t end = n; end > 0;) {
     const int64_t begin = start_of(end, kSlice);
     for (int64_t last = end, c; last > begin; last = c) {
       c = start_of(last, kBlock);
       if (last < n) {
-        finish_rows_kernel<<<blocks(n - last), kThreads, 0, stream>>>(
-            p.U + c * n + c, n, static_cast<int>(last - c), n - last);
-        check_launch();
+        launch(finish_rows_kernel, blocks(n - last), kThreads, 0, stream, p.U + c * n + c, n,
+               static_cast<int>(last - c), n - last);
       }
       accumulate(begin, c - begin, c, last - c);
     }
@@ -272,8 +266,7 @@ void inverse_cuda(const Inverse& p, Stream s, int device) {
     gemm({n - c, n - c, k, 1, U, 1, n, U, n, 1, p.out + c * n + c, n, true}, stream);
   }
   const unsigned tiles = blocks(n);
-  mirror_kernel<<<dim3(tiles, std::min(tiles, 65535u)), kThreads, 0, stream>>>(p.out, n);
-  check_launch();
+  launch(mirror_kernel, dim3(tiles, std::min(tiles, 65535u)), kThreads, 0, stream, p.out, n);
 }
 
 }  // namespace distaya

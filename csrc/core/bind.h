@@ -9,6 +9,10 @@
 #include "core/dlpack.h"
 #include "core/tensor.h"
 
+#ifdef DISTAYA_CUDA_SIM  // the tests' simulator: host memory plays the device's
+#include "cuda_sim/memory.h"
+#endif
+
 namespace distaya {
 
 // What the caster needs from torch, looked up once, on the first tensor that crosses.
@@ -85,6 +89,9 @@ inline void borrow(PyObject* object, Tensor& out) {
   check(t.data || out.numel() == 0, "a tensor of ", out.numel(),
         " elements has no data (fake tensor?)");
   out.data = static_cast<char*>(t.data) + t.byte_offset;
+#ifdef DISTAYA_CUDA_SIM
+  cuda_sim::admit(out);
+#endif
 
   PyObject* grad = PyObject_GetAttr(object, border.requires_grad);
   const bool tracked = grad == Py_True;

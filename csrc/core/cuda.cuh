@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <source_location>
 
@@ -20,10 +21,6 @@ inline void check_cuda(cudaError_t status,
   text << "CUDA error '" << cudaGetErrorString(status) << "' in " << where.function_name() << " ("
        << where.file_name() << ":" << where.line() << ")";
   throw std::runtime_error(text.str());
-}
-
-inline void check_launch(const std::source_location& where = std::source_location::current()) {
-  check_cuda(cudaGetLastError(), where);
 }
 
 // Selects the tensor's device for the scope; the static runtime has its own idea of "current".
@@ -43,12 +40,46 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+// Compute capability of the current device, 90 for sm_90; asked once per device.
+inline int capability() {
+  static std::atomic<int> known[64];
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device));
+  if (device < 64 && known[device]) return known[device];
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (device < 64) known[device] = 10 * major + minor;
+  return 10 * major + minor;
+}
+
 inline cudaStream_t raw(Stream s) { return static_cast<cudaStream_t>(s); }
 
 template <class T>
 DISTAYA_HD constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
+
+// Every kernel is started here. `early`: it may begin while the kernel before it in the stream
+// still runs (programmatic dependent launch, sm_90 and later; elsewhere nothing changes), so it
+// must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
+// reads where this one writes.
+template <bool early = false, class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream,
+            A&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (early && capability() >= 90) config.attrs = &attribute, config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+
+// A kernel's dynamic shared memory as an array of T, aligned for every use of it.
+#define DISTAYA_DYNAMIC_SHARED(T, name) extern __shared__ __align__(1024) T name[]
 
 // Grids are 32-bit in x: kernels that may exceed that stride over their work instead.
 inline unsigned grid_of(int64_t blocks, int64_t most = 1 << 30) {

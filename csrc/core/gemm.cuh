@@ -67,8 +67,7 @@ inline void gemm(const Gemm& g, cudaStream_t stream) {
   const dim3 grid(grid_of(ceil_div<int64_t>(g.n, kTile)),
                   grid_of(ceil_div<int64_t>(g.m, kTile), 65535));
   check(ceil_div<int64_t>(g.m, kTile) <= 65535, "gemm of ", g.m, " rows exceeds the CUDA grid");
-  gemm_kernel<><<<grid, 256, 0, stream>>>(g);
-  check_launch();
+  launch(gemm_kernel<>, grid, 256, 0, stream, g);
 }
 
 }  // namespace distaya::cuda

@@ -1,9 +1,22 @@
 // Every instruction that CUDA C++ has no name for, behind a plain function. No other CUDA
 // file contains asm. Warp-wide ones must be called by all 32 lanes. PTX ISA 8.5, "Matrix
-// multiply-accumulate operation using mma / mma.sp instruction" and "Data movement: cp.async".
+// multiply-accumulate operation using mma / mma.sp instruction", "Data movement: cp.async" and
+// "Asynchronous warpgroup level matrix instructions".
+//
+// The tests' simulator (tests/cuda_sim) has the same functions for the host; what is written here
+// about an instruction is what it executes and checks.
 #pragma once
 
 #include "core/cuda.cuh"
+
+// wgmma exists on sm_90a alone; kernels that use it are compiled to nothing elsewhere.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(DISTAYA_CUDA_SIM)
+#define DISTAYA_WGMMA 1
+#endif
+
+#ifdef DISTAYA_CUDA_SIM
+#include "cuda_sim/ptx.h"
+#else
 
 namespace distaya::ptx {
 
@@ -53,6 +66,42 @@ __device__ inline void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const u
           "r"(meta), "n"(selector));
 }
 
+// The leading 11 bits of x as a tf32 operand, rounded to nearest, ties away from zero.
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t d;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
+  return d;
+}
+
+// D += A B in tf32 with fp32 sums. A [16, 8]: a[0] row g, column c   a[1] row g + 8, column c
+//                                             a[2] row g, column c+4 a[3] row g + 8, column c + 4
+// B [8, 8]: b0 row c, b1 row c + 4 of column g.   D as of mma.
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8: 16
+// bytes, aligned to 16. out[i]: of matrix i, row g, columns 2c and 2c + 1.
+__device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+}
+
+// The same, each matrix transposed: out[i] holds rows 2c and 2c + 1 of column g.
+__device__ inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+}
+
 // a - b of two packed 16-bit floats.
 template <class T>
 __device__ inline uint32_t subtract2(uint32_t a, uint32_t b);
@@ -68,6 +117,24 @@ template <>
 __device__ inline uint32_t subtract2<bf16>(uint32_t a, uint32_t b) {
   uint32_t d;  // a * 1 - b: sm_80 multiplies and adds bf16 but has no plain difference
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+  return d;
+}
+
+// a * b of two packed 16-bit floats.
+template <class T>
+__device__ inline uint32_t multiply2(uint32_t a, uint32_t b);
+
+template <>
+__device__ inline uint32_t multiply2<f16>(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+template <>
+__device__ inline uint32_t multiply2<bf16>(uint32_t a, uint32_t b) {
+  uint32_t d;  // a * b - 0, for sm_80
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
   return d;
 }
 
@@ -94,12 +161,27 @@ __device__ inline void copy_async(void* shared, const void* global, uint64_t pol
                : "memory");
 }
 
-// The same; 16 zero bytes, and nothing is read, where `there` is false.
-__device__ inline void copy_async_or_zero(void* shared, const void* global, bool there) {
+// 16 bytes of which the first `bytes` (0..16) are read and the rest are zeros. Both addresses are
+// aligned to 16, also where nothing is read.
+__device__ inline void copy_async_part(void* shared, const void* global, int bytes) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to), "l"(global), "r"(there ? 16 : 0)
+               : "r"(to), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// 16 bytes, or as many zeros where `there` is false.
+__device__ inline void copy_async_or_zero(void* shared, const void* global, bool there) {
+  copy_async_part(shared, global, there ? 16 : 0);
+}
+
+// 4 bytes, or as many zeros where `there` is false; both aligned to 4.
+__device__ inline void copy_async_word(void* shared, const void* global, bool there) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(to), "l"(global), "r"(there ? 4 : 0)
                : "memory");
 }
 
@@ -112,4 +194,65 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
 }
 
+// A kernel that was launched `early` (core/cuda.cuh): returns when the kernels before it in the
+// stream are done and their writes are seen.
+__device__ inline void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+// From here on the next kernel of the stream may start, if it was launched `early`. All blocks must
+// have said so, or ended.
+__device__ inline void let_later_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
+// ---- sm_90a: products of a warpgroup (four neighbouring warps, the first a multiple of 4) ----
+
+#ifdef DISTAYA_WGMMA
+
+// This thread's writes to shared memory (plain ones, and asynchronous copies it waited for) become
+// visible to products. Every writer calls it, then the block synchronises, then products may start.
+__device__ inline void fence_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
+
+// Before the first product, and before one whose A or D registers were written by other
+// instructions since the last.
+__device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+
+// Closes this warpgroup's group of products.
+__device__ inline void product_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+}
+
+// Waits until at most `pending` of the latest groups are under way. Until then D is not there, and
+// neither A's registers nor B's shared memory may be written.
+template <int pending>
+__device__ inline void product_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(pending) : "memory");
+}
+
+// Operand B [k, n] of 16-bit elements in shared memory as n rows of 64 consecutive k (128 bytes),
+// rows 128 bytes apart: chunk c of 16 bytes of row r lies at r * 128 + 16 * (c ^ r % 8), and the
+// whole begins at a multiple of 1024. `at`: the beginning, plus 32 bytes for each 16 k further in.
+__device__ inline uint64_t operand_b(const void* at) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  // 8 rows are 1024 bytes; the leading offset is not used with this swizzle (type 1 in bits 62, 63)
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 |
+         static_cast<uint64_t>((from & 0x3ffffu) >> 4);
+}
+
+// Products (sqgemm): D [64, n] = or += A [64, 16] B [16, n]; warp w of the four has rows 16 w ..
+// 16 w + 15 of A, in registers as in mma, and of D: d[4 i + e] is element e of mma's D for columns
+// 8 i .. 8 i + 7. Sparse: A is [64, 32], registers and metadata as in mma_sparse.
+// `add` false: D is overwritten.
+
+#endif  // DISTAYA_WGMMA
+
 }  // namespace distaya::ptx
+
+#endif  // DISTAYA_CUDA_SIM

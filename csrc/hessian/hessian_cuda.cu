@@ -121,9 +121,8 @@ void hessian_cuda(const Hessian& p, Stream stream) {
   const DeviceGuard guard(p.device);
   const unsigned side = side_of(p.C, kSide);
   dispatch<float, f16, bf16>(p.dtype, "X", [&]<class T>() {
-    syrk_kernel<T><<<dim3(side, side), 256, 0, raw(stream)>>>(p);
+    launch(syrk_kernel<T>, dim3(side, side), 256, 0, raw(stream), p);
   });
-  check_launch();
 }
 
 void column_sq_cuda(const ColumnSq& p, Stream stream) {
@@ -131,16 +130,14 @@ void column_sq_cuda(const ColumnSq& p, Stream stream) {
   const int64_t blocks = ceil_div<int64_t>(p.C, kLanesX);
   check(blocks <= INT32_MAX, "X of ", p.C, " columns exceeds the CUDA grid");
   dispatch<float, f16, bf16>(p.dtype, "X", [&]<class T>() {
-    column_sq_kernel<T><<<static_cast<unsigned>(blocks), kLanesX * kRowsY, 0, raw(stream)>>>(p);
+    launch(column_sq_kernel<T>, static_cast<unsigned>(blocks), kLanesX * kRowsY, 0, raw(stream), p);
   });
-  check_launch();
 }
 
 void symmetrize_cuda(const Symmetrize& p, Stream stream) {
   const DeviceGuard guard(p.device);
   const unsigned side = side_of(p.C, kFlip);
-  symmetrize_kernel<><<<dim3(side, side), 256, 0, raw(stream)>>>(p);
-  check_launch();
+  launch(symmetrize_kernel<>, dim3(side, side), 256, 0, raw(stream), p);
 }
 
 }  // namespace distaya

@@ -74,6 +74,10 @@ void mask_score(const Tensor& W, const std::string& method, const Tensor* norms,
   mask::score_cpu(p);
 }
 
+int64_t mask::keep_work(const Tensor& scores, const std::string& along) {
+  return scores.on_cuda && parse_along(along) == Along::matrix ? kKeepWork : 0;
+}
+
 void mask_keep_k(const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
                  const Tensor& bad, const Tensor* work) {
   const auto [rows, cols] = scores.shape<2>("scores");

@@ -38,6 +38,9 @@ constexpr int64_t kBands = 64;
 
 constexpr int64_t score_work(int64_t rows, int64_t cols) { return rows + cols * (2 + kBands); }
 
+// int64 of `work` that the k best along this need: 0 but for a whole matrix on CUDA.
+int64_t keep_work(const Tensor& scores, const std::string& along);
+
 struct KeepK {
   const float* scores;  // [rows, cols]
   int64_t rows, cols;

@@ -13,6 +13,7 @@ namespace {
 
 using cuda::ceil_div;
 using cuda::grid_of;
+using cuda::launch;
 
 constexpr int kThreads = 256;  // one per digit in the scan of the histogram
 constexpr int kWarps = kThreads / 32;
@@ -143,13 +144,12 @@ void keep_k_cuda(const KeepK& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
   const cudaStream_t s = cuda::raw(stream);
   if (p.along == Along::row) {
-    row_kernel<<<grid_of(p.rows), kThreads, 0, s>>>(p);
+    launch(row_kernel, grid_of(p.rows), kThreads, 0, s, p);
   } else if (p.along == Along::column) {
-    column_kernel<<<grid_of(ceil_div<int64_t>(p.cols, kSide)), kSide * kSlices, 0, s>>>(p);
+    launch(column_kernel, grid_of(ceil_div<int64_t>(p.cols, kSide)), kSide * kSlices, 0, s, p);
   } else {
     return keep_matrix_cuda(p, s);
   }
-  cuda::check_launch();
 }
 
 }  // namespace distaya::mask

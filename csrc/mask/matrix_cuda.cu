@@ -11,6 +11,7 @@ void keep_matrix_cuda(const KeepK& p, cudaStream_t stream);
 namespace {
 
 using cuda::ceil_div;
+using cuda::launch;
 
 constexpr int kThreads = 256;
 using count = unsigned long long;
@@ -154,15 +155,14 @@ void keep_matrix_cuda(const KeepK& k, cudaStream_t s) {
   p.chunk = ceil_div<int64_t>(share < kLeast ? kLeast : share, kThreads) * kThreads;
   const int64_t chunks = ceil_div(p.size, p.chunk);
   const unsigned grid = cuda::grid_of(chunks);
-  start_kernel<<<1, kThreads, 0, s>>>(p);
+  launch(start_kernel, 1, kThreads, 0, s, p);
   for (int shift = 24; shift >= 0; shift -= 8) {
-    histogram_kernel<<<grid, kThreads, 0, s>>>(p, shift);
-    pick_kernel<<<1, kThreads, 0, s>>>(p, shift);
+    launch(histogram_kernel, grid, kThreads, 0, s, p, shift);
+    launch(pick_kernel, 1, kThreads, 0, s, p, shift);
   }
-  count_ties_kernel<<<grid, kThreads, 0, s>>>(p);
-  ties_before_kernel<<<1, 1, 0, s>>>(p, chunks);
-  write_kernel<<<grid, kThreads, 0, s>>>(p);
-  cuda::check_launch();
+  launch(count_ties_kernel, grid, kThreads, 0, s, p);
+  launch(ties_before_kernel, 1, 1, 0, s, p, chunks);
+  launch(write_kernel, grid, kThreads, 0, s, p);
 }
 
 }  // namespace distaya::mask

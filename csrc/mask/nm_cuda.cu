@@ -9,6 +9,7 @@ namespace {
 
 using cuda::ceil_div;
 using cuda::grid_of;
+using cuda::launch;
 
 constexpr int kThreads = 256;
 
@@ -76,12 +77,11 @@ void keep_nm_cuda(const KeepNM& p, int device, Stream stream) {
   const cudaStream_t s = cuda::raw(stream);
   if (p.of_outputs) {
     const dim3 grid(grid_of(ceil_div<int64_t>(p.cols, kSide)), grid_of(p.rows / p.m, 65535));
-    outputs_kernel<<<grid, kThreads, 0, s>>>(p);
+    launch(outputs_kernel, grid, kThreads, 0, s, p);
   } else {
     const int tile = kTile / p.m * p.m;
-    inputs_kernel<<<grid_of(ceil_div<int64_t>(p.rows * p.cols, tile)), kThreads, 0, s>>>(p);
+    launch(inputs_kernel, grid_of(ceil_div<int64_t>(p.rows * p.cols, tile)), kThreads, 0, s, p);
   }
-  cuda::check_launch();
 }
 
 }  // namespace distaya::mask

@@ -6,6 +6,7 @@ namespace {
 
 using cuda::ceil_div;
 using cuda::grid_of;
+using cuda::launch;
 using cuda::load_float;
 
 constexpr int kThreads = 256;
@@ -85,15 +86,14 @@ void score_cuda(const Score& p, int device, Stream stream) {
   const dim3 grid(across, grid_of(p.rows, kMostY));
   dispatch<float, f16, bf16>(p.dtype, "W", [&]<class T>() {
     if (!p.work) {
-      plain_kernel<T><<<grid, kThreads, 0, s>>>(p);
+      launch(plain_kernel<T>, grid, kThreads, 0, s, p);
     } else {
-      row_sums_kernel<T><<<grid_of(p.rows), kThreads, 0, s>>>(p);
-      band_sums_kernel<T><<<dim3(across, kBands), kThreads, 0, s>>>(p);
-      columns_kernel<<<across, kThreads, 0, s>>>(p);
-      ria_kernel<T><<<grid, kThreads, 0, s>>>(p);
+      launch(row_sums_kernel<T>, grid_of(p.rows), kThreads, 0, s, p);
+      launch(band_sums_kernel<T>, dim3(across, kBands), kThreads, 0, s, p);
+      launch(columns_kernel, across, kThreads, 0, s, p);
+      launch(ria_kernel<T>, grid, kThreads, 0, s, p);
     }
   });
-  cuda::check_launch();
 }
 
 }  // namespace distaya::mask

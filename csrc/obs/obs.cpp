@@ -106,7 +106,7 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
   choose_mode(p, options);
   if (p.select != Select::none) p.mask = operand<bool, 2>(mask, "mask", {rows, cols}, W);
   if (options.grid.bits) quantise(p, options, W, codes, scales, zeros, group_of);
-  const int64_t bytes = obs_work(rows, cols, W.on_cuda);
+  const int64_t bytes = obs_work(W);
   p.work = operand<uint8_t, 1>(work, "work", {bytes}, W);
   if (rows == 0 || cols == 0) return;
   if constexpr (has_cuda)
@@ -114,10 +114,10 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
   obs_cpu(p);
 }
 
-int64_t obs_work(int64_t rows, int64_t cols, bool on_cuda) {
+int64_t obs_work(const Tensor& W) {
+  const auto [rows, cols] = W.shape<2>("W");
   if constexpr (has_cuda)
-    if (on_cuda) return obs_work_cuda(rows, cols);
-  (void)rows, (void)cols, (void)on_cuda;
+    if (W.on_cuda) return obs_work_cuda(rows, cols);
   return 0;
 }
 

@@ -138,8 +138,8 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
          const MaybeView& scales, const MaybeView& zeros, const MaybeView& group_of,
          const Tensor& loss, const Tensor& work, const ObsOptions& options);
 
-// Bytes of `work` that call needs: 0 on the CPU.
-int64_t obs_work(int64_t rows, int64_t cols, bool on_cuda);
+// Bytes of `work` that a sweep of W [rows, cols] needs: 0 on the CPU.
+int64_t obs_work(const Tensor& W);
 
 void quantize(const Tensor& W, const MaybeView& codes, const Tensor& scales, const Tensor& zeros,
               const GridOptions& options);

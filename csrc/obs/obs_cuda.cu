@@ -216,12 +216,10 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(const Obs p, const B
 // T = W0[:, b] + E[:, :i1] (R[:i1, b] U_b)
 template <class T>
 void enter_block(const Obs& p, const Work& work, int64_t i1, int width, cudaStream_t stream) {
-  invert_block_kernel<<<1, kB, 0, stream>>>(p.R + i1 * p.cols + i1, p.cols, width, work.U, work.N,
-                                            work.D);
-  check_launch();
-  load_block_kernel<T><<<grid_of(ceil_div<int64_t>(p.rows * kB, 256), 1 << 16), 256, 0, stream>>>(
-      static_cast<const T*>(p.W), p.rows, p.cols, i1, width, work.T);
-  check_launch();
+  launch(invert_block_kernel, 1, kB, 0, stream, p.R + i1 * p.cols + i1, p.cols, width, work.U,
+         work.N, work.D);
+  launch(load_block_kernel<T>, grid_of(ceil_div<int64_t>(p.rows * kB, 256), 1 << 16), 256, 0,
+         stream, static_cast<const T*>(p.W), p.rows, p.cols, i1, width, work.T);
   if (i1 == 0) return;
   check_cuda(cudaMemsetAsync(work.P, 0, static_cast<size_t>(i1) * kB * 4, stream));
   gemm({.m = i1,
@@ -273,9 +271,8 @@ void run(const Obs& p, cudaStream_t stream) {
                     .mask = p.mask},
                    stream);
     const Block block{work.T, work.N, work.D, work.E, i1, width};
-    sweep_kernel<T>
-        <<<grid_of(ceil_div<int64_t>(p.rows, kWarps)), kWarps * 32, 0, stream>>>(p, block);
-    check_launch();
+    launch(sweep_kernel<T>, grid_of(ceil_div<int64_t>(p.rows, kWarps)), kWarps * 32, 0, stream, p,
+           block);
   }
 }
 
@@ -294,10 +291,9 @@ void quantize_cuda(const Quantize& p, Stream stream) {
   const DeviceGuard guard(p.device);
   const int64_t items = p.rows * p.groups;
   dispatch<float, f16, bf16>(p.dtype, "W", [&]<class T>() {
-    quantize_kernel<T>
-        <<<grid_of(ceil_div<int64_t>(items, kWarps)), kWarps * 32, 0, raw(stream)>>>(p);
+    launch(quantize_kernel<T>, grid_of(ceil_div<int64_t>(items, kWarps)), kWarps * 32, 0,
+           raw(stream), p);
   });
-  check_launch();
 }
 
 }  // namespace distaya

@@ -130,16 +130,15 @@ __global__ void write_mask_kernel(const SelectBlock s) {
 inline void select_block(const SelectBlock& s, cudaStream_t stream) {
   constexpr int kRowsPerBlock = 8;
   const unsigned rows = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows, kRowsPerBlock));
-  start_select_kernel<<<1, 256, 0, stream>>>(s.state, s.k);
+  cuda::launch(start_select_kernel, 1, 256, 0, stream, s.state, s.k);
   const unsigned blocks = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows * s.width, 256), 1024);
   for (int pass = 0; pass < 3; ++pass) {
-    histogram_kernel<<<blocks, 256, 0, stream>>>(s, pass);
-    advance_kernel<<<1, 32, 0, stream>>>(s.state, pass);
+    cuda::launch(histogram_kernel, blocks, 256, 0, stream, s, pass);
+    cuda::launch(advance_kernel, 1, 32, 0, stream, s.state, pass);
   }
-  count_ties_kernel<<<rows, kRowsPerBlock * 32, 0, stream>>>(s);
-  scan_ties_kernel<<<1, 1024, 0, stream>>>(s.ties, s.rows);
-  write_mask_kernel<<<rows, kRowsPerBlock * 32, 0, stream>>>(s);
-  cuda::check_launch();
+  cuda::launch(count_ties_kernel, rows, kRowsPerBlock * 32, 0, stream, s);
+  cuda::launch(scan_ties_kernel, 1, 1024, 0, stream, s.ties, s.rows);
+  cuda::launch(write_mask_kernel, rows, kRowsPerBlock * 32, 0, stream, s);
 }
 
 }  // namespace distaya

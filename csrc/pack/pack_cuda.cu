@@ -294,8 +294,7 @@ __global__ void __launch_bounds__(kThreads, 3) pack_kernel(const Pack any, const
 void survey_cuda(const Survey& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
   const Sizes z(p.f);
-  survey_kernel<<<grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream)>>>(p, z);
-  cuda::check_launch();
+  cuda::launch(survey_kernel, grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream), p, z);
 }
 
 void pack_cuda(const Pack& p, int device, Stream stream) {
@@ -311,9 +310,8 @@ void pack_cuda(const Pack& p, int device, Stream stream) {
   cuda::check_cuda(cudaMemsetAsync(p.data + p.bytes - kTail, 0, kTail, s));
   const Sizes z(f);
   over_kind(f.kind, [&]<Kind kKind>() {
-    pack_kernel<kKind><<<grid_of_tiles(z.tall, z.wide), kThreads, 0, s>>>(p, z);
+    cuda::launch(pack_kernel<kKind>, grid_of_tiles(z.tall, z.wide), kThreads, 0, s, p, z);
   });
-  cuda::check_launch();
 }
 
 }  // namespace distaya::pack

@@ -12,6 +12,7 @@ namespace {
 
 using cuda::ceil_div;
 using cuda::grid_of;
+using cuda::launch;
 
 constexpr int kUnit = 8;  // columns of a thread
 constexpr int kWarps = kThreads / 32;
@@ -249,7 +250,7 @@ void launch_dequantize(const Dequantize& p, cudaStream_t stream) {
   const dim3 grid = grid_of_tiles(ceil_div<int64_t>(p.count, kTileRows), z.wide);
   const bool whole = whole_rows<T>(p.W, p.f.cols);
   over_kind(p.f.kind, [&]<Kind kKind>() {
-    dequantize_kernel<T, kKind><<<grid, kThreads, 0, stream>>>(p, z, whole);
+    launch(dequantize_kernel<T, kKind>, grid, kThreads, 0, stream, p, z, whole);
   });
 }
 
@@ -258,16 +259,14 @@ void launch_dequantize(const Dequantize& p, cudaStream_t stream) {
 void unpack_cuda(const Unpack& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
   const Sizes z(p.f);
-  unpack_kernel<<<grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream)>>>(
-      p, z, whole_rows<uint8_t>(p.codes, p.f.cols));
-  cuda::check_launch();
+  launch(unpack_kernel, grid_of_tiles(z.tall, z.wide), kThreads, 0, cuda::raw(stream), p, z,
+         whole_rows<uint8_t>(p.codes, p.f.cols));
 }
 
 void dequantize_cuda(const Dequantize& p, int device, Stream stream) {
   const cuda::DeviceGuard guard(device);
   dispatch<float, bf16, f16>(p.dtype, "W",
                              [&]<class T>() { launch_dequantize<T>(p, cuda::raw(stream)); });
-  cuda::check_launch();
 }
 
 void gather_cuda(const Gather& p, int device, Stream stream) {
@@ -275,9 +274,9 @@ void gather_cuda(const Gather& p, int device, Stream stream) {
   const Sizes z(p.f);
   const dim3 grid(grid_of(p.count), grid_of(ceil_div<int64_t>(z.wide, kWarps), 65535));
   dispatch<float, bf16, f16>(p.dtype, "W", [&]<class T>() {
-    gather_kernel<T><<<grid, kThreads, 0, cuda::raw(stream)>>>(p, z, whole_rows<T>(p.W, p.f.cols));
+    launch(gather_kernel<T>, grid, kThreads, 0, cuda::raw(stream), p, z,
+           whole_rows<T>(p.W, p.f.cols));
   });
-  cuda::check_launch();
 }
 
 }  // namespace distaya::pack

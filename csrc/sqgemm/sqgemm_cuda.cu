@@ -21,7 +21,7 @@ inline constexpr int kResident = n == 1 && body != Body::int8 ? 3 : 2;
 template <class T, class Out, int n_tiles, int parts, Body body>
 __global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
     multiply_kernel(const __grid_constant__ Launch p) {
-  extern __shared__ __align__(128) uint8_t shared[];
+  DISTAYA_DYNAMIC_SHARED(uint8_t, shared);
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
   __shared__ uint32_t selectors[16];
   __shared__ Task tasks[kWarps];
@@ -137,11 +137,9 @@ void prepare(const Problem& p, Launch& launch, cudaStream_t stream) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   if (dtype_of<T> != Dtype::f32 && stride == p.format.cols && aligned) return;
   launch.x = p.work;
-  prepare_kernel<T>
-      <<<grid_of(ceil_div<int64_t>(p.tokens * stride, 256), 1 << 16), 256, 0, stream>>>(
-          static_cast<const T*>(p.x), p.tokens, p.format.cols, stride,
-          static_cast<uint16_t*>(p.work));
-  check_launch();
+  cuda::launch(prepare_kernel<T>, grid_of(ceil_div<int64_t>(p.tokens * stride, 256), 1 << 16), 256,
+               0, stream, static_cast<const T*>(p.x), p.tokens, p.format.cols, stride,
+               static_cast<uint16_t*>(p.work));
 }
 
 template <class T, class Out, int n_tiles, int parts, Body body>
@@ -158,9 +156,8 @@ void multiply(const Launch& p, cudaStream_t stream) {
   check(blocks < int64_t{1} << 31, "x of ", p.out.tokens, " tokens by a weight of ", p.out.rows,
         " rows is too much for one launch");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.plan.splits));
-  multiply_kernel<T, Out, n_tiles, parts, body>
-      <<<grid, kThreads, static_cast<size_t>(p.plan.shared_bytes), stream>>>(p);
-  check_launch();
+  cuda::launch(multiply_kernel<T, Out, n_tiles, parts, body>, grid, kThreads,
+               static_cast<size_t>(p.plan.shared_bytes), stream, p);
 }
 
 template <class T, class Out, int n_tiles, int parts>
@@ -186,9 +183,8 @@ void run(const Problem& p, Launch& launch, cudaStream_t stream) {
   }
   if (launch.plan.splits == 1) return;
   const int64_t outputs = p.tokens * p.format.rows;
-  add_splits_kernel<T>
-      <<<grid_of(ceil_div<int64_t>(outputs, 256), 1 << 16), 256, 0, stream>>>(launch);
-  check_launch();
+  cuda::launch(add_splits_kernel<T>, grid_of(ceil_div<int64_t>(outputs, 256), 1 << 16), 256, 0,
+               stream, launch);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ def cholesky_(
 
     info int64 [4]: floored pivots, first floored column or -1, first column found not finite or -1
     (R is then meaningless), dead columns. mean float64 [1]: mean diagonal. work fp32
-    [_C.cholesky_work]: scratch.
+    [_C.cholesky_work(H)]: scratch.
     """
     _C.cholesky_(H, damp, floor, info, mean, work)
 
@@ -84,7 +84,7 @@ def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool
     R = H if overwrite else H.clone(memory_format=torch.contiguous_format)
     info = torch.empty(4, dtype=torch.int64, device=H.device)
     mean = torch.empty(1, dtype=torch.float64, device=H.device)
-    work = torch.empty(_C.cholesky_work, dtype=torch.float32, device=H.device)
+    work = torch.empty(_C.cholesky_work(H), dtype=torch.float32, device=H.device)
     cholesky_(R, damp, floor, info, mean, work)
     floored, first, bad, dead = info.tolist()
     if bad >= 0:

@@ -37,9 +37,8 @@ def mask_keep_k(scores: Tensor, k: int, along: str) -> tuple[Tensor, Tensor]:
     """The mask of keep_k, and int64 [1]: the lowest flat index of a NaN, or -1."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     bad = torch.full((1,), -1, dtype=torch.int64, device=scores.device)
-    work = None
-    if scores.is_cuda and along == "matrix":
-        work = torch.empty(_C.mask_keep_work, dtype=torch.int64, device=scores.device)
+    size = _C.mask_keep_work(scores, along)
+    work = torch.empty(size, dtype=torch.int64, device=scores.device) if size else None
     _C.mask_keep_k(scores, k, along, mask, bad, work)
     return mask, bad
 

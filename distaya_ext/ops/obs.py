@@ -85,8 +85,7 @@ def obs_(
     """The raw sweep on outputs that are already allocated (csrc/obs/obs.h)."""
     grid = _C.GridOptions(bits, group, symmetric, mse, scale_dtype)
     options = _C.ObsOptions(select, sparsity, reference, n, m, grid, dynamic)
-    size = _C.obs_work(*W.shape, W.is_cuda) if W.dim() == 2 else 0
-    work = torch.empty(size, dtype=torch.uint8, device=W.device)
+    work = torch.empty(_C.obs_work(W), dtype=torch.uint8, device=W.device)
     _C.obs(W, R, mask, codes, scales, zeros, group_of, loss, work, options)
 
 

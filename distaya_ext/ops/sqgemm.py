@@ -34,8 +34,6 @@ def _fake_glu(x: Tensor, gate: Tensor, up: Tensor, spec: list[int], *_args: obje
 
 def _work(x: Tensor, spec: list[int], glu: bool) -> Tensor | None:
     """What the CUDA kernels write partial sums to; None where they need nothing."""
-    if not x.is_cuda:
-        return None
     size = _C.sqgemm_work(x, spec, glu)
     return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
 
