@@ -133,15 +133,14 @@ class TileProduct {
     };
 #pragma unroll
     for (int s = 0; s < Shape::kRing - 1; ++s) fetch(s, s);
-    int now = 0, next = Shape::kRing - 1;
+    int now = 0;
 #pragma unroll 1
     for (int s = 0; s < slices; ++s) {
       ptx::copy_wait<Shape::kRing - 2>();
       __syncthreads();  // slice s is there for all, and all are done with slice s - 1
-      fetch(s + Shape::kRing - 1, next);
+      fetch(s + Shape::kRing - 1, now == 0 ? Shape::kRing - 1 : now - 1);
       add_slice(shared + now * kSlice);
       now = now + 1 == Shape::kRing ? 0 : now + 1;
-      next = next + 1 == Shape::kRing ? 0 : next + 1;
     }
     ptx::copy_wait<0>();
     __syncthreads();
@@ -152,29 +151,37 @@ class TileProduct {
   __device__ void store(const Gemm& g) const {
     if (warp_k() > 0) return;
     const bool pairs = g.ldc % 2 == 0 && reinterpret_cast<uintptr_t>(g.C) % 8 == 0;
-    const int64_t row0 = i0_ + row_of(0), col0 = j0_ + col_of(0);
+    uint64_t again = 0;  // bit (2 i + h) * 2 kJ + 2 j + e: a sum that is not finite
 #pragma unroll
     for (int i = 0; i < kI; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t row = row0 + 16 * i + 8 * h;
+        const int64_t row = row_of(i) + 8 * h;
         if (row >= g.m) continue;
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
-          const int64_t col = col0 + 8 * j;
+          const int64_t col = col_of(j);
           const float x = sum_[i][j][2 * h], y = sum_[i][j][2 * h + 1];
-          const bool plain = isfinite(x) && isfinite(y) && (!g.upper_only || row <= col);
+          const bool first = col < g.n && (!g.upper_only || row <= col),
+                     second = col + 1 < g.n && (!g.upper_only || row <= col + 1);
           float* c = g.C + row * g.ldc + col;
-          if (plain && pairs && col + 1 < g.n) {
+          if (pairs && first && second && isfinite(x) && isfinite(y)) {
             float2 old = g.overwrite ? float2{0, 0} : *reinterpret_cast<const float2*>(c);
             old.x += g.alpha * x, old.y += g.alpha * y;
             *reinterpret_cast<float2*>(c) = old;
-          } else {
-            store_one(g, row, col, x);
-            store_one(g, row, col + 1, y);
+            continue;
           }
+          const int bit = (2 * i + h) * 2 * kJ + 2 * j;
+          if (first && !put(g, c, x)) again |= uint64_t{1} << bit;
+          if (second && !put(g, c + 1, y)) again |= uint64_t{2} << bit;
         }
       }
+    while (again) {
+      const int bit = __ffsll(static_cast<long long>(again)) - 1;
+      again &= again - 1;
+      const int line = bit / (2 * kJ), at = bit % (2 * kJ);
+      sum_again(g, row_of(line / 2) + line % 2 * 8, col_of(at / 2) + at % 2);
+    }
   }
 
  private:
@@ -184,10 +191,14 @@ class TileProduct {
 
   __device__ static int warp_k() { return threadIdx.x / 32 / (Shape::kWarpsM * Shape::kWarpsN); }
 
-  // Places of sum_[i][j][0] within the tile; elements 2 and 3 stand 8 rows further down.
-  __device__ static int row_of(int i) { return (warp_m() * kI + i) * 16 + threadIdx.x % 32 / 4; }
+  // Where sum_[i][j][0] belongs in C; elements 2 and 3 stand 8 rows further down.
+  __device__ int64_t row_of(int i) const {
+    return i0_ + (warp_m() * kI + i) * 16 + threadIdx.x % 32 / 4;
+  }
 
-  __device__ static int col_of(int j) { return (warp_n() * kJ + j) * 8 + threadIdx.x % 4 * 2; }
+  __device__ int64_t col_of(int j) const {
+    return j0_ + (warp_n() * kJ + j) * 8 + threadIdx.x % 4 * 2;
+  }
 
   __device__ void add_slice(const float* a) {
     const float* b = a + FeedA::kFloats;
@@ -243,20 +254,20 @@ class TileProduct {
     __syncthreads();
   }
 
-  __device__ static void store_one(const Gemm& g, int64_t row, int64_t col, float x) {
-    if (col >= g.n || (g.upper_only && row > col)) return;
-    if (!isfinite(x))
-      x = plain_sum(g.A + row * g.a_row, g.a_col, g.B + col * g.b_col, g.b_row, g.k);
-    float* c = g.C + row * g.ldc + col;
+  __device__ static bool put(const Gemm& g, float* c, float x) {
+    if (!isfinite(x)) return false;
     *c = (g.overwrite ? 0.f : *c) + g.alpha * x;
+    return true;
   }
 
-  // As fp32 would have it. NaN stays NaN, so its sum need not be finished.
-  __device__ static __noinline__ float plain_sum(const float* a, int64_t a_step, const float* b,
-                                                 int64_t b_step, int64_t k) {
+  // An element as fp32 would have it. NaN stays NaN, so its sum need not be finished.
+  __device__ static void sum_again(const Gemm& g, int64_t row, int64_t col) {
+    const float *a = g.A + row * g.a_row, *b = g.B + col * g.b_col;
+    const int64_t k = g.lower_a && row + 1 < g.k ? row + 1 : g.k;
     float sum = 0;
-    for (int64_t p = 0; p < k && !isnan(sum); ++p) sum = fmaf(a[p * a_step], b[p * b_step], sum);
-    return sum;
+    for (int64_t p = 0; p < k && !isnan(sum); ++p) sum = fmaf(a[p * g.a_col], b[p * g.b_row], sum);
+    float* c = g.C + row * g.ldc + col;
+    *c = (g.overwrite ? 0.f : *c) + g.alpha * sum;
   }
 
   int64_t i0_, j0_;
