@@ -98,9 +98,11 @@ struct Feed {
   }
 };
 
-__device__ inline void split(const uint32_t (&x)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+template <int count>
+__device__ inline void split(const uint32_t (&x)[count], uint32_t (&high)[count],
+                             uint32_t (&low)[count]) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
+  for (int e = 0; e < count; ++e) {
     high[e] = ptx::to_tf32(__uint_as_float(x[e]));
     low[e] = ptx::to_tf32(__uint_as_float(x[e]) - __uint_as_float(high[e]));
   }
@@ -147,7 +149,9 @@ class TileProduct {
     if constexpr (Shape::kWarpsK > 1) gather(shared);
   }
 
-  // Puts the tile into C.
+  // Puts the tile into C. mend: compute sums that are not finite again, from A and B; without it C
+  // may overlap the operands where this block alone reads them.
+  template <bool mend = true>
   __device__ void store(const Gemm& g) const {
     if (warp_k() > 0) return;
     const bool pairs = g.ldc % 2 == 0 && reinterpret_cast<uintptr_t>(g.C) % 8 == 0;
@@ -172,8 +176,8 @@ class TileProduct {
             continue;
           }
           const int bit = (2 * i + h) * 2 * kJ + 2 * j;
-          if (first && !put(g, c, x)) again |= uint64_t{1} << bit;
-          if (second && !put(g, c + 1, y)) again |= uint64_t{2} << bit;
+          if (first && !put<mend>(g, c, x)) again |= uint64_t{1} << bit;
+          if (second && !put<mend>(g, c + 1, y)) again |= uint64_t{2} << bit;
         }
       }
     while (again) {
@@ -254,8 +258,9 @@ class TileProduct {
     __syncthreads();
   }
 
+  template <bool mend>
   __device__ static bool put(const Gemm& g, float* c, float x) {
-    if (!isfinite(x)) return false;
+    if (mend && !isfinite(x)) return false;
     *c = (g.overwrite ? 0.f : *c) + g.alpha * x;
     return true;
   }
