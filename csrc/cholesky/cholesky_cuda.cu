@@ -85,35 +85,43 @@ __device__ void factor_next(const Cholesky& p, const Step& s, float* shared) {
   }
 }
 
+// Where tile t of a step stands, in tiles of `side`; t counts the panel's, then the triangle's. A
+// negative t is one of the diagonal block's.
+__device__ void place_of(int64_t t, const Step& s, int side, int64_t& i, int64_t& j) {
+  const int64_t high = s.next / side, across = kBlock / side;
+  if (t < 0) {
+    i = high + (t == -3 ? 1 : 0), j = high + (t < -1 ? 1 : 0);
+  } else if (t < high * across) {
+    i = t / across, j = high + t % across;
+  } else {
+    place_of_tile(t - high * across, high, high, true, i, j);
+  }
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
     step_kernel(const Cholesky p, const Step s) {
   DISTAYA_DYNAMIC_SHARED(float, shared);
   ptx::wait_for_earlier();
   ptx::let_later_start();
-  const Gemm g = update_of(p, s);
-  const auto update = [&](int64_t i, int64_t j) {
-    const TileProduct<Shape, true, true> tile(g, i, j, shared);
-    tile.store(g);
-  };
-  constexpr int kSide = Shape::kRows;
-  static_assert(kSide == Shape::kCols && kBlock % kSide == 0);
-  if (blockIdx.x == 0) {
-    if (s.k > 0)
-      for (int i = 0; i < kBlock; i += kSide)
-        for (int j = i; j < kBlock; j += kSide) update(s.next + i, s.next + j);
-    __syncthreads();  // the block is in H
-    factor_next(p, s, shared);
-    return;
+  constexpr int kSide = Shape::kRows, kAcross = kBlock / kSide;
+  static_assert(kSide == Shape::kCols && (kAcross == 1 || kAcross == 2));
+  const bool first = blockIdx.x == 0;
+  const int64_t own = kAcross * (kAcross + 1) / 2, tile = int64_t{blockIdx.x} - 1;
+  const int64_t begin = first ? -own : tile, end = first ? 0 : tile + 1;
+  if (s.k > 0) {
+    const Gemm g = update_of(p, s);
+#pragma unroll 1
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t i, j;
+      place_of(t, s, kSide, i, j);
+      const TileProduct<Shape, true, true> product(g, i * kSide, j * kSide, shared);
+      product.store(g);
+    }
   }
-  const int64_t t = blockIdx.x - 1, across = kBlock / kSide, high = s.next / kSide;
-  if (t < high * across) {  // the next panel
-    update(t / across * kSide, s.next + t % across * kSide);
-  } else {
-    int64_t i, j;
-    place_of_tile(t - high * across, high, high, true, i, j);
-    update(i * kSide, j * kSide);
-  }
+  if (!first) return;
+  __syncthreads();  // the block is in H
+  factor_next(p, s, shared);
 }
 
 // In place: a thread block has all columns of its rows.
