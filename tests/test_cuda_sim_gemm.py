@@ -24,6 +24,7 @@ def gemm_door() -> ctypes.CDLL:
     sources["tests/cuda_sim/doors/gemm.cpp"] = build.DOOR
     door = ctypes.CDLL(str(build.Builder(extra=sources).module()))
     door.gemm_door.restype = ctypes.c_char_p
+    door.gemm_takes_large_tiles.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     return door
 
 
@@ -122,18 +123,21 @@ def test_every_direction_of_reading(gemm_door, a_order, b_order):
 def test_large_tiles(gemm_door, orders):
     """1030 x 1500 are 108 large tiles, one round of an H100, but four rounds of small ones."""
     product = random_product(1030, 1500, 9, orders)
+    assert gemm_door.gemm_takes_large_tiles(1030, 1500, 0) == 1
     product.check(product.run(gemm_door))
 
 
 def test_large_tiles_of_a_triangle(gemm_door):
-    """Longer than the ring; 136 large tiles of 16 x 16, two rounds against four."""
-    product = random_product(1930, 1930, 69, "kk", aligned=False, upper_only=True)
+    """Longer than the ring; 120 of 15 x 15 large tiles against 465 of 30 x 30 small ones."""
+    product = random_product(1900, 1900, 69, "kk", aligned=False, upper_only=True)
+    assert gemm_door.gemm_takes_large_tiles(1900, 1900, 1) == 1
     product.check(product.run(gemm_door))
 
 
 def test_many_rows_and_few_columns(gemm_door):
     """obs's panel product: small tiles though there are many rows."""
     product = random_product(700, 128, 130, "kn", overwrite=True)
+    assert gemm_door.gemm_takes_large_tiles(700, 128, 0) == 0
     product.check(product.run(gemm_door))
 
 

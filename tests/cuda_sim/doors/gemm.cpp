@@ -1,14 +1,15 @@
 // core/gemm.cuh has no room of its own: this door lets a test call it with any strides.
 #include <string>
 
-#include "core/gemm.cuh"
+#include "core/gemm_tile.cuh"
 #include "cuda_sim/memory.h"
 
 // Sizes, strides and flags in the order of struct Gemm; floats of A, B and C. Returns what went
 // wrong, or an empty string.
-extern "C" __attribute__((visibility("default"))) const char* gemm_door(
-    const int64_t* sizes, float alpha, const float* A, const float* B, float* C,
-    const int64_t* floats) {
+extern "C" __attribute__((visibility("default"))) const char* gemm_door(const int64_t* sizes,
+                                                                        float alpha, const float* A,
+                                                                        const float* B, float* C,
+                                                                        const int64_t* floats) {
   static std::string wrong;
   wrong.clear();
   cuda_sim::admit(A, floats[0] * sizeof(float), "A");
@@ -35,4 +36,9 @@ extern "C" __attribute__((visibility("default"))) const char* gemm_door(
     wrong = error.what();
   }
   return wrong.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) int gemm_takes_large_tiles(int64_t m, int64_t n,
+                                                                             int upper) {
+  return distaya::cuda::large_tiles(m, n, upper != 0);
 }
