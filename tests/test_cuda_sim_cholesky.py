@@ -1,4 +1,4 @@
-"""The cholesky room's CUDA kernels in the simulator: test_cholesky.py's bounds, the CPU's reports."""
+"""The cholesky room on CUDA, simulated: bounds of test_cholesky.py, reports as on the CPU."""
 
 import pytest
 import torch
