@@ -1,0 +1,344 @@
+// One block of 128 columns of the sweep in one launch. A thread is a row and a warp 32 of them; all
+// of the row's 128 weights lie in shared memory as [column][row], where g replaces a column once it
+// is visited. Work goes in tiles of 16 columns, which are in registers while they are worked on:
+// a tile is first brought up to date with the columns visited before it, then its own columns
+// follow one another. Warps never wait for each other; N_b is shared by all of a thread block.
+//
+// Counted for 32 rows (one warp): 8256 FMAs and 2600 loads of N and g, 128 roundings of some 30
+// instructions, 128 columns in and out of 10 to 25: 18 to 20 thousand issue slots. Aya's stack
+// of 34816 rows is 1088 warps, 2.1 per scheduler of 132 SMs: some 50 thousand cycles, and 63 MB of
+// HBM traffic; its panel product has 1.8e10 flop (three times over) and 285 MB on average. With
+// 4096 rows a warp has an SM to itself and waits for its own results: 128 dependent roundings
+// of about 100 cycles and the update loop, again some 30 thousand cycles.
+#pragma once
+
+#include "obs/obs_grid.cuh"
+#include "obs/obs_select.cuh"
+#include "obs/obs_tiles.cuh"
+
+namespace distaya {
+
+// What one launch needs beside Obs.
+struct Block {
+  const float *N, *D;  // [kPacked], [width]
+  const float* T;      // [rows, kB]
+  bool entered;        // T holds the entry weights; else E P, to which W is still to be added
+  float* E;            // [rows, cols]
+  int64_t i1;
+  int width;
+  const SelectState* cut;  // the threshold of an unstructured block; null: nothing goes
+};
+
+constexpr int kMostWarps = 9;                           // of a thread block: 288 rows
+constexpr int kOutPitch = 34, kCodePitch = 36;          // of a tile on its way out, [16][32 rows]
+constexpr int kOutWords = 16 * kOutPitch + 16 * kCodePitch / 4;
+
+// Dynamic shared memory: N, then the rows, then each warp's tile on its way out.
+constexpr int pitch_of(int warps) { return 32 * warps + 1; }  // odd: columns and rows spread banks
+
+constexpr size_t sweep_shared(int warps) {
+  return sizeof(float) * static_cast<size_t>(kPacked + 2 * kB + kB * pitch_of(warps) +
+                                             warps * kOutWords);
+}
+
+// One thread's row of the block.
+struct Row {
+  float* t;        // its weights: column j at t[j * pitch]
+  int pitch;
+  uint64_t gone0, gone1;  // columns that are pruned
+  uint64_t done;          // updates applied to each tile, a byte each; the same in the whole warp
+
+  __device__ unsigned gone_of(int tile) const {
+    return static_cast<unsigned>((tile < 4 ? gone0 : gone1) >> tile % 4 * 16) & 0xffffu;
+  }
+
+  __device__ void prune(int j, unsigned bits) {  // bit l: column j + l
+    if (j < 64) gone0 |= static_cast<uint64_t>(bits) << j;
+    if (j >= 64) gone1 |= static_cast<uint64_t>(bits) << (j - 64);
+    if (j < 64 && j > 32) gone1 |= static_cast<uint64_t>(bits) >> (64 - j);
+  }
+};
+
+__device__ inline void get_tile(const Row& row, int tile, float (&x)[kTileColumns]) {
+#pragma unroll
+  for (int c = 0; c < kTileColumns; ++c) x[c] = row.t[(tile * kTileColumns + c) * row.pitch];
+}
+
+// Columns `from` .. 15 of the tile.
+__device__ inline void put_tile(const Row& row, int tile, int from,
+                                const float (&x)[kTileColumns]) {
+#pragma unroll
+  for (int c = 0; c < kTileColumns; ++c)
+    if (c >= from) row.t[(tile * kTileColumns + c) * row.pitch] = x[c];
+}
+
+// Applies to a tile the updates of all columns before j, which are visited.
+__device__ inline void bring(Row& row, const float* N, int tile, int j) {
+  const int from = static_cast<int>(row.done >> 8 * tile) & 255;
+  if (from >= j) return;
+  float x[kTileColumns];
+  get_tile(row, tile, x);
+  accumulate<-1>(x, row.t, row.pitch, N + tile_offset(tile), from, j);
+  put_tile(row, tile, 0, x);
+  row.done += static_cast<uint64_t>(j - from) << 8 * tile;
+}
+
+// Columns [j, end) are as they must be when column j is next; j's own tile always is.
+__device__ inline void look_ahead(Row& row, const float* N, int j, int end) {
+  for (int tile = j / kTileColumns + 1; tile * kTileColumns < end; ++tile) bring(row, N, tile, j);
+}
+
+// Bits of the `drop` least of `count` <= most scores at t; of equals the lower index goes first.
+template <int most>
+__device__ inline unsigned drop_few(const float* t, int pitch, const float* D, int count,
+                                    int drop) {
+  float score[most];
+  int rank[most];
+#pragma unroll
+  for (int i = 0; i < most; ++i) {
+    const float w = i < count ? t[i * pitch] : 0.f;
+    score[i] = i < count ? w * w * D[i] : __uint_as_float(0x7f800000u);
+    rank[i] = 0;
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < most; ++i) {
+#pragma unroll
+    for (int k = 0; k < i; ++k) {
+      const bool first = score[k] <= score[i];
+      rank[i] += first;
+      rank[k] += !first;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < most; ++i) bits |= (rank[i] < drop ? 1u : 0u) << i;
+  return bits;
+}
+
+__device__ inline unsigned drop_many(const float* t, int pitch, const float* D, int count,
+                                     int drop) {
+  unsigned bits = 0;
+  for (int i = 0; i < count; ++i) {
+    const float mine = t[i * pitch] * t[i * pitch] * D[i];
+    int rank = 0;
+    for (int k = 0; k < count; ++k) {
+      const float other = t[k * pitch] * t[k * pitch] * D[k];
+      rank += other < mine || (other == mine && k < i);
+    }
+    bits |= (rank < drop ? 1u : 0u) << i;
+  }
+  return bits;
+}
+
+// The mask of the N:M group that starts at column j.
+__device__ inline void choose(const Obs& p, const Block& b, Row& row, const float* D, int j) {
+  const int m = static_cast<int>(p.m), count = b.width - j < m ? b.width - j : m;
+  const int drop = count - static_cast<int>(p.n);
+  const float* t = row.t + j * row.pitch;
+  if (drop <= 0) return;
+  row.prune(j, m <= 4   ? drop_few<4>(t, row.pitch, D + j, count, drop)
+               : m <= 8 ? drop_few<8>(t, row.pitch, D + j, count, drop)
+                        : drop_many(t, row.pitch, D + j, count, drop));
+}
+
+// The grid of columns [first, last) as they are now.
+__device__ inline Fitted fit_columns(const Grid& grid, const Row& row, int first, int last) {
+  const float* t = row.t;
+  const int pitch = row.pitch;
+  float low = 0.f, high = 0.f;
+  for (int j = first; j < last; ++j) {
+    low = fminf(low, t[j * pitch]);
+    high = fmaxf(high, t[j * pitch]);
+  }
+  return fit_range(grid, low, high, [&](const Fitted& fit) {
+    float sum = 0.f;
+    for (int j = first; j < last; ++j) sum += rounding_error(t[j * pitch], fit, grid.bits);
+    return sum;
+  });
+}
+
+// A warp's tile on its way to global memory, where lanes run along columns.
+struct Out {
+  float* q;       // [16][kOutPitch], column by column
+  uint8_t* code;  // [16][kCodePitch]
+};
+
+// Where a thread's grids come from, and what the columns share.
+struct Shared {
+  const float *N, *D;
+  const int* group;               // [width] grid to read at this column, -1: none
+  const float *scales, *zeros;    // of this row, null: grids are not read
+};
+
+// Visits columns from .. to - 1 of a tile whose masks and fitted grids are known.
+__device__ inline float visit(const Obs& p, const Shared& s, Row& row, int tile, int from, int to,
+                              Fitted& fit, const Out& out) {
+  const int first = tile * kTileColumns, lane = threadIdx.x % 32;
+  const unsigned gone = row.gone_of(tile);
+  const bool rounds = p.grid.bits > 0;
+  float x[kTileColumns], loss = 0.f;
+  get_tile(row, tile, x);
+#pragma unroll
+  for (int c = 0; c < kTileColumns; ++c) {
+    if (c < from || c >= to) continue;
+    const int j = first + c;
+    if (s.scales && s.group[j] >= 0) {
+      fit.scale = s.scales[s.group[j]];
+      fit.zero = s.zeros[s.group[j]];
+    }
+    const bool goes = gone >> c & 1u;
+    float value = goes ? 0.f : x[c];
+    if (rounds) {
+      const float code = goes ? fit.zero : code_of(x[c], fit.scale, fit.zero, p.grid.bits);
+      value = fit.scale * (code - fit.zero);
+      out.code[c * kCodePitch + lane] = static_cast<uint8_t>(code);
+    }
+    out.q[c * kOutPitch + lane] = value;
+    const float g = x[c] - value;
+    loss = fmaf(g * g, s.D[j], loss);
+    x[c] = g;
+    const auto* n = reinterpret_cast<const float4*>(s.N + tile_offset(tile) + j * kTileColumns);
+#pragma unroll
+    for (int v = (c + 1) / 4; v < kTileColumns / 4; ++v) {
+      const float4 four = n[v];
+      const float factor[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (4 * v + i > c) x[4 * v + i] = fmaf(-g, factor[i], x[4 * v + i]);
+    }
+  }
+  put_tile(row, tile, from, x);
+  return loss;
+}
+
+// E, W, the mask and the codes of a finished tile: half a warp to a row, so that each writes 16
+// neighbouring columns.
+template <class T>
+__device__ inline void write_tile(const Obs& p, const Block& b, const Row& mine, int tile,
+                                  int64_t row0, const Out& out) {
+  const int lane = threadIdx.x % 32, c = lane % kTileColumns, j = tile * kTileColumns + c;
+  const unsigned gone = mine.gone_of(tile);
+  const bool nm = p.select == Select::nm, rounds = p.grid.bits > 0;
+  __syncwarp();
+#pragma unroll 4
+  for (int i = 0; i < 32; i += 2) {
+    const int r = i + lane / kTileColumns;
+    const bool goes = __shfl_sync(cuda::kFullWarp, gone, r) >> c & 1u;
+    if (row0 + r >= p.rows || j >= b.width) continue;
+    const int64_t at = (row0 + r) * p.cols + b.i1 + j;
+    T* W = static_cast<T*>(p.W) + at;
+    const float q = out.q[c * kOutPitch + r];
+    b.E[at] = cuda::load_float(W) - q;
+    cuda::store_float(W, q);
+    if (nm) p.mask[at] = !goes;
+    if (rounds) p.codes[at] = out.code[c * kCodePitch + r];
+  }
+  __syncwarp();
+}
+
+// T of 32 rows to shared memory, transposed, and the mask of those modes that have one by now.
+template <class T>
+__device__ inline void read_rows(const Obs& p, const Block& b, const float* D, int64_t row0,
+                                 float* t, Row& mine) {
+  const int lane = threadIdx.x % 32;
+  const bool given = p.select == Select::given, cut = p.select == Select::unstructured;
+  const uint32_t threshold = cut && b.cut ? b.cut->prefix[kPasses] : 0;
+  const int64_t ties = cut && b.cut ? b.cut->cut : -1;
+  unsigned words[kB / 32] = {};
+#pragma unroll 2
+  for (int r = 0; r < 32; ++r) {
+    const int64_t row = row0 + r;
+#pragma unroll
+    for (int i = 0; i < kB / 32; ++i) {
+      const int j = i * 32 + lane;
+      const bool there = row < p.rows && j < b.width;
+      const int64_t at = row * p.cols + b.i1 + j;
+      float x = 0.f;
+      if (there && (b.entered || b.i1 > 0)) x = b.T[row * kB + j];
+      if (there && !b.entered) x += cuda::load_float(static_cast<const T*>(p.W) + at);
+      t[j * mine.pitch + r] = x;
+      bool gone = there && given && !p.mask[at];
+      if (there && cut) {
+        gone = goes(score_bits(x, D[j]), row * kB + j, threshold, ties);
+        p.mask[at] = !gone;
+      }
+      if (given || cut) {
+        const unsigned bits = __ballot_sync(cuda::kFullWarp, gone);
+        words[i] = lane == r ? bits : words[i];
+      }
+    }
+  }
+  mine.gone0 = words[0] | static_cast<uint64_t>(words[1]) << 32;
+  mine.gone1 = words[2] | static_cast<uint64_t>(words[3]) << 32;
+  __syncwarp();
+}
+
+// Which grid column j of the block starts to read, -1: that of the column before it.
+__device__ inline int grid_at(const Obs& p, const Block& b, int j) {
+  const int64_t column = b.i1 + j;
+  const auto group = [&](int64_t k) { return p.group_of ? p.group_of[k] : k / p.group; };
+  if (j > 0 && group(column) == group(column - 1)) return -1;
+  return static_cast<int>(group(column));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostWarps * 32) sweep_kernel(const Obs p, const Block b) {
+  DISTAYA_DYNAMIC_SHARED(float, shared);
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float *N = shared, *D = N + kPacked;
+  int* group = reinterpret_cast<int*>(D + kB);
+  float* rows = D + 2 * kB;
+  float* q = rows + kB * pitch_of(warps) + warp * kOutWords;
+  const bool reads = p.grid.bits > 0 && (!p.dynamic || p.reference);
+  load_packed(b.N, N);
+  for (int j = threadIdx.x; j < b.width; j += blockDim.x) {
+    D[j] = b.D[j];
+    if (reads) group[j] = grid_at(p, b, j);
+  }
+  __syncthreads();
+  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * warps + warp) * 32, at = row0 + lane;
+  if (row0 >= p.rows) return;  // whole warps; there is no further barrier of the block
+
+  Row row{.t = rows + threadIdx.x, .pitch = pitch_of(warps), .gone0 = 0, .gone1 = 0, .done = 0};
+  read_rows<T>(p, b, D, row0, rows + 32 * warp, row);
+  const Out out{q, reinterpret_cast<uint8_t*>(q + 16 * kOutPitch)};
+  const bool real = at < p.rows, fits = p.grid.bits > 0 && p.dynamic;
+  const int m = p.select == Select::nm ? static_cast<int>(p.m) : kB + 1;
+  const int width = fits ? static_cast<int>(p.group) : kB + 1;
+  const auto fit_group = [&](int j) {
+    const Fitted fit = fit_columns(p.grid, row, j, j + width < b.width ? j + width : b.width);
+    const int64_t grid = at * p.groups + (b.i1 + j) / p.group;
+    if (real) p.scales[grid] = fit.scale, p.zeros[grid] = fit.zero;
+    return fit;
+  };
+  if (fits && p.reference)  // as published: all grids of the block from its entry weights
+    for (int j = 0; j < b.width; j += width) fit_group(j);
+
+  const Shared s{N, D, group, reads && real ? p.scales + at * p.groups : nullptr,
+                 reads && real ? p.zeros + at * p.groups : nullptr};
+  Fitted fit{1.f, 0.f};
+  double loss = 0;
+  for (int tile = 0; tile * kTileColumns < b.width; ++tile) {
+    const int first = tile * kTileColumns;
+    const int end = first + kTileColumns < b.width ? first + kTileColumns : b.width;
+    bring(row, N, tile, first);
+    for (int j = first; j < end;) {
+      if (j % m == 0 && m <= kB) {
+        look_ahead(row, N, j, j + m < b.width ? j + m : b.width);
+        choose(p, b, row, D, j);
+      }
+      if (!reads && fits && j % width == 0) {
+        look_ahead(row, N, j, j + width < b.width ? j + width : b.width);
+        fit = fit_group(j);
+      }
+      int stop = (j / m + 1) * m < end ? (j / m + 1) * m : end;
+      if (!reads && fits && (j / width + 1) * width < stop) stop = (j / width + 1) * width;
+      loss += visit(p, s, row, tile, j - first, stop - first, fit, out);
+      j = stop;
+    }
+    write_tile<T>(p, b, row, tile, row0, out);
+  }
+  if (real) p.loss[at] = (b.i1 == 0 ? 0. : p.loss[at]) + 0.5 * loss;
+}
+
+}  // namespace distaya
