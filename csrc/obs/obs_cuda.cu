@@ -57,14 +57,12 @@ Work lay_out(void* base, int64_t rows, int64_t cols) {
 // Warps per thread block of the sweep: as many as make one wave, since N_b is loaded by each block,
 // and as shared memory holds.
 int sweep_warps(int64_t rows) {
-  const int version = capability();
-  const bool small = version == 86 || version == 89 || version >= 120;
-  const size_t room = (version >= 90 && !small ? 227 : small ? 99 : 163) * 1024;
-  int device = 0, processors = 1;
+  int device = 0, processors = 1, room = 0;
   check_cuda(cudaGetDevice(&device));
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   int64_t most = kMostWarps;
-  while (most > 1 && sweep_shared(static_cast<int>(most)) > room) --most;
+  while (most > 1 && sweep_shared(static_cast<int>(most)) > static_cast<size_t>(room)) --most;
   const int64_t share = ceil_div<int64_t>(rows, 32 * static_cast<int64_t>(processors));
   const int64_t waves = ceil_div(share, most);
   return static_cast<int>(ceil_div(share, waves));
@@ -115,8 +113,7 @@ void run(const Obs& p, cudaStream_t stream) {
     const int width = static_cast<int>(p.cols - i1 < f.step ? p.cols - i1 : f.step);
     if (index % together == 0) make_panels(f, work, index, stream);
     enter_block(p, work, work.P + index % together * p.cols * kB, i1, width, stream);
-    const int64_t k =
-        p.select == Select::unstructured ? prune_count(p, i1, i1 + width) : 0;
+    const int64_t k = p.select == Select::unstructured ? prune_count(p, i1, i1 + width) : 0;
     if (k > 0)
       select_block<T>({.T = work.T,
                        .W = p.W,

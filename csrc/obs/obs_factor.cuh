@@ -13,7 +13,8 @@ struct Factor {
   float* D;            // [cols] diag(R)^2
 };
 
-constexpr int kInvertRows = 4;  // rows of N that a column's threads share: thread g has g, g + 4, ..
+constexpr int kInvertRows =
+    4;  // rows of N that a column's threads share: thread g has g, g + 4, ..
 constexpr int kInvertThreads = kInvertRows * kB;
 
 // One thread block inverts one diagonal block. M N = I from the bottom row up: when row i of N is

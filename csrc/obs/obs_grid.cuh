@@ -11,9 +11,12 @@ struct Fitted {
   float scale, zero;
 };
 
-__device__ inline float code_of(float w, float scale, float zero, int bits) {
-  const float top = static_cast<float>((1 << bits) - 1);
-  return fminf(fmaxf(rintf(w / scale) + zero, 0.f), top);
+__device__ inline float top_code(const Grid& grid) {
+  return static_cast<float>((1 << grid.bits) - 1);
+}
+
+__device__ inline float code_of(float w, const Fitted& fit, float top) {
+  return fminf(fmaxf(rintf(w / fit.scale) + fit.zero, 0.f), top);
 }
 
 // Rounds a scale to the type it is stored in, never to zero and never to infinity in f16.
@@ -25,7 +28,7 @@ __device__ inline float stored_scale(float scale, Dtype dtype) {
 }
 
 __device__ inline Fitted grid_from_range(const Grid& grid, float low, float high) {
-  const float top = static_cast<float>((1 << grid.bits) - 1);
+  const float top = top_code(grid);
   Fitted fit;
   fit.scale = stored_scale((high - low) / top, grid.scale_dtype);
   fit.zero = grid.symmetric ? static_cast<float>(1 << (grid.bits - 1))
@@ -61,8 +64,8 @@ __device__ Fitted fit_range(const Grid& grid, float low, float high, const Error
 
 // |q - w|^2.4 as d^2 2^(0.4 log2 d): a fraction of powf's instructions. Relative error below 1e-6:
 // log2's 1 ulp times 0.4, at most 2^-19 where |log2 d| < 32.
-__device__ inline float rounding_error(float w, const Fitted& fit, int bits) {
-  const float d = fabsf(fit.scale * (code_of(w, fit.scale, fit.zero, bits) - fit.zero) - w);
+__device__ inline float rounding_error(float w, const Fitted& fit, float top) {
+  const float d = fabsf(fit.scale * (code_of(w, fit, top) - fit.zero) - w);
   return d * d * exp2f(0.4f * log2f(fmaxf(d, 1e-15f)));
 }
 
@@ -82,6 +85,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const Qua
   const int64_t row = item / p.groups, first = item % p.groups * p.group;
   const int64_t last = first + p.group < p.cols ? first + p.group : p.cols;
   T* W = static_cast<T*>(p.W) + row * p.cols;
+  const float top = top_code(p.grid);
   float low = 0.f, high = 0.f;
   for (int64_t j = first + lane; j < last; j += 32) {
     const float w = cuda::load_float(W + j);
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const Qua
   const Fitted fit = fit_range(p.grid, low, high, [&](const Fitted& candidate) {
     float sum = 0.f;
     for (int64_t j = first + lane; j < last; j += 32)
-      sum += rounding_error(cuda::load_float(W + j), candidate, p.grid.bits);
+      sum += rounding_error(cuda::load_float(W + j), candidate, top);
     return cuda::warp_sum(sum);
   });
   if (lane == 0) {
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const Qua
   }
   if (!p.codes) return;
   for (int64_t j = first + lane; j < last; j += 32) {
-    const float code = code_of(cuda::load_float(W + j), fit.scale, fit.zero, p.grid.bits);
+    const float code = code_of(cuda::load_float(W + j), fit, top);
     p.codes[row * p.cols + j] = static_cast<uint8_t>(code);
     cuda::store_float(W + j, fit.scale * (code - fit.zero));
   }

@@ -52,7 +52,9 @@ __device__ inline bool goes(uint32_t u, int64_t index, uint32_t threshold, int64
 }
 
 template <int pass>
-constexpr int kShift = pass == 0 ? 20 : pass == 1 ? 10 : 0;
+constexpr int kShift = pass == 0   ? 20
+                       : pass == 1 ? 10
+                                   : 0;
 
 __global__ void __launch_bounds__(kSelectThreads) start_select_kernel(SelectState* state) {
   for (int i = threadIdx.x; i < kBins; i += kSelectThreads) state->counts[i] = 0;
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectB
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t u = score_bits(x[i], d[i]);
-      const bool counts = pass == 0 || u >> kShift<pass ? pass - 1 : 0> == prefix;
+      const bool counts = pass == 0 || u >> kShift < pass ? pass - 1 : 0 > == prefix;
       if (j + i < s.width && counts) atomicAdd(&local[u >> kShift<pass> & (kHere - 1)], 1u);
     }
   }
@@ -170,9 +172,7 @@ __global__ void __launch_bounds__(kSelectThreads) find_cut_kernel(const SelectBl
   };
   constexpr int kRows = kSelectThreads / static_cast<int>(kObsBlock);  // at a time
   const int g = threadIdx.x / static_cast<int>(kObsBlock);
-  const auto end = [&](int64_t first) {
-    return first + height < s.rows ? first + height : s.rows;
-  };
+  const auto end = [&](int64_t first) { return first + height < s.rows ? first + height : s.rows; };
   const int64_t mine = blockIdx.x * height;
   int count = 0;
   for (int64_t row = mine; row < end(mine); row += kRows) count += tied(row + g, end(mine));

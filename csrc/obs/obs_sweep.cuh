@@ -12,9 +12,8 @@
 // of about 100 cycles and the update loop, again some 30 thousand cycles.
 #pragma once
 
-#include "obs/obs_grid.cuh"
+#include "obs/obs_row.cuh"
 #include "obs/obs_select.cuh"
-#include "obs/obs_tiles.cuh"
 
 namespace distaya {
 
@@ -29,132 +28,16 @@ struct Block {
   const SelectState* cut;  // the threshold of an unstructured block; null: nothing goes
 };
 
-constexpr int kMostWarps = 9;                           // of a thread block: 288 rows
-constexpr int kOutPitch = 34, kCodePitch = 36;          // of a tile on its way out, [16][32 rows]
+constexpr int kMostWarps = 9;                   // of a thread block: 288 rows
+constexpr int kOutPitch = 34, kCodePitch = 36;  // of a tile on its way out, [16][32 rows]
 constexpr int kOutWords = 16 * kOutPitch + 16 * kCodePitch / 4;
 
 // Dynamic shared memory: N, then the rows, then each warp's tile on its way out.
 constexpr int pitch_of(int warps) { return 32 * warps + 1; }  // odd: columns and rows spread banks
 
 constexpr size_t sweep_shared(int warps) {
-  return sizeof(float) * static_cast<size_t>(kPacked + 2 * kB + kB * pitch_of(warps) +
-                                             warps * kOutWords);
-}
-
-// One thread's row of the block.
-struct Row {
-  float* t;        // its weights: column j at t[j * pitch]
-  int pitch;
-  uint64_t gone0, gone1;  // columns that are pruned
-  uint64_t done;          // updates applied to each tile, a byte each; the same in the whole warp
-
-  __device__ unsigned gone_of(int tile) const {
-    return static_cast<unsigned>((tile < 4 ? gone0 : gone1) >> tile % 4 * 16) & 0xffffu;
-  }
-
-  __device__ void prune(int j, unsigned bits) {  // bit l: column j + l
-    if (j < 64) gone0 |= static_cast<uint64_t>(bits) << j;
-    if (j >= 64) gone1 |= static_cast<uint64_t>(bits) << (j - 64);
-    if (j < 64 && j > 32) gone1 |= static_cast<uint64_t>(bits) >> (64 - j);
-  }
-};
-
-__device__ inline void get_tile(const Row& row, int tile, float (&x)[kTileColumns]) {
-#pragma unroll
-  for (int c = 0; c < kTileColumns; ++c) x[c] = row.t[(tile * kTileColumns + c) * row.pitch];
-}
-
-// Columns `from` .. 15 of the tile.
-__device__ inline void put_tile(const Row& row, int tile, int from,
-                                const float (&x)[kTileColumns]) {
-#pragma unroll
-  for (int c = 0; c < kTileColumns; ++c)
-    if (c >= from) row.t[(tile * kTileColumns + c) * row.pitch] = x[c];
-}
-
-// Applies to a tile the updates of all columns before j, which are visited.
-__device__ inline void bring(Row& row, const float* N, int tile, int j) {
-  const int from = static_cast<int>(row.done >> 8 * tile) & 255;
-  if (from >= j) return;
-  float x[kTileColumns];
-  get_tile(row, tile, x);
-  accumulate<-1>(x, row.t, row.pitch, N + tile_offset(tile), from, j);
-  put_tile(row, tile, 0, x);
-  row.done += static_cast<uint64_t>(j - from) << 8 * tile;
-}
-
-// Columns [j, end) are as they must be when column j is next; j's own tile always is.
-__device__ inline void look_ahead(Row& row, const float* N, int j, int end) {
-  for (int tile = j / kTileColumns + 1; tile * kTileColumns < end; ++tile) bring(row, N, tile, j);
-}
-
-// Bits of the `drop` least of `count` <= most scores at t; of equals the lower index goes first.
-template <int most>
-__device__ inline unsigned drop_few(const float* t, int pitch, const float* D, int count,
-                                    int drop) {
-  float score[most];
-  int rank[most];
-#pragma unroll
-  for (int i = 0; i < most; ++i) {
-    const float w = i < count ? t[i * pitch] : 0.f;
-    score[i] = i < count ? w * w * D[i] : __uint_as_float(0x7f800000u);
-    rank[i] = 0;
-  }
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < most; ++i) {
-#pragma unroll
-    for (int k = 0; k < i; ++k) {
-      const bool first = score[k] <= score[i];
-      rank[i] += first;
-      rank[k] += !first;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < most; ++i) bits |= (rank[i] < drop ? 1u : 0u) << i;
-  return bits;
-}
-
-__device__ inline unsigned drop_many(const float* t, int pitch, const float* D, int count,
-                                     int drop) {
-  unsigned bits = 0;
-  for (int i = 0; i < count; ++i) {
-    const float mine = t[i * pitch] * t[i * pitch] * D[i];
-    int rank = 0;
-    for (int k = 0; k < count; ++k) {
-      const float other = t[k * pitch] * t[k * pitch] * D[k];
-      rank += other < mine || (other == mine && k < i);
-    }
-    bits |= (rank < drop ? 1u : 0u) << i;
-  }
-  return bits;
-}
-
-// The mask of the N:M group that starts at column j.
-__device__ inline void choose(const Obs& p, const Block& b, Row& row, const float* D, int j) {
-  const int m = static_cast<int>(p.m), count = b.width - j < m ? b.width - j : m;
-  const int drop = count - static_cast<int>(p.n);
-  const float* t = row.t + j * row.pitch;
-  if (drop <= 0) return;
-  row.prune(j, m <= 4   ? drop_few<4>(t, row.pitch, D + j, count, drop)
-               : m <= 8 ? drop_few<8>(t, row.pitch, D + j, count, drop)
-                        : drop_many(t, row.pitch, D + j, count, drop));
-}
-
-// The grid of columns [first, last) as they are now.
-__device__ inline Fitted fit_columns(const Grid& grid, const Row& row, int first, int last) {
-  const float* t = row.t;
-  const int pitch = row.pitch;
-  float low = 0.f, high = 0.f;
-  for (int j = first; j < last; ++j) {
-    low = fminf(low, t[j * pitch]);
-    high = fmaxf(high, t[j * pitch]);
-  }
-  return fit_range(grid, low, high, [&](const Fitted& fit) {
-    float sum = 0.f;
-    for (int j = first; j < last; ++j) sum += rounding_error(t[j * pitch], fit, grid.bits);
-    return sum;
-  });
+  return sizeof(float) *
+         static_cast<size_t>(kPacked + 2 * kB + kB * pitch_of(warps) + warps * kOutWords);
 }
 
 // A warp's tile on its way to global memory, where lanes run along columns.
@@ -163,48 +46,50 @@ struct Out {
   uint8_t* code;  // [16][kCodePitch]
 };
 
-// Where a thread's grids come from, and what the columns share.
-struct Shared {
+// What visiting a column needs beside the row.
+struct Visit {
   const float *N, *D;
-  const int* group;               // [width] grid to read at this column, -1: none
-  const float *scales, *zeros;    // of this row, null: grids are not read
+  bool rounds, reads;  // reads: grids are given, those of this row at scales and zeros
+  float top;
+  const int* group;  // [width] which of them to read at this column, -1: none
+  const float *scales, *zeros;
+  float* q;  // this row's place in Out
+  uint8_t* code;
 };
 
-// Visits columns from .. to - 1 of a tile whose masks and fitted grids are known.
-__device__ inline float visit(const Obs& p, const Shared& s, Row& row, int tile, int from, int to,
-                              Fitted& fit, const Out& out) {
-  const int first = tile * kTileColumns, lane = threadIdx.x % 32;
+// Visits columns from .. to - 1 of a tile whose masks and fitted grids are known; their loss.
+__device__ inline float visit(const Visit& v, Row& row, int tile, int from, int to, Fitted& fit) {
   const unsigned gone = row.gone_of(tile);
-  const bool rounds = p.grid.bits > 0;
   float x[kTileColumns], loss = 0.f;
   get_tile(row, tile, x);
+  const int first = tile * kTileColumns;
+  const float* N = v.N + tile_offset(tile) + first * kTileColumns;
 #pragma unroll
   for (int c = 0; c < kTileColumns; ++c) {
     if (c < from || c >= to) continue;
-    const int j = first + c;
-    if (s.scales && s.group[j] >= 0) {
-      fit.scale = s.scales[s.group[j]];
-      fit.zero = s.zeros[s.group[j]];
+    if (v.reads && v.group[first + c] >= 0) {
+      fit.scale = v.scales[v.group[first + c]];
+      fit.zero = v.zeros[v.group[first + c]];
     }
     const bool goes = gone >> c & 1u;
     float value = goes ? 0.f : x[c];
-    if (rounds) {
-      const float code = goes ? fit.zero : code_of(x[c], fit.scale, fit.zero, p.grid.bits);
+    if (v.rounds) {
+      const float code = goes ? fit.zero : code_of(x[c], fit, v.top);
       value = fit.scale * (code - fit.zero);
-      out.code[c * kCodePitch + lane] = static_cast<uint8_t>(code);
+      v.code[c * kCodePitch] = static_cast<uint8_t>(code);
     }
-    out.q[c * kOutPitch + lane] = value;
+    v.q[c * kOutPitch] = value;
     const float g = x[c] - value;
-    loss = fmaf(g * g, s.D[j], loss);
+    loss = fmaf(g * g, v.D[first + c], loss);
     x[c] = g;
-    const auto* n = reinterpret_cast<const float4*>(s.N + tile_offset(tile) + j * kTileColumns);
+    const auto* n = reinterpret_cast<const float4*>(N + c * kTileColumns);
 #pragma unroll
-    for (int v = (c + 1) / 4; v < kTileColumns / 4; ++v) {
-      const float4 four = n[v];
+    for (int i = (c + 1) / 4; i < kTileColumns / 4; ++i) {
+      const float4 four = n[i];
       const float factor[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (4 * v + i > c) x[4 * v + i] = fmaf(-g, factor[i], x[4 * v + i]);
+      for (int l = 0; l < 4; ++l)
+        if (4 * i + l > c) x[4 * i + l] = fmaf(-g, factor[l], x[4 * i + l]);
     }
   }
   put_tile(row, tile, from, x);
@@ -314,8 +199,17 @@ __global__ void __launch_bounds__(kMostWarps * 32) sweep_kernel(const Obs p, con
   if (fits && p.reference)  // as published: all grids of the block from its entry weights
     for (int j = 0; j < b.width; j += width) fit_group(j);
 
-  const Shared s{N, D, group, reads && real ? p.scales + at * p.groups : nullptr,
-                 reads && real ? p.zeros + at * p.groups : nullptr};
+  const int64_t grids = real ? at * p.groups : 0;
+  const Visit v{.N = N,
+                .D = D,
+                .rounds = p.grid.bits > 0,
+                .reads = reads && real,
+                .top = top_code(p.grid),
+                .group = group,
+                .scales = p.scales + grids,
+                .zeros = p.zeros + grids,
+                .q = out.q + lane,
+                .code = out.code + lane};
   Fitted fit{1.f, 0.f};
   double loss = 0;
   for (int tile = 0; tile * kTileColumns < b.width; ++tile) {
@@ -325,7 +219,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) sweep_kernel(const Obs p, con
     for (int j = first; j < end;) {
       if (j % m == 0 && m <= kB) {
         look_ahead(row, N, j, j + m < b.width ? j + m : b.width);
-        choose(p, b, row, D, j);
+        choose(p, b.width, row, D, j);
       }
       if (!reads && fits && j % width == 0) {
         look_ahead(row, N, j, j + width < b.width ? j + width : b.width);
@@ -333,7 +227,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) sweep_kernel(const Obs p, con
       }
       int stop = (j / m + 1) * m < end ? (j / m + 1) * m : end;
       if (!reads && fits && (j / width + 1) * width < stop) stop = (j / width + 1) * width;
-      loss += visit(p, s, row, tile, j - first, stop - first, fit, out);
+      loss += visit(v, row, tile, j - first, stop - first, fit);
       j = stop;
     }
     write_tile<T>(p, b, row, tile, row0, out);
