@@ -16,7 +16,6 @@ struct Gemm {
   float* C;  // row-major
   int64_t ldc;
   bool upper_only = false;  // skip tiles wholly below the diagonal
-  bool overwrite = false;   // C = alpha A B
 };
 
 inline constexpr int kTile = 64;   // C tile per block: 64 x 64, 256 threads of 4 x 4
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(256) gemm_kernel(const Gemm g) {
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) {
       const int64_t row = i0 + ty * 4 + i, col = j0 + tx * 4 + j;
-      if (row < g.m && col < g.n) g.C[row * g.ldc + col] = (g.overwrite ? 0.f : g.C[row * g.ldc + col]) + g.alpha * acc[i][j];
+      if (row < g.m && col < g.n) g.C[row * g.ldc + col] += g.alpha * acc[i][j];
     }
 }
 
