@@ -26,7 +26,7 @@ int64_t panels_together(int64_t cols) {
 
 // Device scratch, laid out once; every part starts at a multiple of 256 bytes.
 struct Work {
-  float* E;  // [rows, cols] deviation from the original weights
+  float* E;  // [rows, e_pitch] deviation from the original weights
   float* T;  // [rows, kB] E P, then weights on entry to the block
   float* P;  // [panels_together][cols, kB]
   float* N;  // [most_blocks][kPacked]
@@ -34,6 +34,9 @@ struct Work {
   SelectState* state;
   int64_t bytes;
 };
+
+// Rows of E start at multiples of 16 bytes, for the panel product.
+int64_t e_pitch(int64_t cols) { return ceil_div<int64_t>(cols, 4) * 4; }
 
 Work lay_out(void* base, int64_t rows, int64_t cols) {
   Work w{};
@@ -44,7 +47,7 @@ Work lay_out(void* base, int64_t rows, int64_t cols) {
     return p;
   };
   if (rows == 0 || cols == 0) return w;
-  w.E = reinterpret_cast<float*>(take(rows * cols * 4));
+  w.E = reinterpret_cast<float*>(take(rows * e_pitch(cols) * 4));
   w.T = reinterpret_cast<float*>(take(rows * kB * 4));
   w.P = reinterpret_cast<float*>(take(panels_together(cols) * cols * kB * 4));
   w.N = reinterpret_cast<float*>(take(most_blocks(cols) * kPacked * 4));
@@ -86,7 +89,7 @@ void enter_block(const Obs& p, const Work& work, const float* P, int64_t i1, int
         .k = i1,
         .alpha = 1.f,
         .A = work.E,
-        .a_row = p.cols,
+        .a_row = e_pitch(p.cols),
         .a_col = 1,
         .B = P,
         .b_row = kB,
@@ -131,6 +134,7 @@ void run(const Obs& p, cudaStream_t stream) {
                       .T = work.T,
                       .entered = k > 0,
                       .E = work.E,
+                      .e_pitch = e_pitch(p.cols),
                       .i1 = i1,
                       .width = width,
                       .cut = k > 0 ? work.state : nullptr};

@@ -22,7 +22,8 @@ struct Block {
   const float *N, *D;  // [kPacked], [width]
   const float* T;      // [rows, kB]
   bool entered;        // T holds the entry weights; else E P, to which W is still to be added
-  float* E;            // [rows, cols]
+  float* E;            // [rows, e_pitch]
+  int64_t e_pitch;
   int64_t i1;
   int width;
   const SelectState* cut;  // the threshold of an unstructured block; null: nothing goes
@@ -113,7 +114,7 @@ __device__ inline void write_tile(const Obs& p, const Block& b, const Row& mine,
     const int64_t at = (row0 + r) * p.cols + b.i1 + j;
     T* W = static_cast<T*>(p.W) + at;
     const float q = out.q[c * kOutPitch + r];
-    b.E[at] = cuda::load_float(W) - q;
+    b.E[(row0 + r) * b.e_pitch + b.i1 + j] = cuda::load_float(W) - q;
     cuda::store_float(W, q);
     if (nm) p.mask[at] = !goes;
     if (rounds) p.codes[at] = out.code[c * kCodePitch + r];
