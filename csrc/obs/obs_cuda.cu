@@ -57,8 +57,8 @@ Work lay_out(void* base, int64_t rows, int64_t cols) {
   return w;
 }
 
-// Warps per thread block of the sweep: as many as make one wave, since N_b is loaded by each block,
-// and as shared memory holds.
+// Warps per thread block of the sweep: as many as make one wave, since each block loads N_b, as
+// many as shared memory holds, and two where there are rows for them: they cost each other nothing.
 int sweep_warps(int64_t rows) {
   int device = 0, processors = 1, room = 0;
   check_cuda(cudaGetDevice(&device));
@@ -68,7 +68,8 @@ int sweep_warps(int64_t rows) {
   while (most > 1 && sweep_shared(static_cast<int>(most)) > static_cast<size_t>(room)) --most;
   const int64_t share = ceil_div<int64_t>(rows, 32 * static_cast<int64_t>(processors));
   const int64_t waves = ceil_div(share, most);
-  return static_cast<int>(ceil_div(share, waves));
+  const auto warps = static_cast<int>(ceil_div(share, waves));
+  return warps < 2 && most > 1 && rows > 32 ? 2 : warps;
 }
 
 // P of blocks `first` and after it, as many as fit.
