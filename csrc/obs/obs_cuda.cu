@@ -108,8 +108,8 @@ void run(const Obs& p, cudaStream_t stream) {
   const int64_t together = panels_together(p.cols);
   const int warps = sweep_warps(p.rows);
   const unsigned sweep_blocks = grid_of(ceil_div<int64_t>(p.rows, 32 * warps));
-  allow_shared(panel_kernel, kPanelShared);
-  allow_shared(sweep_kernel<T>, sweep_shared(warps));
+  need_shared(panel_kernel, kPanelShared);
+  need_shared(sweep_kernel<T>, static_cast<int>(sweep_shared(warps)));
   launch(invert_kernel, grid_of(ceil_div(p.cols, f.step)), kInvertThreads, 0, stream, f);
   if (p.select == Select::unstructured)
     launch(start_select_kernel, 1, kSelectThreads, 0, stream, work.state);

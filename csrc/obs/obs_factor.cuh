@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kInvertThreads) invert_kernel(const Factor p) 
 }
 
 constexpr int kPanelRows = 32, kPanelWarps = kTiles / 2, kPanelPitch = kPanelRows + 1;
-constexpr size_t kPanelShared = (kPacked + kB * kPanelPitch) * sizeof(float);
+constexpr int kPanelShared = (kPacked + kB * kPanelPitch) * 4;  // bytes
 
 // P[b][row] = M[row, b] N_b for rows above block first + blockIdx.y, 32 rows a thread block. fp32
 // FMA: for 14336 columns 7.4e9 of them against the 4.2e11 (three times over) of E P itself with

@@ -4,12 +4,14 @@
 // a tile is first brought up to date with the columns visited before it, then its own columns
 // follow one another. Warps never wait for each other; N_b is shared by all of a thread block.
 //
-// Counted for 32 rows (one warp): 8256 FMAs and 2600 loads of N and g, 128 roundings of some 30
-// instructions, 128 columns in and out of 10 to 25: 18 to 20 thousand issue slots. Aya's stack
-// of 34816 rows is 1088 warps, 2.1 per scheduler of 132 SMs: some 50 thousand cycles, and 63 MB of
-// HBM traffic; its panel product has 1.8e10 flop (three times over) and 285 MB on average. With
-// 4096 rows a warp has an SM to itself and waits for its own results: 128 dependent roundings
-// of about 100 cycles and the update loop, again some 30 thousand cycles.
+// Counted (sm_90 code) for 32 rows, one warp: 448 steps of the update loop at 24 instructions, 16
+// of them FMA; 128 columns at 30 besides their FMAs (7.5 on average) and loads of N (2); 25 a
+// column to come in and 25 to leave: some 24 thousand issue slots. Aya's stack of 34816 rows is
+// 1088 warps, 2.1 per scheduler of 132 SMs, so some 75 thousand cycles where three share a
+// scheduler, and 63 MB of memory traffic. Issue slots bound it. The panel product before it
+// has 1.8e10 flop, three times over, and 285 MB on average: it is the larger by 2 to 4. With 4096
+// rows a warp has a scheduler to itself and is bound by latency: 128 dependent roundings of about
+// 100 cycles and the update loop, some 30 thousand cycles.
 #pragma once
 
 #include "obs/obs_row.cuh"

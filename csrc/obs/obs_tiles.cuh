@@ -46,12 +46,4 @@ __device__ inline void load_packed(const float* N, float* to) {
     reinterpret_cast<float4*>(to)[i] = reinterpret_cast<const float4*>(N)[i];
 }
 
-// Lets a kernel ask for `bytes` of dynamic shared memory (beyond 48 KB that must be said).
-template <class... P>
-void allow_shared(void (*kernel)(P...), size_t bytes) {
-  cuda::check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)));
-}
-
 }  // namespace distaya
