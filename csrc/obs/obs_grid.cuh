@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kQuantizeWarps * 32) quantize_kernel(const Qua
   high = warp_max(high);
   const Fitted fit = fit_range(p.grid, low, high, [&](const Fitted& candidate) {
     float sum = 0.f;
+#pragma unroll 1  // more would spill on sm_120
     for (int64_t j = first + lane; j < last; j += 32)
       sum += rounding_error(cuda::load_float(W + j), candidate, top);
     return cuda::warp_sum(sum);

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kSelectThreads) find_cut_kernel(const SelectBl
   const auto end = [&](int64_t first) { return first + height < s.rows ? first + height : s.rows; };
   const int64_t mine = blockIdx.x * height;
   int count = 0;
+#pragma unroll 1  // more would spill on sm_120
   for (int64_t row = mine; row < end(mine); row += kRows) count += tied(row + g, end(mine));
   count = cuda::warp_sum(count);
   if (threadIdx.x % 32 == 0 && count)
