@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kInvertThreads) invert_kernel(const Factor p) 
     }
   }
   const int tile = j / kTileColumns;
-  float* N = p.N + blockIdx.x * kPacked + tile_offset(tile) + j % kTileColumns;
+  float* N =
+      p.N + static_cast<int64_t>(blockIdx.x) * kPacked + tile_offset(tile) + j % kTileColumns;
 #pragma unroll
   for (int e = 0; e < kB / kInvertRows; ++e) {
     const int i = e * kInvertRows + g;

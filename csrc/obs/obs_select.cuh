@@ -85,6 +85,7 @@ __device__ inline bool comes_last(SelectState* state) {
   if (threadIdx.x == 0) {
     last = atomicAdd(&state->ticket, 1u) == gridDim.x - 1;
     if (last) atomicExch(&state->ticket, 0u);
+    __threadfence();  // the others' sums after it
   }
   __syncthreads();
   return last;
