@@ -46,9 +46,10 @@ def test_textbook(simulator, shape, mode):
 
 
 @pytest.mark.parametrize("mode", ["half", "2:4 int4", "int4 row"])
-def test_several_warps_and_blocks(simulator, mode):
+@pytest.mark.parametrize("shape", [(1, 96), (70, 300)])
+def test_one_row_and_several_blocks(simulator, shape, mode):
     with simulator.use():
-        check_textbook((70, 300), mode)
+        check_textbook(shape, mode)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1e-9, 0.31, 0.999])

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads) row_kernel(const KeepK p) {
 constexpr int kSide = 32;   // columns per block: one warp's width, so rows are read coalesced
 constexpr int kSlices = 8;  // warps, each with its own contiguous slice of the rows
 constexpr int kAhead = 8;   // rows read before the first is used. 4096 columns make 128 blocks of
-                           // 256 threads: with one load each under way the reads would wait for
-                           // memory, 128 KB at a time
+                            // 256 threads: with one load each under way the reads would wait for
+                            // memory, 128 KB at a time
 
 // body(row, score) for rows first .. last - 1 of column j, in order.
 template <class Body>
