@@ -58,7 +58,7 @@ def check_inverses(R: torch.Tensor, U: torch.Tensor, inverse: torch.Tensor, step
 
 def cuda_steps(n: int) -> int:
     """What stands for n + 3 in the bounds on CUDA (cholesky.h)."""
-    return max(n, 40) + 3
+    return max(n, 48) + 3
 
 
 def check_factor(H: torch.Tensor, damp: float = 0.01) -> room.Factor:

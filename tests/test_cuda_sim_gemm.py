@@ -11,9 +11,8 @@ from cuda_sim import build, simulator
 UNIT = 2.0**-24
 
 
-@pytest.fixture(scope="module")
-def gemm_door() -> ctypes.CDLL:
-    """gemm() by itself, in a module of its own."""
+def build_door(replaced: dict[str, str] | None = None) -> ctypes.CDLL:
+    """gemm() by itself, in a module of its own; replaced: other text for some of its sources."""
     if os.environ.get("DISTAYA_SKIP_CUDA_SIM") == "1":
         pytest.skip("DISTAYA_SKIP_CUDA_SIM=1: the CUDA kernels are not run in the simulator")
     sources = {
@@ -22,10 +21,15 @@ def gemm_door() -> ctypes.CDLL:
         if path.startswith("tests/") or path == "csrc/core/gemm_cuda.cu"
     }
     sources["tests/cuda_sim/doors/gemm.cpp"] = build.DOOR
-    door = ctypes.CDLL(str(build.Builder(extra=sources).module()))
+    door = ctypes.CDLL(str(build.Builder(replaced, sources).module()))
     door.gemm_door.restype = ctypes.c_char_p
     door.gemm_takes_large_tiles.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     return door
+
+
+@pytest.fixture(scope="module")
+def gemm_door() -> ctypes.CDLL:
+    return build_door()
 
 
 def strided(
@@ -87,7 +91,7 @@ class Product:
         old = torch.zeros_like(before) if self.overwrite else before
         exact = old[:, :n] + self.alpha * (A @ B)
         # One rounding each of alpha times the sum and of the sum with C.
-        scale = abs(self.alpha) * (A.abs() @ B.abs()) * (k / 16 + 42) + old[:, :n].abs() * 2
+        scale = abs(self.alpha) * (A.abs() @ B.abs()) * (k / 16 + 50) + old[:, :n].abs() * 2
         inside = torch.ones_like(C, dtype=torch.bool)
         inside[:, n:] = False
         if self.upper_only:
@@ -186,3 +190,43 @@ def test_inf_and_nan_spread_as_in_fp32(gemm_door):
     clean[64] = False
     exact = A.double() @ B.double()
     assert bool(((C - exact).abs() <= 1e-4)[clean].all())
+
+
+# Fasi et al. 2021: four products and the sum so far are aligned to the largest of them and cut off,
+# then the new sum is. To 24 bits here, none more than fp32 has, as on the first such devices.
+CUT_OFF = """
+      double sum_so_far = d;
+      for (int first = 0; first < 8; first += 4) {
+        double largest = std::fabs(sum_so_far), product[4];
+        for (int i = 0; i < 4; ++i) {
+          product[i] = double{operand.a(row, first + i)} * b[first + i][n];
+          largest = std::max(largest, std::fabs(product[i]));
+        }
+        if (largest == 0) continue;
+        const auto cut = [](double x, double scale) {
+          const double last = std::ldexp(1.0, std::ilogb(scale) - 23);
+          return std::trunc(x / last) * last;
+        };
+        double next = cut(sum_so_far, largest);
+        for (int i = 0; i < 4; ++i) next += cut(product[i], largest);
+        sum_so_far = next == 0 ? 0 : cut(next, next);
+      }
+      m.out[lane][e] = std::bit_cast<uint32_t>(static_cast<float>(sum_so_far));"""
+
+
+def test_sums_that_tensor_cores_cut_off():
+    """Adding 16 products at most keeps what is lost from growing with k."""
+    path = "tests/cuda_sim/cuda_sim/tensor_cores.cpp"
+    text = (build.ROOT / path).read_text()
+    plain = "m.out[lane][e] = std::bit_cast<uint32_t>(static_cast<float>(d + sum[n]));"
+    assert text.count(plain) == 1
+    door = build_door({path: "#include <cmath>\n" + text.replace(plain, CUT_OFF)})
+    lost = {}
+    for k in (16, 64, 2000):
+        product = random_product(64, 64, k, overwrite=True, alpha=1.0)
+        product.A.abs_(), product.B.abs_()
+        C = product.run(door)
+        product.check(C)
+        exact = product.A.double() @ product.B.double()
+        lost[k] = float(((exact - C) / exact).mean()) / UNIT
+    assert all(1 < x < 4 for x in lost.values()), lost

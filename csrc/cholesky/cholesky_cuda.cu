@@ -5,11 +5,11 @@
 //   step    thread block 0 updates the next diagonal block, factors and inverts it (block.cuh),
 //           while all others update the rest with what the panel brought.
 //
-// So what has to happen one after the other (some 25 thousand clocks per block, counted) hides
-// behind the update while that is larger, for the first half of n = 4096 and nearly all of n =
-// 14336. Updating over 256 columns rather than 128 halves the traffic: at 14336 each of the 56
-// updates moves up to 0.8 GB, about what its products take on tensor cores. Every number has one
-// order of summation, nothing is read back by the host.
+// What thread block 0 does one thing after the other, some 30 thousand clocks (counted), hides
+// behind the update of a whole slice while about 2300 rows and more are left. Updating over 256
+// columns rather than 128 halves the traffic: at n = 14336 each of the 56 updates moves up to 0.8
+// GB, for which it takes about as long as for its products. Every number has one order of
+// summation, nothing is read back by the host.
 #include "cholesky/cholesky.h"
 #include "cholesky/factor.cuh"
 
