@@ -33,6 +33,11 @@ def test_factor_and_inverses_meet_their_bounds(simulator, n):
     check_inverses(factor.R, U, inverse, cuda_steps(n))
 
 
+def test_a_slice_that_is_finished_beside_the_next(simulator):
+    """From 513 columns on: thread blocks also have tiles over the panels of the slice before."""
+    check_factor(simulator, gram(577, 1300))
+
+
 def test_products_that_meet_tiny_and_large_columns(simulator):
     """The same bounds where columns differ by six orders of magnitude, undamped."""
     scale = torch.logspace(3, -3, 270)
@@ -57,10 +62,11 @@ def test_large_tiles_in_the_trailing_update():
     """The kernel that n of 2000 and more takes, made to start at once."""
     path = "csrc/cholesky/cholesky_cuda.cu"
     text = (build.ROOT / path).read_text()
-    assert text.count("large_tiles(rows, rows, true)") == 1
-    replaced = {path: text.replace("large_tiles(rows, rows, true)", "(rows > 0)")}
+    plain = "large_pays(1 + s.tiles(LargeTile::kRows), 1 + s.tiles(SmallTile::kRows))"
+    assert text.count(plain) == 1
+    replaced = {path: text.replace(plain, "(s.k > 0)")}
     large = simulator.Simulator(build.build(replaced))
-    H = gram(400, 900)
+    H = gram(600, 1300)
     check_factor(large, H)
     large.same_always(lambda: room.cholesky(H[:270, :270].contiguous()).R)
 

@@ -3,15 +3,17 @@
 //   panel   the rows above a finished diagonal block are multiplied by its inverse, which is nearly
 //           as accurate as substitution for so small a block;
 //   step    thread block 0 updates the next diagonal block, factors and inverts it (block.cuh),
-//           while all others update the rest with what the panel brought.
+//           while all others update the rest with what the panels brought.
 //
-// What thread block 0 does one thing after the other, some 30 thousand clocks (counted), hides
-// behind the update of a whole slice while about 2300 rows and more are left. Updating over 256
-// columns rather than 128 halves the traffic: at n = 14336 each of the 56 updates moves up to 0.8
-// GB, for which it takes about as long as for its products. Every number has one order of
-// summation, nothing is read back by the host.
+// What a slice does to the columns left of the next slice is shared out between the step that ends
+// it and the one in the middle of the next, so that each has something to do beside thread block 0,
+// whose work, some 30 thousand clocks one after the other (counted), hides behind it while about
+// 3300 columns and more are left. Updating over 256 columns rather than 128 halves the traffic: at
+// n = 14336 each of the 56 updates moves up to 0.8 GB, for which it takes about as long as for its
+// products. Every number has one order of summation, nothing is read back by the host.
 #include "cholesky/cholesky.h"
 #include "cholesky/factor.cuh"
+#include "core/gemm_grid.cuh"
 
 namespace distaya {
 namespace {
@@ -56,20 +58,29 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const Cholesky p) {
   for (int64_t j = t; j < p.n; j += kThreads) p.H[j * p.n + j] += damp;
 }
 
-// What a step does: C[i, j] -= sum over p of H[i, from + p] H[j, from + p] with p < k, for the
-// triangle i <= j < next (if there is one), the rectangle i < next <= j, and the diagonal block at
-// next, which is then factored.
+// Of C[i, j] -= sum over p of H[i, from + p] H[j, from + p], p < k, the columns first <= j < end
+// with i <= j. Bounds are multiples of 128.
+struct Triangle {
+  int64_t from = 0, k = 0, first = 0, end = 0;
+
+  DISTAYA_HD int64_t before(int64_t column, int side) const {  // tiles left of a column
+    return column / side * (column / side + 1) / 2;
+  }
+
+  DISTAYA_HD int64_t tiles(int side) const { return before(end, side) - before(first, side); }
+};
+
+// A step does the same over its own panels for the diagonal block at `next`, which is then
+// factored, and all that is above it; and a triangle left of that.
 struct Step {
   int64_t from, k, next;
   int width;  // columns of the diagonal block
-  bool triangle;
-};
+  Triangle rest = {};
 
-__device__ Gemm update_of(const Cholesky& p, const Step& s) {
-  float* R = p.H + s.from;
-  const int64_t rows = s.next + s.width;
-  return {rows, rows, s.k, -1, R, p.n, 1, R, 1, p.n, p.H, p.n, true};
-}
+  int64_t tiles(int side) const {
+    return (k > 0 ? next / side * (kBlock / side) : 0) + rest.tiles(side);
+  }
+};
 
 __device__ void factor_next(const Cholesky& p, const Step& s, float* shared) {
   Diagonal& d = *reinterpret_cast<Diagonal*>(shared);
@@ -85,18 +96,23 @@ __device__ void factor_next(const Cholesky& p, const Step& s, float* shared) {
   }
 }
 
-// Where tile t of a step stands, in tiles of `side`; t counts the panel's, then the triangle's. A
-// negative t is one of the diagonal block's.
-__device__ void place_of(int64_t t, const Step& s, int side, int64_t& i, int64_t& j) {
-  const int64_t high = s.next / side, across = kBlock / side;
-  if (t < 0) {
-    i = high + (t == -3 ? 1 : 0), j = high + (t < -1 ? 1 : 0);
-  } else if (t < high * across) {
-    i = t / across, j = high + t % across;
-  } else {
-    place_of_tile(t - high * across, high, high, true, i, j);
+// Tile t of a step, in tiles of `side`, and the panels that it takes. t counts what is above the
+// diagonal block, then the triangle's; a negative t is one of the diagonal block's.
+struct Place {
+  int64_t i, j, from, k;
+
+  __device__ Place(int64_t t, const Step& s, int side) : from(s.from), k(s.k) {
+    const int64_t high = s.next / side, across = kBlock / side;
+    if (t < 0) {
+      i = high + (t == -3 ? 1 : 0), j = high + (t < -1 ? 1 : 0);
+    } else if (t < high * across) {
+      i = t / across, j = high + t % across;
+    } else {
+      from = s.rest.from, k = s.rest.k;
+      place_of_tile(t - high * across + s.rest.before(s.rest.first, side), high, high, true, i, j);
+    }
   }
-}
+};
 
 template <class Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
@@ -107,17 +123,16 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
   constexpr int kSide = Shape::kRows, kAcross = kBlock / kSide;
   static_assert(kSide == Shape::kCols && (kAcross == 1 || kAcross == 2));
   const bool first = blockIdx.x == 0;
-  const int64_t own = kAcross * (kAcross + 1) / 2, tile = int64_t{blockIdx.x} - 1;
+  const int64_t own = s.k > 0 ? kAcross * (kAcross + 1) / 2 : 0, tile = int64_t{blockIdx.x} - 1;
   const int64_t begin = first ? -own : tile, end = first ? 0 : tile + 1;
-  if (s.k > 0) {
-    const Gemm g = update_of(p, s);
+  const int64_t rows = s.next + s.width;
 #pragma unroll 1
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t i, j;
-      place_of(t, s, kSide, i, j);
-      const TileProduct<Shape, true, true> product(g, i * kSide, j * kSide, shared);
-      product.store(g);
-    }
+  for (int64_t t = begin; t < end; ++t) {
+    const Place at(t, s, kSide);
+    const float* R = p.H + at.from;
+    const Gemm g{rows, rows, at.k, -1, R, p.n, 1, R, 1, p.n, p.H, p.n, true};
+    const TileProduct<Shape, true, true> product(g, at.i * kSide, at.j * kSide, shared);
+    product.store(g);
   }
   if (!first) return;
   __syncthreads();  // the block is in H
@@ -147,14 +162,19 @@ __global__ void __launch_bounds__(kThreads) clear_lower_kernel(float* H, int64_t
 }
 
 template <class Shape>
-void step(const Cholesky& p, const Step& s, cudaStream_t stream) {
-  const int64_t high = s.next / Shape::kRows, side = kBlock / Shape::kRows;
-  const int64_t tiles = s.k == 0 ? 0 : high * side + (s.triangle ? tiles_of(high, high, true) : 0);
+void start(const Cholesky& p, const Step& s, cudaStream_t stream) {
   constexpr int kTiles = TileProduct<Shape, true, true>::kShared, kOwn = sizeof(Diagonal);
   constexpr int kShared = kTiles > kOwn ? kTiles : kOwn;
   static_assert(kShared <= 99 * 1024, "more than sm_86 and sm_120 have");
   need_shared(step_kernel<Shape>, kShared);
-  launch<true>(step_kernel<Shape>, grid_of(1 + tiles), kThreads, kShared, stream, p, s);
+  launch<true>(step_kernel<Shape>, grid_of(1 + s.tiles(Shape::kRows)), kThreads, kShared, stream, p,
+               s);
+}
+
+void step(const Cholesky& p, const Step& s, cudaStream_t stream) {
+  if (large_pays(1 + s.tiles(LargeTile::kRows), 1 + s.tiles(SmallTile::kRows)))
+    return start<LargeTile>(p, s, stream);
+  start<SmallTile>(p, s, stream);
 }
 
 void panel(const Cholesky& p, int64_t c, int width, cudaStream_t stream) {
@@ -175,19 +195,21 @@ void cholesky_cuda(const Cholesky& p, Stream s, int device) {
   const cudaStream_t stream = raw(s);
   launch(prepare_kernel, 1, kThreads, 0, stream, p);
   if (p.n == 0) return;
-  const auto update = [&](int64_t from, int64_t k, int64_t next, int64_t width, bool triangle) {
-    const Step at{from, k, next, static_cast<int>(width), triangle};
-    const int64_t rows = next + width;
-    if (triangle && large_tiles(rows, rows, true)) return step<LargeTile>(p, at, stream);
-    step<SmallTile>(p, at, stream);
-  };
   int64_t c = start_of(p.n, kBlock);
-  update(0, 0, c, p.n - c, false);
+  step(p, {0, 0, c, static_cast<int>(p.n - c)}, stream);
+  Triangle later;  // what the slice before has left over
   for (int64_t end = p.n, last = p.n; c > 0; last = c, c -= kBlock) {
     panel(p, c, static_cast<int>(last - c), stream);
-    const bool whole = c % kSlice == 0;  // this block completes its slice
-    update(c, whole ? end - c : last - c, c - kBlock, kBlock, whole);
-    if (whole) end = c;
+    Step s{c, last - c, c - kBlock, kBlock, later};
+    later = {};
+    if (c % kSlice == 0) {  // this block completes its slice
+      s.k = end - c, end = c;
+      // The next slice's columns are waited for. Of the rest, 0.7^2 is about half.
+      const int64_t half = (c - kSlice) * 7 / 10 / kBlock * kBlock;
+      s.rest = {s.from, s.k, half, s.next};
+      later = {s.from, s.k, 0, half};
+    }
+    step(p, s, stream);
   }
   launch<true>(clear_lower_kernel, grid_of(p.n, 65535), kThreads, 0, stream, p.H, p.n);
 }

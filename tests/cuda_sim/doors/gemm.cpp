@@ -1,7 +1,7 @@
 // core/gemm.cuh has no room of its own: this door lets a test call it with any strides.
 #include <string>
 
-#include "core/gemm_tile.cuh"
+#include "core/gemm_grid.cuh"
 #include "cuda_sim/memory.h"
 
 // Sizes, strides and flags in the order of struct Gemm; floats of A, B and C. Returns what went
