@@ -21,7 +21,8 @@
 
 namespace distaya {
 
-inline constexpr int64_t kRun = 256;  // tokens summed in registers between two promotions
+inline constexpr int64_t kRun = 256;     // tokens summed in registers between two promotions
+inline constexpr int64_t kCudaRun = 32;  // the same on tensor cores (16-bit X on CUDA)
 
 struct Hessian {
   int64_t T, C;          // tokens, columns (inputs of the layer)
