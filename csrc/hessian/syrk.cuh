@@ -223,8 +223,7 @@ template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant__ Hessian p) {
   DISTAYA_DYNAMIC_SHARED(char, shared);
   __shared__ Common common;
-  if (threadIdx.x == 0)
-    common.tile = tile_of(blockIdx.x, static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel)));
+  if (threadIdx.x == 0) prepare(common, p);
   __syncthreads();
   Loader<T, aligned> loader(p, common, shared);
 #pragma unroll 1

@@ -20,8 +20,16 @@ static_assert(kSlice == 32, "lane l holds the weight of token l of a slice");
 // What all threads of a block know, beside the slices.
 struct Common {
   Tile tile;
+  int beyond[3];  // columns from the first panel to each; more than X has if there is none
   float weights[kStages][kSlice];  // of the slices in the stages; 0 beyond the last token
 };
+
+__device__ inline void prepare(Common& common, const Hessian& p) {
+  const Tile tile = tile_of(blockIdx.x, static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel)));
+  for (int k = 0; k < 3; ++k)
+    common.beyond[k] = tile.panel[k] < 0 ? 1 << 30 : (tile.panel[k] - tile.panel[0]) * kPanel;
+  common.tile = tile;
+}
 
 // Of the lane's token of a slice.
 __device__ inline float weight_at(const Hessian& p, int slice) {
@@ -59,12 +67,7 @@ class Loader {
   __device__ Loader(const Hessian& p, Common& common, char* shared)
       : p_(p), common_(common), weight_(weight_at(p, 0)) {
     const int token = static_cast<int>(threadIdx.x) / 16, chunk = threadIdx.x % 16;
-    const int (&panel)[3] = common.tile.panel;
-    const int column = panel[0] * kPanel + chunk * kChunk;
-    left_ = static_cast<int>(p.C) - column;
-    for (int k = 1; k < 3; ++k)
-      beyond_[k - 1] = panel[k] < 0 ? 1 << 30 : (panel[k] - panel[0]) * kPanel;
-    from_ = static_cast<const T*>(p.X) + token * p.C + column;
+    from_ = static_cast<const T*>(p.X) + token * p.C + first_column();
     to_ = shared + token * kRow + 16 * (chunk ^ token % 8);
   }
 
@@ -78,10 +81,10 @@ class Loader {
         const int token = static_cast<int>(threadIdx.x) / 16 + 16 * i;
         const bool counts = __shfl_sync(cuda::kFullWarp, weight_, token) != 0;
         char* to = to_ + stage * kStageBytes + 16 * i * kRow;
-        copy(to, from_, counts ? left_ : 0);
+        const int left = counts ? static_cast<int>(p_.C) - first_column() : 0;
 #pragma unroll
-        for (int k = 1; k < 3; ++k)
-          copy(to + k * kPanelBytes, from_ + beyond_[k - 1], counts ? left_ - beyond_[k - 1] : 0);
+        for (int k = 0; k < 3; ++k)
+          copy(to + k * kPanelBytes, from_ + common_.beyond[k], left - common_.beyond[k]);
         from_ += 16 * p_.C;
       }
       weight_ = weight_at(p_, slice + 1);  // a slice before it is needed
@@ -90,6 +93,11 @@ class Loader {
   }
 
  private:
+  __device__ int first_column() const {
+    return common_.tile.panel[0] * kPanel + static_cast<int>(threadIdx.x) % 16 * kChunk;
+  }
+
+  // A chunk, of which `left` elements exist, if any.
   __device__ static void copy(char* to, const T* from, int left) {
     if constexpr (aligned)
       ptx::copy_async_or_zero(to, from, left > 0);
@@ -102,8 +110,6 @@ class Loader {
   float weight_;   // of the next slice's token `lane`
   const T* from_;  // this thread's chunk of a token of the next slice, in the first panel
   char* to_;
-  int left_;       // elements of the token from that chunk on, none or less beyond the last
-  int beyond_[2];  // from there to the same chunk of the other panels; far out if there is none
 };
 
 // What the weights of a slice mean for its products; the same in every lane and warp.
