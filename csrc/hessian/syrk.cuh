@@ -16,24 +16,11 @@
 
 namespace distaya::syrk {
 
-template <class T>
-__device__ inline float low_half(uint32_t pair) {
-  const T value{static_cast<uint16_t>(pair)};
-  return cuda::load_float(&value);
-}
-
-template <class T>
-__device__ inline float high_half(uint32_t pair) {
-  return low_half<T>(pair >> 16);
-}
-
 // 64 x 64 elements of H in a warp. Operands of both sides lie as [tokens][channels] and are
 // transposed on the way to registers. The four 8 x 8 matrices that 16 tokens x 16 channels consist
 // of come in the order of mma's A for rows, and as two B, first channels 0 .. 7, for columns.
 template <class T>
 class WarpTile {
-  static constexpr uint32_t kTf32 = 0xffffe000u;  // the bits of a float that a tf32 has
-
  public:
   float total[4][8][4] = {};  // [m][n]: mma's D for rows 16 m .. and columns 8 n ..
 
@@ -79,44 +66,7 @@ class WarpTile {
     }
   }
 
-  // total += all products of the stage where weights differ. w x of the
-  // left side is formed in fp32 and enters as two tf32 parts: about 8 times the work, which loads
-  // its operands as it goes.
-  __device__ void add_weighted(int stage, const float (&weights)[kSlice]) {
-#pragma unroll 1
-    for (int n = 0; n < 8; ++n) {
-      float sum[4][4] = {};
-#pragma unroll 1
-      for (int h = 0; h < 2; ++h) {
-        uint32_t a[4], b[4];
-        load(b, stage + columns_, h, n / 2);
-        if (n % 2) b[0] = b[2], b[1] = b[3];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          load(a, stage + rows_, h, m);
-          multiply_weighted(sum[m], a, b, weights + 16 * h);
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (k == n) promote(k, 1.f, sum);
-    }
-    forget();
-  }
-
  private:
-  // Tells the compiler that no register need be kept for the operands.
-  __device__ void forget() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) rows_of_[h][m][i] = 0;
-        columns_of_[0][h][i] = columns_of_[1][h][i] = 0;
-      }
-  }
-
   // Tokens 16 h .. 16 h + 15, the k-th 16 of the 64 channels at `side`: two chunks, so bits 5
   // and 6.
   __device__ void load(uint32_t (&out)[4], int side, int h, int k) {
@@ -126,29 +76,6 @@ class WarpTile {
   // Columns 16 q .. 16 q + 15; there is room for two q, one even and one odd.
   __device__ void load_columns(int stage, int h, int q) {
     load(columns_of_[q % 2][h], stage + columns_, h, q);
-  }
-
-  // 16 tokens. Of the 8 tokens of mma_tf32, c and c + 4 are the two in a register.
-  __device__ static void multiply_weighted(float (&sum)[4], const uint32_t (&a)[4],
-                                           const uint32_t (&b)[4], const float* weights) {
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {  // registers e and e + 1: tokens 4 e + {2 c, 2 c + 1}
-      const float* w = weights + 4 * e + threadIdx.x % 4 * 2;
-      const float w0 = w[0], w1 = w[1];
-      const float x[4] = {w0 * low_half<T>(a[e]), w0 * low_half<T>(a[e + 1]),
-                          w1 * high_half<T>(a[e]), w1 * high_half<T>(a[e + 1])};
-      uint32_t large[4], small[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        large[i] = __float_as_uint(x[i]) & kTf32;
-        const float rest = x[i] - __uint_as_float(large[i]);  // exact, 13 bits
-        small[i] = (__float_as_uint(rest) + 0x1000u) & kTf32;
-      }
-      const uint32_t b0 = __float_as_uint(low_half<T>(b[e / 2]));  // 16-bit values are tf32 values
-      const uint32_t b1 = __float_as_uint(high_half<T>(b[e / 2]));
-      ptx::mma_tf32(sum, small, b0, b1);
-      ptx::mma_tf32(sum, large, b0, b1);
-    }
   }
 
   __device__ void promote(int n, float weight, const float (&sum)[4][4]) {
@@ -234,27 +161,21 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant
   ptx::copy_wait<kStages - 1>();
   __syncthreads();
   part.load_first(0, 0), part.load_first(0, 1);
-  const int tokens = static_cast<int>(p.T);
 #pragma unroll 1
-  for (int slice = 0; slice * kSlice < tokens; ++slice) {
-    const int stage = slice % kStages;
-    const Weights w(common.weights[stage]);
-    const bool simple = w.any && !w.differ;
-    if (simple)
-      part.add_three(stage * kStageBytes, w.one);
-    else if (w.differ)
-      part.add_weighted(stage * kStageBytes, common.weights[stage]);
+  for (int stage = 0; common.slice[stage].tokens; stage = (stage + 1) % kStages) {
+    const float weight = common.slice[stage].weight;
+    if (weight != 0) part.add_three(stage * kStageBytes, weight);
     // Now all operands of this slice are in registers, and the next one has arrived for all.
     ptx::copy_wait<kStages - 2>();
     __syncthreads();
-    const bool last = (slice + 1) * kSlice >= tokens;  // then what is loaded is not used
-    const int next = (last ? slice : slice + 1) % kStages * kStageBytes;
-    if (simple) {
-      part.add(3, w.one, [&](int h) { part.load_first(next, h); });
+    const int next = (stage + 1) % kStages;
+    const int at = (common.slice[next].tokens ? next : stage) * kStageBytes;  // or what is there
+    if (weight != 0) {
+      part.add(3, weight, [&](int h) { part.load_first(at, h); });
     } else {
-      part.load_first(next, 0), part.load_first(next, 1);
+      part.load_first(at, 0), part.load_first(at, 1);
     }
-    loader.load(slice + kStages);  // into the stage just left
+    loader.load(stage);
   }
   const Place end = place_of(common.tile, p.C);  // again, so as not to hold it in registers
   if (end.inside) exchange<true>(p, part.total, end.i0, end.j0);
