@@ -129,33 +129,16 @@ __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i
     }
 }
 
-// Where the 64 x 64 elements of this warp are. Some are nowhere in the upper triangle: such a warp
-// multiplies what is at hand, as idle it would save no time, but leaves H alone.
-struct Place {
-  int rows, columns;  // their channels, in bytes from the beginning of a stage on
-  int i0, j0;
-  bool inside;
-};
-
-__device__ inline Place place_of(const Tile& tile, int64_t C) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, i = warp / 2 % 2 * 64, j = warp % 2 * 64;
-  const bool there = tile.panel[warp / 4] >= 0;
-  const int row = there ? warp / 4 : 0, column = tile.columns[row];
-  const int i0 = tile.panel[row] * kPanel + i, j0 = tile.panel[column] * kPanel + j;
-  return {row * kPanelBytes + 2 * i, column * kPanelBytes + 2 * j, i0, j0,
-          there && i0 <= j0 && j0 < C};
-}
-
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant__ Hessian p) {
   DISTAYA_DYNAMIC_SHARED(char, shared);
   __shared__ Common common;
-  if (threadIdx.x == 0) prepare(common, p);
+  if (threadIdx.x < kThreads / 32) prepare(common, p);
   __syncthreads();
   Loader<T, aligned> loader(p, common, shared);
 #pragma unroll 1
   for (int slice = 0; slice < kStages; ++slice) loader.load(slice);
-  const Place place = place_of(common.tile, p.C);
+  const Place place = common.place[threadIdx.x / 32];
   WarpTile<T> part(shared, place.rows, place.columns);
   if (place.inside) exchange<false>(p, part.total, place.i0, place.j0);
   ptx::copy_wait<kStages - 1>();
@@ -177,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant
     }
     loader.load(stage);
   }
-  const Place end = place_of(common.tile, p.C);  // again, so as not to hold it in registers
+  const Place end = common.place[threadIdx.x / 32];  // again, so as not to hold it in registers
   if (end.inside) exchange<true>(p, part.total, end.i0, end.j0);
 }
 

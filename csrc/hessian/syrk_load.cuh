@@ -23,18 +23,44 @@ struct Slice {
   float weight;  // 0: there is nothing to multiply
 };
 
+// Where the 64 x 64 elements of H are that a warp computes. Some are nowhere in the upper triangle:
+// such a warp multiplies what is at hand, as idle it would save no time, but leaves H alone.
+struct alignas(32) Place {
+  int rows, columns;  // their channels, in bytes from the beginning of a stage on
+  int i0, j0;
+  bool inside;
+};
+
 // What all threads of a block know, beside X.
 struct Common {
-  Tile tile;
-  unsigned beyond[3];  // bytes from the first panel to each; more than a token has, if none
+  int column;  // first one of the first panel
+  unsigned
+      beyond[2];  // bytes from there to the other panels; more than a token has if there is none
+  Place place[kThreads / 32];
   Slice slice[kStages];
 };
 
+__device__ inline Place place_of(const Tile& tile, int warp, int64_t C) {
+  const int i = warp / 2 % 2 * 64, j = warp % 2 * 64;
+  const auto panel = [&](int k) {
+    return k == 0 ? tile.panel[0] : k == 1 ? tile.panel[1] : tile.panel[2];
+  };
+  const bool there = panel(warp / 4) >= 0;
+  const int row = there ? warp / 4 : 0, column = row ? tile.columns[1] : tile.columns[0];
+  const int i0 = panel(row) * kPanel + i, j0 = panel(column) * kPanel + j;
+  return {row * kPanelBytes + 2 * i, column * kPanelBytes + 2 * j, i0, j0,
+          there && i0 <= j0 && j0 < C};
+}
+
+// Called by a thread for each warp.
 __device__ inline void prepare(Common& common, const Hessian& p) {
   const Tile tile = tile_of(blockIdx.x, static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel)));
-  for (int k = 0; k < 3; ++k)
-    common.beyond[k] = tile.panel[k] < 0 ? 1u << 30 : (tile.panel[k] - tile.panel[0]) * kRow;
-  common.tile = tile;
+  const int thread = static_cast<int>(threadIdx.x);
+  common.place[thread] = place_of(tile, thread, p.C);
+  if (thread != 0) return;
+  common.column = tile.panel[0] * kPanel;
+  for (int k = 1; k < 3; ++k)
+    common.beyond[k - 1] = tile.panel[k] < 0 ? 1u << 30 : (tile.panel[k] - tile.panel[0]) * kRow;
 }
 
 // The first n (any number) of 8 elements from x on, then zeros; x lies on any element.
@@ -92,13 +118,12 @@ class Loader {
   // Tokens t_ .. t_ + 31, of which those whose bit is set are read.
   __device__ void copy(int stage, unsigned tokens) const {
     const int chunk = threadIdx.x % 16, token = static_cast<int>(threadIdx.x) / 16;
-    const int column = common_.tile.panel[0] * kPanel + chunk * kChunk;
+    const int column = common_.column + chunk * kChunk;
     const auto* from = reinterpret_cast<const char*>(
         static_cast<const T*>(p_.X) + static_cast<int64_t>(t_ + token) * p_.C + column);
     char* to = shared_ + stage * kStageBytes + token * kRow + 16 * (chunk ^ token % 8);
     const int row = 2 * (static_cast<int>(p_.C) - column);  // bytes from there on
-    unsigned beyond[3];
-    for (int k = 0; k < 3; ++k) beyond[k] = common_.beyond[k];
+    const unsigned beyond[3] = {0, common_.beyond[0], common_.beyond[1]};
 #pragma unroll(aligned ? 2 : 1)
     for (int i = 0; i < 2; ++i) {
       const int left = tokens >> (token + 16 * i) & 1 ? row : 0;
