@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from second_moment import bound, cuda_bound
 
 from distaya_ext.ops import hessian as room
 from distaya_ext.ops.hessian import column_sq_, hessian_, symmetrize_
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
-CUDA_RUN = 32  # kCudaRun of hessian.h
 # tokens, columns: one of each, a slice of 32 tokens more or less, warp tiles of 64 and panels of
 # 128 columns with a rest, rows on and off 16 bytes; 5 panels: every kind of tile
 SHAPES = [(1, 1), (7, 17), (16, 16), (17, 7), (130, 130), (33, 300), (300, 64), (65, 520)]
@@ -19,7 +19,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def some_weights(kind: str, tokens: int) -> torch.Tensor | None:
-    """constant; sequences: 3 tokens of 48 are padding, one weight each; mixed: in every slice."""
+    """sequences: one weight each and 3 of 48 tokens padding; mixed: all different, some 0."""
     at = torch.arange(tokens)
     if kind == "none":
         return None
@@ -37,19 +37,10 @@ def some_weights(kind: str, tokens: int) -> torch.Tensor | None:
 KINDS = ["none", "constant", "sequences", "padded", "mixed"]
 
 
-def bound(H: torch.Tensor, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """hessian.h's bound for tensor cores."""
-    factor = 4 * CUDA_RUN + len(X) / CUDA_RUN + 10
-    if X.dtype == torch.float32:
-        groups = 1 if weights is None else len(weights.unique())
-        factor = 256 + len(X) / 256 + groups + 5
-    return factor * 2.0**-24 * room.reference(H.abs(), X.abs(), weights)
-
-
 def check(simulator, H: torch.Tensor, X: torch.Tensor, weights: torch.Tensor | None) -> None:
     """hessian_ on H: upper triangle within the bound, the rest untouched to the bit."""
     before, expected = H.clone(), room.reference(H, X, weights)
-    limit = bound(H, X, weights).triu()
+    limit = cuda_bound(H, X, weights).triu()
     if weights is not None:
         X = X.clone()
         X[weights == 0] = float("nan")
@@ -121,7 +112,32 @@ def test_what_is_not_finite_reaches_its_row_and_column_only(simulator, dtype, ba
             assert H[5, 5].isnan() if bad != bad else H[5, 5] == bad
 
 
-@pytest.mark.parametrize("kind", ["none", "sequences", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 20, 63])
+def test_weights_that_no_check_refuses(simulator, dtype, at):
+    """A NaN weight gives NaN everywhere, a negative one counts as it is; 0 is nothing."""
+    X, before = rand(64, 24).to(dtype), rand(24, 24, seed=1)
+    weights = torch.ones(64)
+    weights[at] = -0.5
+    weights[10:13] = 0
+    H = before.clone()
+    with simulator.use():
+        hessian_(H, X, weights)
+    x = X.double()
+    expected = before.double() + (x.t() @ (weights.double()[:, None] * x)).triu()
+    limit = cuda_bound(before, X, weights.abs())
+    assert ((H - expected).triu().abs() <= limit.triu()).all()
+    weights[at] = float("nan")
+    with simulator.use():
+        hessian_(H, X, weights)
+    assert H[torch.ones(24, 24).triu() == 1].isnan().all()
+    H = before.clone()
+    with simulator.use():
+        hessian_(H, torch.full_like(X, float("nan")), torch.zeros(64))
+    assert torch.equal(H, before)
+
+
+@pytest.mark.parametrize("kind", ["none", "sequences"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [40, 51])
 def test_the_same_bits_under_every_schedule(simulator, dtype, kind, columns):
@@ -157,8 +173,7 @@ def test_column_squares(simulator, shape, dtype, kind):
     X, weights = rand(tokens, columns).to(dtype), some_weights(kind, tokens)
     before = rand(columns, seed=2).abs()
     expected = room.reference(before.diag(), X, weights).diagonal()
-    factor = 256 + tokens / 256 + (1 if weights is None else len(weights.unique())) + 5
-    limit = factor * 2.0**-24 * expected
+    limit = bound(before.diag(), X, weights).diagonal()
     if weights is not None:
         X[weights == 0] = float("nan")
     s = before.clone()

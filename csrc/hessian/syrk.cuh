@@ -3,13 +3,14 @@
 // A block of 8 warps owns 256 x 128 elements of H, a warp 64 x 64 of them, and walks over the
 // tokens in slices of 32. Counted for one slice on an H100 (132 SMs, mma.sync at about 1290
 // multiply-adds a clock and SM), none of it measured: products 813 clocks; 24 KB from L2, 30 bytes
-// a clock; 64 KB read and 24 KB written in shared memory, 704 clocks; the 128 additions a thread
-// take 256 of the 813 issue slots of a scheduler. A square of 128 would need 40 bytes a clock from
-// L2, and warp tiles of 64 x 32 more of shared memory than it has.
+// a clock; 64 KB read and 24 KB written in shared memory, 704 clocks; 326 instructions a warp, so
+// 652 of the 813 issue slots of a scheduler. A square of 128 would need 40 bytes a clock from L2,
+// and warp tiles of 64 x 32 more of shared memory than it has.
 //
 // Sums on tensor cores and totals in fp32 are 2 x 128 registers a thread, more than there are. So a
-// warp keeps the left operand of the whole slice (32 registers), forms the sums of 16 columns at a
-// time (32 registers) and adds them to the totals (128 registers) at once.
+// warp keeps the left operand of the whole slice (32 registers), forms the sums of 8 columns at a
+// time (16 registers) and adds them to the totals (128 registers) at once. That is one block on an
+// SM, so nothing hides its ends: H is read while the first slice is multiplied.
 #pragma once
 
 #include "hessian/syrk_load.cuh"

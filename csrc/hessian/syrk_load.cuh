@@ -33,9 +33,8 @@ struct alignas(32) Place {
 
 // What all threads of a block know, beside X.
 struct Common {
-  int column;  // first one of the first panel
-  unsigned
-      beyond[2];  // bytes from there to the other panels; more than a token has if there is none
+  int column;          // first one of the first panel
+  unsigned beyond[2];  // bytes from there to the others; more than a token has for one not there
   Place place[kThreads / 32];
   Slice slice[kStages];
 };
