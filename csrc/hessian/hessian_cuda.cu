@@ -126,7 +126,7 @@ __device__ void add_squares(const ColumnSq& p, int64_t t, int64_t j, float (&run
 // bf16, 128 for 4096; both are the 2 MB that the memory of an H100 needs to be busy. aligned: every
 // row of X begins at a multiple of 16 bytes.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kLanesX* kTokensY) column_sq_kernel(const ColumnSq p) {
+__global__ void __launch_bounds__(kLanesX* kTokensY, 2) column_sq_kernel(const ColumnSq p) {
   constexpr int kWide = 16 / sizeof(T), kColumns = kLanesX * kWide;
   __shared__ float part[kTokensY][kColumns + 1];
   const int x = threadIdx.x % kLanesX, y = threadIdx.x / kLanesX;
