@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from cuda_sim import build
 
 SCHEDULES = ("forward", "reverse", "random", "greedy", "greedy-reverse")
 
@@ -80,3 +83,13 @@ class Simulator:
                 first, kept = found, result
             assert found == first, f"the schedule '{name}' gives other bits than 'forward'"
         return kept
+
+
+def obtain() -> Simulator:
+    """The built simulator; without a compiler the test fails, unless it may be left out."""
+    if os.environ.get("DISTAYA_SKIP_CUDA_SIM") == "1":
+        pytest.skip("DISTAYA_SKIP_CUDA_SIM=1: the CUDA kernels are not run in the simulator")
+    try:
+        return Simulator(build.build())
+    except build.BuildError as error:
+        pytest.fail(str(error), pytrace=False)

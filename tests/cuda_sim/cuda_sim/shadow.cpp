@@ -173,7 +173,7 @@ Cell* Shadow::cells(const void* address, size_t bytes, const char* verb, const W
   return page(at);
 }
 
-bool Shadow::ordered(const Trace& t, uint32_t scope) const {
+inline bool Shadow::ordered(const Trace& t, uint32_t scope) const {
   if (t.epoch < scope) return true;
   if (t.epoch < now.block || t.blocks) return false;
   if (t.epoch < now.epoch) return true;
@@ -181,7 +181,7 @@ bool Shadow::ordered(const Trace& t, uint32_t scope) const {
   return t.sync < now.sync || (!t.lanes && t.thread == now.thread);
 }
 
-void Shadow::add(Trace& t, uint32_t scope) {
+inline void Shadow::add(Trace& t, uint32_t scope) {
   if (t.epoch != now.epoch) {
     const bool others = t.epoch >= scope && (t.epoch < now.block || t.blocks);
     t = {now.epoch, now.thread, now.sync, 0, 0, others};
@@ -192,6 +192,11 @@ void Shadow::add(Trace& t, uint32_t scope) {
   } else if (t.thread != now.thread) {
     t.lanes = 1;
   }
+}
+
+inline void Shadow::note_write_now(Cell& cell) {
+  cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
+  cell.event = ++now.event;
 }
 
 void Shadow::race(const char* does, const char* has, const Trace& t, uintptr_t at,
@@ -246,13 +251,10 @@ void Shadow::check(Cell& cell, uintptr_t at, bool shared, const Where& where) {
             where);
   if constexpr (access == Access::read) add(cell.read, scope);
   if constexpr (access == Access::atomic) add(cell.atomic, scope);
-  if constexpr (access == Access::write) note_write(cell);
+  if constexpr (access == Access::write) note_write_now(cell);
 }
 
-void Shadow::note_write(Cell& cell) {
-  cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
-  cell.event = ++now.event;
-}
+void Shadow::note_write(Cell& cell) { note_write_now(cell); }
 
 void Shadow::note_read(Cell& cell) { add(cell.read, now.block); }
 
