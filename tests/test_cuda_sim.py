@@ -30,6 +30,7 @@ SENTENCES = {
     r"of the launch has written: nothing orders blocks",
     "block_reads_another": r"^race: (reads|writes) byte \d+ of out, which .* of block .* has "
     r"(written|read): nothing orders blocks",
+    "waits_for_another_block": r"^no end: \d+ accesses in a row, the last of byte 0 of out; blocks",
     "divergent_barrier": r"^divergence: __syncthreads while other threads .* wait at the one of "
     r"tests/cuda_sim/planted.cu:\d+",
     "deadlock": r"^deadlock: thread \d+ waits at \S+ \(.*planted.cu:\d+\) and thread \d+ waits at "

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +44,12 @@ def cache_folder() -> Path:
     chosen = os.environ.get("DISTAYA_CUDA_SIM_CACHE")
     if chosen:
         return Path(chosen)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "distaya-cuda-sim"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distaya-cuda-sim"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written
+        return Path(tempfile.gettempdir()) / f"distaya-cuda-sim-{os.getuid()}"
+    return folder
 
 
 def compiler() -> str:

@@ -86,6 +86,14 @@ __global__ void block_reads_another(Given p) {
   p.out[mine] += p.out[from];
 }
 
+__global__ void waits_for_another_block(Given p) {
+  const volatile float* flag = p.out;
+  if (p.bug)
+    while (*flag != 5) {
+    }
+  p.out[blockIdx.x * kThreads + threadIdx.x] = 1;
+}
+
 __global__ void divergent_barrier(Given p) {
   __shared__ float x[kThreads];
   const int t = threadIdx.x;
@@ -258,6 +266,7 @@ const std::map<std::string, void (*)(Given)> kKernels = {
     PLAIN(atomic_race),
     {"two_blocks_write", [](Given p) { run(two_blocks_write, p, 2); }},
     {"block_reads_another", [](Given p) { run(block_reads_another, p, 2); }},
+    {"waits_for_another_block", [](Given p) { run(waits_for_another_block, p, 2); }},
     PLAIN(divergent_barrier),
     PLAIN(deadlock),
     PLAIN(divergent_lanes),

@@ -39,12 +39,17 @@ class Simulator:
 
     def __init__(self, path: Path):
         self.module = load(path)
-        self._set = ctypes.CDLL(str(path)).cuda_sim_schedule
+        self._library = ctypes.CDLL(str(path))
+        self._set = self._library.cuda_sim_schedule
         self._set(0)
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Inside, every room's op runs its CUDA kernels in the simulator, on CPU tensors."""
+        """Inside, every room's op runs its CUDA kernels in the simulator, on CPU tensors.
+
+        The device is idle at the beginning; inside, a kernel launched early runs beside the last.
+        """
+        self._library.cuda_sim_settle()
         rooms = [
             module
             for name, module in sys.modules.items()
@@ -67,6 +72,19 @@ class Simulator:
             yield
         finally:
             self._set(0)
+
+    def functions(self) -> set[str]:
+        """Names of all functions of the module, as complaints call kernels."""
+        return self._names("cuda_sim_functions")
+
+    def launched(self) -> set[str]:
+        """Names of the kernels that were launched so far."""
+        return self._names("cuda_sim_launched")
+
+    def _names(self, symbol: str) -> set[str]:
+        function = self._library[symbol]
+        function.restype = ctypes.c_char_p
+        return set(function().decode().splitlines())
 
     def same_always(self, op: Callable[[], Any]) -> Any:
         """op()'s result in the simulator, which must have the same bits under every schedule.

@@ -21,6 +21,8 @@ namespace {
 constexpr size_t kPage = 1024;       // bytes of global memory whose cells lie together
 constexpr size_t kMostPages = 8192;  // 256 MB of cells
 
+constexpr uint32_t kMostSteps = 1u << 25;  // about a second
+
 struct Page {
   Cell cells[kPage];
 };
@@ -261,6 +263,10 @@ void Shadow::note_read(Cell& cell) { add(cell.read, now.block); }
 void Shadow::touch(Access access, const void* address, size_t bytes, const Where& where) {
   auto at = reinterpret_cast<uintptr_t>(address);
   if (on_stack(at) || bytes == 0) return;
+  if (++now.steps == kMostSteps)
+    violate("no end: " + std::to_string(kMostSteps) + " accesses in a row, the last of " +
+                describe(at) + "; blocks run one after another and cannot wait for each other",
+            where);
   const bool shared = in_shared(at);
   if (!shared) {
     // Constants of the module are nobody's tensor; nor are its variables.

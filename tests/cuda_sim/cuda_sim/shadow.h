@@ -42,7 +42,8 @@ struct Now {
   uint32_t block, launch;  // their first epochs
   uint32_t unsettled;      // first epoch of the launches that may still be running
   uint32_t event;
-  bool early;  // this thread runs beside them and has not waited
+  uint32_t steps;  // accesses of this thread since it last ran
+  bool early;      // this thread runs beside them and has not waited
 };
 
 // Where an access is made: a place, or a return address.
