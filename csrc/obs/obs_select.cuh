@@ -52,9 +52,7 @@ __device__ inline bool goes(uint32_t u, int64_t index, uint32_t threshold, int64
 }
 
 template <int pass>
-constexpr int kShift = pass == 0   ? 20
-                       : pass == 1 ? 10
-                                   : 0;
+constexpr int kShift = 20 - 10 * pass;
 
 __global__ void __launch_bounds__(kSelectThreads) start_select_kernel(SelectState* state) {
   for (int i = threadIdx.x; i < kBins; i += kSelectThreads) state->counts[i] = 0;
@@ -116,8 +114,9 @@ __device__ inline void find_run(Count* runs, int total, Count wanted, const Foun
 template <int pass, class T>
 __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectBlock s) {
   constexpr int kRows = kSelectThreads / 32;  // a warp takes a row, a lane four columns of it
-  constexpr int kHere = pass == 0 ? kBins : kBins / 2;
-  __shared__ unsigned local[kHere];  // integer counts: order cannot change them
+  constexpr int kHere = pass == 0 ? kBins : kBins / 2, kBefore = pass ? pass - 1 : 0;
+  constexpr int kSettled = kShift<kBefore>;  // bits below those that earlier passes have fixed
+  __shared__ unsigned local[kHere];          // integer counts: order cannot change them
   for (int i = threadIdx.x; i < kHere; i += kSelectThreads) local[i] = 0;
   __syncthreads();
   const uint32_t prefix = pass ? s.state->prefix[pass] : 0;
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectB
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t u = score_bits(x[i], d[i]);
-      const bool counts = pass == 0 || u >> kShift < pass ? pass - 1 : 0 > == prefix;
+      const bool counts = pass == 0 || u >> kSettled == prefix;
       if (j + i < s.width && counts) atomicAdd(&local[u >> kShift<pass> & (kHere - 1)], 1u);
     }
   }
