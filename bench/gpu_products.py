@@ -31,6 +31,7 @@ ROUNDING = 1e-2  # two bf16 roundings of the weights and one of y, against one o
 class Weights:
     """One matrix (glu: two, gate above up) in every contender's form, each in so many copies."""
 
+    kind: str
     forms: list[tuple]  # per copy: (ours, W bf16, torch int4's pair or None, torch 2:4's or None)
     nbytes: int  # of ours
 
@@ -55,7 +56,7 @@ def weights(kind: str, rows: int, cols: int, glu: bool, device: str) -> Weights:
             sparse = torch.sparse.to_sparse_semi_structured(W)
         return fresh, W.clone(), four, sparse
 
-    return Weights([forms() for _ in range(copies(nbytes, device))], nbytes)
+    return Weights(kind, [forms() for _ in range(copies(nbytes, device))], nbytes)
 
 
 def rivals(kind: str, tokens: int, device: str) -> dict[str, Callable]:
@@ -109,10 +110,12 @@ def gated(kind: str, rows: int, cols: int, tokens: int, s: Size) -> Case:
 
 
 def work(held: Weights, x: Tensor, rows: int, out: int) -> dict[str, float]:
-    """GB that must move (y has `out` columns), and GFLOP: zeros that are not stored count too."""
+    """GB that must move (y has `out` columns), and GFLOP: half of them where sparse tensor cores
+    can leave the zeros of 2:4 out."""
     tokens, cols = x.shape
     moved = held.nbytes + x.nbytes + 2 * tokens * out
-    return {"copy": moved / 1e9, "bf16": 2 * tokens * rows * cols / 1e9}
+    flops = 2 * tokens * rows * cols / (2 if held.kind == "int4-2:4" else 1)
+    return {"copy": moved / 1e9, "bf16": flops / 1e9}
 
 
 def cases(s: Size) -> dict[str, Callable[[], Case]]:
