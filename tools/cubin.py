@@ -21,6 +21,8 @@ FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\w+):?\s*$")
 USED = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 # An address, perhaps a predicate, then the opcode; its encoding in the next comment is of no use.
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# nvcc's name of a file's anonymous namespace: two checksums around the file's name.
+FILE = re.compile(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]{8}")
 
 
 class Missing(Exception):
@@ -115,7 +117,11 @@ def local(counts: Counter[str]) -> int:
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Linker name -> C++ name without namespaces, arguments and the types of template numbers."""
+    """Linker name -> C++ name without namespaces, arguments and the types of template numbers.
+
+    What stands in an anonymous namespace begins with its file, "cholesky_cuda/panel_kernel": two
+    files may use the same name.
+    """
     linked = list(dict.fromkeys(names))
     if not shutil.which("c++filt"):
         raise Missing("c++filt is needed but was not found")
@@ -127,7 +133,8 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
         text = text.replace("(anonymous namespace)::", "").removeprefix("void ")
         text = re.sub(r"\([\w: ]+\)(?=-?\d)", "", text)
         text = re.sub(r"\(.*", "", text)
-        plain[name] = re.sub(r"distaya::(?:cuda::)?", "", text)
+        file = FILE.search(name)
+        plain[name] = (f"{file[1]}/" if file else "") + re.sub(r"(?:\w+::)*(?=\w)", "", text)
     return plain
 
 

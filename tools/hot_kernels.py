@@ -27,6 +27,8 @@ class Hot:
 
 # HMMA: mma.sync; .SP: its 2:4 form; HGMMA: wgmma, on Hopper alone; LDGSTS: cp.async.
 HOT = (
+    # C += alpha A B in fp32 out of three tf32 products; cholesky and obs
+    Hot(r"gemm_kernel<", (r"HMMA\.1688\.F32\.TF32", r"LDGSTS")),
     # multiply_kernel<terms, y, tiles of 8 tokens, parts, body>; body 0: int4, 1: int8, 2: 2:4
     Hot(r"multiply_kernel<bf16, .*, [01]>", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS")),
     Hot(r"multiply_kernel<f16, .*, [01]>", (r"HMMA\.16816\.F32$", r"LDGSTS")),
