@@ -26,6 +26,7 @@ class Clock:
             nbytes = max(512 << 20, 4 * cache_bytes(device))
             self.filler = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.side = torch.cuda.Stream()  # where graphs are captured
 
     def seconds(self, call: Callable, arguments: Sequence) -> float:
         if not self.cuda:
@@ -52,17 +53,18 @@ class Clock:
 
         once = self.seconds(call, inputs[0])  # warm from the check that came before
         rounds = math.ceil(max(1, min(MOST, AIM / max(once, 1e-7))) / len(inputs))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # handles and workspaces must exist before the capture
-            for arguments in inputs[:2]:
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            for arguments in inputs[:2]:  # handles and workspaces must exist before the capture
                 call(*arguments)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(rounds):
-                for arguments in inputs:
+            graph.capture_begin()  # torch.cuda.graph would empty the allocator's cache each time
+            try:
+                for arguments in [*inputs] * rounds:
                     call(*arguments)
+            finally:
+                graph.capture_end()
+        main.wait_stream(self.side)
         calls = rounds * len(inputs)
         return lambda _turn: self.seconds(graph.replay, ()) / calls
 

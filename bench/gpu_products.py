@@ -32,7 +32,7 @@ class Weights:
     """One matrix (glu: two, gate above up) in every contender's form, each in so many copies."""
 
     kind: str
-    forms: list[tuple]  # per copy: (ours, W bf16, torch int4's pair or None, torch 2:4's or None)
+    forms: list[tuple]  # per copy: (ours, W bf16, torch's int4 or 2:4 form, or None)
     nbytes: int  # of ours
 
 
@@ -48,27 +48,38 @@ def weights(kind: str, rows: int, cols: int, glu: bool, device: str) -> Weights:
 
     def forms() -> tuple:
         fresh = [pack.PackedWeight(p.data.clone(), p.format) for p in own]
-        four = sparse = None
-        if gpu and kind == "int4":
-            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
-            four = torch.ops.aten._convert_weight_to_int4pack(pairs, 8), grid.clone()
-        if gpu and kind == "int4-2:4":
-            sparse = torch.sparse.to_sparse_semi_structured(W)
-        return fresh, W.clone(), four, sparse
+        theirs: object = None
+        try:
+            if gpu and kind == "int4":
+                pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+                theirs = torch.ops.aten._convert_weight_to_int4pack(pairs, 8), grid.clone()
+            if gpu and kind == "int4-2:4":
+                theirs = torch.sparse.to_sparse_semi_structured(W)
+        except Exception as error:  # told by the row, which is measured without it
+            theirs = error
+        return fresh, W.clone(), theirs
 
     return Weights(kind, [forms() for _ in range(copies(nbytes, device))], nbytes)
 
 
 def rivals(kind: str, tokens: int, device: str) -> dict[str, Callable]:
     """torch's own products of the same weights, where this torch has them for a GPU."""
-    found: dict[str, Callable] = {}
+
+    def made(theirs: object) -> object:
+        if isinstance(theirs, Exception):
+            raise theirs
+        return theirs
+
+    def four(x: Tensor, _own: object, _W: object, theirs: object) -> Tensor:
+        codes, grid = made(theirs)
+        return torch.ops.aten._weight_int4pack_mm(x, codes, GROUP, grid)
+
+    def sparse(x: Tensor, _own: object, _W: object, theirs: object) -> Tensor:
+        return torch.nn.functional.linear(x, made(theirs))
+
     if device == "cuda" and kind == "int4" and tokens <= TINYGEMM:
-        multiply = torch.ops.aten._weight_int4pack_mm
-        found["torch int4"] = lambda x, own, W, four, sparse: multiply(x, four[0], GROUP, four[1])
-    if device == "cuda" and kind == "int4-2:4":
-        linear = torch.nn.functional.linear
-        found["torch 2:4"] = lambda x, own, W, four, sparse: linear(x, sparse)
-    return found
+        return {"torch int4": four}
+    return {"torch 2:4": sparse} if device == "cuda" and kind == "int4-2:4" else {}
 
 
 def product(kind: str, rows: int, cols: int, tokens: int, s: Size) -> Case:

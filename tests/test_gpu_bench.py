@@ -238,6 +238,7 @@ def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
             calls.append("filler")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: Filler())
     clock = gpu_clock.Clock("cuda")
@@ -246,21 +247,38 @@ def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
     assert calls == ["filler", "event", "call", "event", "wait"]
     monkeypatch.setattr(clock, "seconds", lambda call, arguments: call(*arguments) or 4e-4)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    for name in ("Stream", "current_stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, Context)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     calls.clear()
     timer = clock.graph(lambda x: calls.append(x), [("a",), ("b",), ("c",)])
     # one to see how long it takes, two to warm up, then 2 ms of calls and no input left out
-    assert calls == ["a", "a", "b", *"abcabc"]
+    assert calls == ["a", "a", "b", "begin", *"abcabc", "end"]
     assert timer(0) == pytest.approx(4e-4 / 6) and calls[-1] == "replay"
+
+    def broken(_x):
+        if "begin" in calls:
+            raise RuntimeError("not while capturing")
+
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        clock.graph(broken, [("a",)])
+    assert calls == ["begin", "end"]  # a capture that is left open would break all later ones
 
 
 class Graph:
+    """A CUDA graph as far as Clock uses it."""
+
+    def capture_begin(self):
+        calls.append("begin")
+
+    def capture_end(self):
+        calls.append("end")
+
     def replay(self):
         calls.append("replay")
 
 
-class Context(contextlib.nullcontext):
+class Stream:
     def wait_stream(self, other):
         assert other is not self
 
