@@ -59,7 +59,7 @@ BUDGETS = {
 MINUTES = 9
 ROOMS = ("hessian", "cholesky", "obs", "mask", "pack", "sqgemm")
 TOGETHER = ("tests", "sanitize")  # they time nothing, so they run beside each other
-ON_GPU = {"build", *TOGETHER, "whole"}  # what --device cpu leaves out
+ON_GPU = {"build", *TOGETHER}  # what --device cpu leaves out
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -172,8 +172,8 @@ def run_section(
     elif section.name == "sanitize":
         gpu_checks.sanitize(section, limit, env)
     elif section.name == "whole":
-        told = gpu_sections.whole(args.quick)
-        gpu_sections.measured(section, limit, env, told, report, until=False)
+        told = gpu_sections.whole(args.device, args.quick)
+        gpu_sections.measured(section, limit, env, told, report, all_of_it=True)
     else:
         told = command(section.name, args.device, args.quick)
         gpu_sections.measured(section, limit, env, told, report)

@@ -108,21 +108,22 @@ def duration(seconds: float) -> str:
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} us"
 
 
-def roofline(row: dict, ceilings: dict[str, float]) -> tuple[float, str] | None:
-    """The least seconds that the measured ceilings allow for a row's work, and by which of them.
+def roofline(work: dict[str, float], ceilings: dict[str, float]) -> tuple[float, str] | None:
+    """The least seconds that the measured ceilings allow for some work, and by which of them.
 
     None where no ceiling that it needs was measured.
     """
-    known = [name for name in row["work"] if ceilings.get(name)]
+    known = [name for name in work if ceilings.get(name)]
     if not known:
         return None
-    return max((row["work"][name] / ceilings[name], name) for name in known)
+    return max((work[name] / ceilings[name], name) for name in known)
 
 
-def reached(row: dict, ceilings: dict[str, float]) -> tuple[str, str, str]:
+def reached(
+    work: dict[str, float], seconds: float, ceilings: dict[str, float]
+) -> tuple[str, str, str]:
     """Rate, least time and share of the rate that it stands for."""
-    work, seconds = row["work"], row["ours"]["median"]
-    least = roofline(row, ceilings)
+    least = roofline(work, ceilings)
     name = least[1] if least else next(iter(work))
     unit, scale = UNITS[name]
     rate = f"{work[name] / seconds / scale:.3g} {unit}"
@@ -131,13 +132,25 @@ def reached(row: dict, ceilings: dict[str, float]) -> tuple[str, str, str]:
     return rate, f"{duration(least[0])} ({name})", f"{least[0] / seconds:.1%}"
 
 
+def plain(key: str, value: object) -> str:
+    """What a row of the section whole says beside its seconds."""
+    name = key.removesuffix("_seconds").replace("_", " ")
+    if isinstance(value, str | bool):
+        return f"{name}: {value}"
+    if key.endswith("seconds"):
+        return f"{name} {duration(value)}"
+    return f"{name} {value / 1e9:.3g} GB" if key.startswith("peak") else f"{name} {value:g}"
+
+
 def cells(row: dict, ceilings: dict[str, float]) -> list[str]:
     if "ours" not in row and "error" in row:
         return [row["name"], *["-"] * 6, row["error"]]
     if "ours" not in row:  # of the section whole
-        more = {k: v for k, v in row.items() if k not in ("name", "seconds", "of")}
-        told = ", ".join(f"{key} {value}" for key, value in more.items() if value is not None)
-        return [row["name"], duration(row.get("seconds") or 0), *["-"] * 5, told]
+        work, seconds = row.get("work"), row.get("seconds") or 0.0
+        more = {k: v for k, v in row.items() if k not in ("name", "seconds", "work", "whole")}
+        told = ", ".join(plain(key, value) for key, value in more.items() if value is not None)
+        rate = reached(work, seconds, ceilings) if work and seconds else ("-", "-", "-")
+        return [row["name"], duration(seconds), "-", *rate, "-", told]
     ours = row["ours"]["median"]
     rulers = [
         f"{name} {duration(t['median'])} (x{t['median'] / ours:.2g})"
@@ -148,7 +161,7 @@ def cells(row: dict, ceilings: dict[str, float]) -> list[str]:
         row["name"],
         duration(ours),
         "; ".join(rulers),
-        *reached(row, ceilings),
+        *reached(row["work"], ours, ceilings),
         "-" if row["difference"] is None else f"{row['difference']:.0e}",
         notes,
     ]

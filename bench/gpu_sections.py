@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.gpu_report import Report, Section
 
 ROOT = Path(__file__).resolve().parent.parent
+ENDING = 10  # seconds that the whole model's script needs to start and to clean up
 
 
 def environment(built: bool) -> dict[str, str]:
@@ -86,15 +87,18 @@ def measured(
     command: Sequence[str],
     report: Report,
     *,
-    until: bool = True,
+    all_of_it: bool = False,
 ) -> None:
     """Run one measuring process and take over what it wrote, also when it broke off midway.
 
-    until: tell it when its budget ends, so that it makes fewer repeats.
+    It is told when its budget ends, so that it makes fewer repeats. all_of_it: it is told instead
+    how many seconds there are, and may use them all.
     """
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "rows"
-        ends = ["--until", str(time.time() + min(limit, section.budget))] if until else []
+        ends = ["--until", str(time.time() + min(limit, section.budget))]
+        if all_of_it:
+            ends = ["--limit", f"{max(1.0, limit - ENDING):.0f}"]
         code, lines = child([*command, *ends, "--into", str(into)], limit, env)
         text = into.read_text(encoding="utf-8") if into.exists() else ""
     for record in records(text):
@@ -117,10 +121,10 @@ def measuring(section: str, device: str, quick: bool) -> list[str]:
     return [sys.executable, script, section, "--device", device, *(["--quick"] if quick else [])]
 
 
-def whole(quick: bool) -> list[str]:
-    """The command that compresses a whole model of Aya-8B's shape; two layers with `quick`."""
+def whole(device: str, quick: bool) -> list[str]:
+    """The command that compresses a whole model of Aya-8B's shape."""
     script = str(ROOT / "bench" / "gpu_whole.py")
-    return [sys.executable, script, *(["--layers", "2"] if quick else [])]
+    return [sys.executable, script, "--device", device, *(["--quick"] if quick else [])]
 
 
 def device_arch() -> str:

@@ -80,6 +80,12 @@ def test_the_file_is_complete_and_never_overwritten(tmp_path):
     assert body["sections"][0]["rows"][0]["ours"]["median"] == 0.5
 
 
+def test_circumstances_are_known_or_none():
+    found = gpu_report.circumstances()
+    assert set(found) == {"date", "commit", "changed_since_commit", "driver"}
+    assert gpu_report._first_line("no-such-program-anywhere") is None
+
+
 # ---- bars ----
 
 
@@ -117,12 +123,14 @@ def test_only_the_head_counts_for_int8():
 def test_the_whole_model_must_stay_under_its_bars():
     part = {"name": "one layer, textbook", "seconds": 9.0}
     all_of_it = {"name": "ours", "seconds": 61.0, "peak_vram": 12e9, "whole": True}
+    all_of_it |= {"layer_median_seconds": 0.25, "work": {"bf16": 6.1}}
     of = report(model=[part, all_of_it])
     assert line("whole model", of)[1:] == ["<= 60 s", "30 s", "61 s", "ours", "not met"]
     assert line("peak of GPU", of)[3:] == ["12 GB", "ours", "met"]
     assert line("whole model", report(model=[part]))[3] == "not yet measured"
     table = gpu_report.table(of)
-    assert "| 9 s" in table and "peak_vram 12000000000.0" in table
+    assert "| 9 s" in table
+    assert "peak vram 12 GB, layer median 250 ms" in table and "6.1 s (bf16) | 10.0%" in table
 
 
 def test_tests_and_sanitizers_stand_in_the_table():

@@ -52,7 +52,7 @@ def row_of(**changes):
             ["--skip", "tests,obs,whole"],
             ["sanitize", "ceilings", *(r for r in gpu.ROOMS if r != "obs")],
         ),
-        (["--device", "cpu", "--quick"], ["ceilings", *gpu.ROOMS]),
+        (["--device", "cpu", "--quick"], ["ceilings", *gpu.ROOMS, "whole"]),
     ],
 )
 def test_sections_chosen(argv, sections):
@@ -67,7 +67,7 @@ def test_sections_chosen(argv, sections):
         (["--only", "obs,nosuch"], "no section named nosuch; there are build, tests"),
         (["--device", "cpu"], "needs --quick"),
         (["--device", "cpu", "--quick", "--build"], "need a GPU"),
-        (["--device", "cpu", "--quick", "--only", "whole"], "tests, sanitize, whole need a GPU"),
+        (["--device", "cpu", "--quick", "--only", "tests"], "tests, sanitize need a GPU"),
         (["--quick", "--readme"], "no figures for --readme"),
         (["--minutes", "0"], "must be more than 0"),
         (["--only", "tests", "--skip", "tests"], "nothing is left"),
@@ -281,12 +281,6 @@ class Graph:
 class Stream:
     def wait_stream(self, other):
         assert other is not self
-
-
-def test_circumstances_are_known_or_none():
-    found = gpu_report.circumstances()
-    assert set(found) == {"date", "commit", "changed_since_commit", "driver"}
-    assert gpu_report._first_line("no-such-program-anywhere") is None
 
 
 def test_smoke_test_from_end_to_end(tmp_path, capfd):

@@ -32,7 +32,7 @@ def pretend(section, device, quick):
 
 def test_sections_survive_each_other(monkeypatch):
     short = {"ceilings": 1, "hessian": 1, "cholesky": 1, "obs": 1, "mask": 6}
-    args = gpu.arguments(["--device", "cpu", "--quick", "--skip", "pack,sqgemm"])
+    args = gpu.arguments(["--device", "cpu", "--quick", "--skip", "pack,sqgemm,whole"])
     monkeypatch.setattr(gpu, "BUDGETS", short)
     report, saved, begin = gpu_report.Report(), [], time.monotonic()
     gpu.run(args, report, begin + 13, lambda: saved.append(len(report.sections)), pretend)
@@ -158,6 +158,20 @@ def test_the_files_with_gpu_tests_are_found():
     names = {Path(f).name for f in gpu_checks.gpu_test_files()}
     assert {"test_sqgemm_api.py", "test_hessian.py", "test_pack_cuda.py"} <= names
     assert "test_house.py" not in names
+
+
+def test_the_whole_model_is_told_how_long_it_may_take(monkeypatch):
+    def child(command, limit, env):
+        seen.append(command)
+        return 0, []
+
+    seen = []
+    monkeypatch.setattr(gpu_sections, "child", child)
+    args = gpu.arguments(["--device", "cpu", "--quick", "--only", "whole", "--skip", "ceilings"])
+    gpu.run(args, gpu_report.Report(), time.monotonic() + 100)
+    (command,) = seen
+    assert command[1].endswith("gpu_whole.py") and "--quick" in command
+    assert 85 <= float(command[command.index("--limit") + 1]) <= 90
 
 
 def test_rows_of_the_whole_model_are_taken_however_they_are_written():
