@@ -219,7 +219,7 @@ def dry_run(args: argparse.Namespace) -> None:
 
 def tell(args: argparse.Namespace, report: Report, path: Path | None) -> int:
     """The tables, on the screen and in README.md. Returns the exit code."""
-    print(f"\n{table(report)}\n\n{gpu_bars.table(report)}\n\n{closing(report)}")
+    print(f"\n{table(report)}\n\n{closing(report)}\n\n{gpu_bars.table(report)}")
     if path and path.exists():
         print(f"Written: {path}")
     if args.readme:

@@ -17,6 +17,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 UNITS = {"copy": ("GB/s", 1), "bf16": ("TFLOP/s", 1e3), "fp32": ("TFLOP/s", 1e3)}
+SHOWN = 15  # failures on the screen
 HEADINGS = ("case", "ours", "torch", "reached", "roofline", "share", "differs", "note")
 
 
@@ -208,5 +209,7 @@ def closing(report: Report) -> str:
         said = f", {cut} rows with notes" if cut else ""
         said += f", {s.said}" if s.said else ""
         lines.append(f"{s.name:9} {s.status:8} {s.seconds:6.1f} of {s.budget:.0f} s{said}")
-    lines += [f"FAILED {line}" for line in report.failures]
+    lines += [f"FAILED {line}" for line in report.failures[:SHOWN]]
+    if len(report.failures) > SHOWN:
+        lines.append(f"FAILED and {len(report.failures) - SHOWN} more, all in the file")
     return "\n".join(lines)

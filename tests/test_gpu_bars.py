@@ -65,6 +65,11 @@ def test_the_table_is_markdown():
     unknown.ceilings = {}
     assert "0.002 GFLOP/s" not in gpu_report.table(unknown)
     assert "FAILED mask: lost: RuntimeError: no" in gpu_report.closing(unknown)
+    assert "more, all in the file" not in gpu_report.closing(unknown)
+    unknown.sections[0].rows *= gpu_report.SHOWN + 2
+    closing = gpu_report.closing(unknown).splitlines()
+    assert sum(line.startswith("FAILED mask") for line in closing) == gpu_report.SHOWN
+    assert closing[-1] == "FAILED and 2 more, all in the file"
 
 
 def test_the_file_is_complete_and_never_overwritten(tmp_path):
