@@ -78,6 +78,13 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cu
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
 
+// Lets a kernel be launched with more than 48 KB of dynamic shared memory.
+template <class... P>
+void need_shared(void (*kernel)(P...), int bytes) {
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // A kernel's dynamic shared memory as an array of T, aligned for every use of it.
 #define DISTAYA_DYNAMIC_SHARED(T, name) extern __shared__ __align__(1024) T name[]
 
