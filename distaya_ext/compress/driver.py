@@ -198,6 +198,16 @@ class _Run:
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
         self.replay = Replay(calibration, self._store(scratch), self._store(scratch))
+        self._record()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
+
+    def _store(self, scratch: Path) -> Store:
+        spilled = self.report.spilled
+        return Store(scratch if spilled else None, host=self.away and not spilled)
+
+    def _record(self) -> None:
+        """The first hidden states of all chunks, and what every layer is called with."""
         ends = Ends(
             build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
             self.checkpoint,
@@ -207,13 +217,10 @@ class _Run:
             embed = ends.model.get_submodule(self.architecture.embed)
             rounded = self.packing.embedding(self.architecture.embed, self.device)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
-        for chunk, ids in enumerate(calibration.chunks()):
+        for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.replay.hidden.put(("hidden", chunk), hidden)
             self.replay.calls.add(calls)
-
-    def _store(self, scratch: Path) -> Store:
-        return Store(scratch if self.report.spilled else None, host=self.away)
 
     def _warn_few_tokens(self) -> None:
         if self.settings.statistic != "hessian":

@@ -123,7 +123,7 @@ class LayerWalk:
     def _linear(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         stage, key = self._stage_of[name], (name, self._chunk)
         if stage is self._gathering:
-            if self._chunk == 0:
+            if self._chunk == 0 and len(stage.names) > 1:
                 self._seen[stage] = args[0]
             self._sink(self._chunk, args[0])
             if stage in self._ends:
