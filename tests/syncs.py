@@ -68,6 +68,8 @@ class _Methods:
     def __enter__(self):
         for name in sorted({*_METHODS, "to", "__getitem__", "__setitem__", "nonzero"}):
             self.replace(torch.Tensor, name)
+        for name in ("tensor", "as_tensor"):  # made on the host, then copied with a wait
+            self.replace(torch, name)
         for name in ("masked_select", "equal", "unique", "allclose"):
             self.replace(torch.Tensor, name)
             self.replace(torch, name)
@@ -83,8 +85,12 @@ class _Methods:
 def _said(name: str, args: tuple, kwargs: dict) -> str:
     """What there is to record of a call; nothing where it reads no value."""
     if name == "to":
-        places = [str(place) for place in (*args[1:], kwargs.get("device"))]
-        return "to cpu" if "cpu" in places else ""
+        # A device object may be where the tensor is anyway: x.to(y.device).
+        places = (*args[1:], kwargs.get("device"))
+        return "to cpu" if any(place == "cpu" for place in places if isinstance(place, str)) else ""
+    if name in ("tensor", "as_tensor"):
+        placed = kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor)
+        return f"{name} on a device" if placed else ""
     if name in ("__getitem__", "__setitem__"):
         return f"{name} by a mask" if _masks(args[1]) else ""
     return name

@@ -80,6 +80,7 @@ def test_the_recorder_hears_what_would_wait():
         "to": lambda: x.to("cpu"),
         "numpy": lambda: x.numpy(),
         "place of a tensor": lambda: x[torch.tensor(1)],
+        "constant": lambda: torch.tensor(2.0, device=x.device),
     }
     for name, call in calls.items():
         with syncs.Recorder() as recorder:
