@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_compress import METHODS, recipe_of
 from transformers import CohereConfig
 
-from distaya_ext.compress import calibrate, compress, ferry, layers
+from distaya_ext.compress import calibrate, compress, driver, ferry, layers
 from distaya_ext.compress.ferry import Checks, Ferry
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError
@@ -219,6 +219,32 @@ def test_a_singular_hessian_and_unranked_scores_are_told_late():
         layers.solve([W], settings, statistic, checks)
         with pytest.raises(ValueError, match=words):
             ferry.judge(checks.take())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "key", ["sparsegpt-joint", "sparsegpt", "wanda", "gptq", "gptq-activation"]
+)
+def test_on_a_gpu_torch_itself_finds_no_wait(tmp_path, key, monkeypatch):
+    """And what comes home is what the same kernels give when every result is looked at at once."""
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["cohere"], dtype=torch.bfloat16)
+    monkeypatch.setattr(calibrate, "CUDA_CHUNK_TOKENS", 5 * tiny.WINDOW)
+    monkeypatch.setattr(driver, "CUDA_CHUNK_TOKENS", 5 * tiny.WINDOW)
+    run = layers.Layers._layer
+
+    def strict(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(layers.Layers, "_layer", strict)
+    compress(source, tmp_path / "late", recipe(key), tiny.windows(), device="cuda")
+    monkeypatch.setattr(layers.Layers, "_layer", run)
+    monkeypatch.setattr(Ferry, "do", lambda self, job, then=lambda _: None: then(job()))
+    compress(source, tmp_path / "now", recipe(key), tiny.windows(), device="cuda")
+    assert files(tmp_path / "late") == files(tmp_path / "now")
 
 
 # ---- the ferry ----
