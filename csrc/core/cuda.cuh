@@ -86,7 +86,11 @@ void need_shared(void (*kernel)(P...), int bytes) {
 }
 
 // A kernel's dynamic shared memory as an array of T, aligned for every use of it.
+#ifdef DISTAYA_CUDA_SIM
+#define DISTAYA_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_sim::dynamic_shared())
+#else
 #define DISTAYA_DYNAMIC_SHARED(T, name) extern __shared__ __align__(1024) T name[]
+#endif
 
 // Grids are 32-bit in x: kernels that may exceed that stride over their work instead.
 inline unsigned grid_of(int64_t blocks, int64_t most = 1 << 30) {
