@@ -12,9 +12,11 @@ import pytest
 import syncs
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CohereConfig
 
 from distaya_ext.compress import calibrate, compress, ferry
+from distaya_ext.errors import InputError
 from distaya_ext.formats import ModuleScheme
 from distaya_ext.measure.decode import StaticDecode
 from distaya_ext.runtime import load
@@ -52,6 +54,32 @@ def test_compression_on_the_cuda_kernels(tmp_path, source, method, simulator, mo
         if loss:
             assert float(loss) == pytest.approx(float(theirs[name][0]), rel=0.02), name
     assert load(tmp_path / "sim") is not None
+
+
+@pytest.mark.parametrize("method", ["joint", "unstructured", "wanda"])
+def test_a_nan_reaches_every_kernel_and_is_told_at_the_end(
+    tmp_path, method, simulator, monkeypatch
+):
+    """Late, kernels work on what is not finite before anybody looks; they must stay in bounds."""
+    monkeypatch.setattr(ferry, "runs_late", lambda device: True)
+    config = CohereConfig(
+        **{
+            **tiny.FAMILIES["cohere"].to_dict(),
+            "num_hidden_layers": 1,
+            "tie_word_embeddings": False,
+        }
+    )
+    source = tiny.make(tmp_path / "source", config, dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = 3e38
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    calibration = tiny.windows(8)
+    calibration.ids[calibration.ids == 5] = 6
+    calibration.ids[7, 3] = 5
+    words = r"layers\.0\.self_attn\.q_proj .* language 'fr'"
+    with simulator.use(), pytest.raises(InputError, match=words):
+        compress(source, tmp_path / "out", METHODS[method], calibration)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_step_of_decoding_on_the_cuda_kernels(tmp_path, source, simulator):
