@@ -2,11 +2,12 @@
 
     python bench/gpu_whole.py --into FILE [--layers 32] [--samples 128] [--tokens 2048] [--quick]
 
-Writes random weights of that shape to memory (or a temporary folder), then runs compress() as a
-user would: joint 2:4 + int4, random tokens, one proof, everything streamed. Each finding is a JSON
-line in FILE: the whole run with its peak of GPU memory, the seconds of each phase, and one layer by
-the textbook PyTorch route, whose extrapolation to all layers is called one. When the time is up,
-the run stops after a layer and the line says so. `--device cpu --quick` tries the script.
+Writes random weights of that shape, the same in every layer, to memory (or a temporary folder),
+then runs compress() as a user would: joint 2:4 + int4, random tokens, one proof, everything
+streamed. Each finding is a JSON line in FILE: the whole run with its peak of GPU memory, the
+seconds of each phase, and one layer by the textbook PyTorch route, whose extrapolation to all
+layers is called one. When the time is up, the run stops after a layer and the line says so.
+`--device cpu --quick` tries the script.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +128,40 @@ def model_bytes(sizes: Model, count: int) -> int:
     """Of the dense model in bf16."""
     linears = 2 * sizes.hidden * (sizes.hidden + sizes.kv) + 3 * sizes.hidden * sizes.ff
     return 2 * (count * linears + sizes.vocab * sizes.hidden)
+
+
+def repeat_layer(folder: Path, count: int) -> None:
+    """Make a model of one layer one of `count` layers that hold the same weights.
+
+    Only headers differ, so the files are copied, which is much faster than making weights anew.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = "model.layers.0."
+    names = [name for name in index["weight_map"] if name.startswith(first)]
+    source = folder / index["weight_map"][names[0]]
+    with source.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+
+    def write(layer: int) -> None:
+        prefix = f"model.layers.{layer}."
+        told = json.dumps({name.replace(first, prefix): of for name, of in header.items()}).encode()
+        told += b" " * (-len(told) % 8)  # tensors begin on eight bytes
+        with source.open("rb") as here, (folder / f"copy-{layer}.safetensors").open("wb") as there:
+            there.write(len(told).to_bytes(8, "little") + told)
+            here.seek(start)
+            shutil.copyfileobj(here, there, 1 << 24)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(1, count)))
+    for layer in range(1, count):
+        for name in names:
+            index["weight_map"][name.replace(first, f"model.layers.{layer}.")] = (
+                f"copy-{layer}.safetensors"
+            )
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def run(args: argparse.Namespace, sizes: Model, folder: Path, end: float, tell: Callable) -> None:
@@ -256,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         dense = Path(folder) / "dense"
         dense.mkdir()
         begin = time.perf_counter()
-        whole_model.make(dense, sizes, args.layers)
+        whole_model.make(dense, sizes, 1)
+        repeat_layer(dense, args.layers)
         print(f"  the model was written in {time.perf_counter() - begin:.1f} s", flush=True)
         run(args, sizes, Path(folder), end - 0.1 * args.limit, tell)
     if args.device == "cuda":

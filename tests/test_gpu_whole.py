@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from bench import gpu_whole
+from bench import gpu_whole, whole_model
+from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import walk
 
 
@@ -74,6 +75,16 @@ def test_sizes_of_the_model():
     found = gpu_whole.model_bytes(gpu_whole.MODELS["aya-8b"], 32)
     assert 16.0e9 < found < 16.1e9
     assert gpu_whole.place(1 << 60) is None
+
+
+def test_copied_layers_are_a_model(tmp_path):
+    whole_model.make(tmp_path, gpu_whole.QUICK, 1)
+    gpu_whole.repeat_layer(tmp_path, 12)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config.num_hidden_layers == 12
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1, 11)]
+    first, *others = checkpoint.read(names).values()
+    assert first.abs().sum() > 0 and all(torch.equal(first, other) for other in others)
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
