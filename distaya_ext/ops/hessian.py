@@ -71,8 +71,9 @@ class Hessian:
         self.H = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._plain = 0  # tokens added without weights
         # fp64 on the device, so that adding weights never waits for it: tokens of weight > 0, sum
-        # of weights, number of weights that are negative, NaN or infinite.
-        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        # of weights, number of weights that are negative, NaN or infinite. None: no weights came,
+        # and then nothing here waits for the device at all.
+        self._counts: Tensor | None = None
         self._finished = False
 
     @torch.no_grad()
@@ -102,7 +103,8 @@ class Hessian:
         w = weights.detach().reshape(tokens).contiguous()
         hessian_(self.H, flat, w)
         bad = ~((w >= 0) & w.isfinite())
-        self._counts += torch.stack([(w > 0).sum().double(), w.double().sum(), bad.sum().double()])
+        counts = torch.stack([(w > 0).sum().double(), w.double().sum(), bad.sum().double()])
+        self._counts = counts if self._counts is None else self._counts + counts
 
     @property
     def tokens(self) -> int:
@@ -144,6 +146,8 @@ class Hessian:
 
     def _checked(self) -> list[float]:
         """The counts, on the host; refuses what the raw op could not refuse on CUDA."""
+        if self._counts is None:
+            return [0.0, 0.0, 0.0]
         counts = self._counts.tolist()
         if counts[2]:
             raise ValueError(
