@@ -34,8 +34,20 @@ struct Cached {
   Page* page;
 } cached[256];
 
-std::string amount(size_t bytes) {
-  return std::to_string(bytes) + (bytes == 1 ? " byte" : " bytes");
+// Where the calling thread of the host has its stack and its copy of the shared variables.
+struct Host {
+  uintptr_t shared, stack_begin, stack_end;
+};
+
+Host host_of_thread() {
+  pthread_attr_t attributes;
+  void* stack = nullptr;
+  size_t size = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack, &size);
+  pthread_attr_destroy(&attributes);
+  const auto begin = reinterpret_cast<uintptr_t>(stack);
+  return {reinterpret_cast<uintptr_t>(Image::get().shared_base()), begin, begin + size};
 }
 
 constexpr const char* verb_of(Access access) {
@@ -66,15 +78,10 @@ void Shadow::begin_launch(size_t dynamic_bytes) {
     }
   }
   dynamic_bytes_ = dynamic_bytes;
-  static_ = reinterpret_cast<uintptr_t>(image.shared_base());
-  pthread_attr_t attributes;
-  void* stack = nullptr;
-  size_t size = 0;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &stack, &size);
-  pthread_attr_destroy(&attributes);
-  host_stack_begin_ = reinterpret_cast<uintptr_t>(stack);
-  host_stack_end_ = host_stack_begin_ + size;
+  thread_local const Host host = host_of_thread();  // asking reads the system's table of memory
+  static_ = host.shared;
+  host_stack_begin_ = host.stack_begin;
+  host_stack_end_ = host.stack_end;
   if (pages.size() > kMostPages && now.unsettled == now.launch) {
     pages.clear();
     std::fill(std::begin(cached), std::end(cached), Cached{});
@@ -94,48 +101,6 @@ Cell* Shadow::page(uintptr_t at) {
     slot = {number, page.get()};
   }
   return &slot.page->cells[at % kPage];
-}
-
-std::string Shadow::describe(uintptr_t at) const {
-  std::ostringstream out;
-  const uintptr_t dynamic = reinterpret_cast<uintptr_t>(dynamic_);
-  if (at - dynamic < kDynamicRoom) {
-    out << "byte " << at - dynamic << " of dynamic shared memory (" << amount(dynamic_bytes_)
-        << ")";
-    return out.str();
-  }
-  if (at - static_ < static_cells_.size()) {
-    const size_t offset = at - static_;
-    const Variable* before = nullptr;
-    for (const Variable& v : Image::get().shared())
-      if (v.offset <= offset) before = &v;
-    if (before && offset - before->offset < before->size)
-      out << "byte " << offset - before->offset << " of shared " << before->name << " ("
-          << amount(before->size) << ")";
-    else if (before)
-      out << amount(offset - before->offset - before->size) << " behind the end of shared "
-          << before->name << " (" << amount(before->size) << ")";
-    else
-      out << "shared memory of no variable";
-    return out.str();
-  }
-  const Range* nearest = nullptr;
-  uintptr_t distance = UINTPTR_MAX;
-  for (const Range& r : ranges_) {
-    const uintptr_t d = at < r.begin             ? r.begin - at
-                        : at - r.begin < r.bytes ? 0
-                                                 : at - r.begin - r.bytes + 1;
-    if (d < distance) nearest = &r, distance = d;
-  }
-  if (!nearest || distance > (1u << 20))
-    out << "address 0x" << std::hex << at << ", which is in no tensor of the call";
-  else if (distance == 0)
-    out << "byte " << at - nearest->begin << " of " << nearest->name;
-  else if (at < nearest->begin)
-    out << amount(distance) << " before " << nearest->name;
-  else
-    out << amount(distance - 1) << " behind the end of " << nearest->name;
-  return out.str();
 }
 
 Cell* Shadow::shared_cells(uintptr_t at, size_t bytes, const char* verb, const Where& where) {

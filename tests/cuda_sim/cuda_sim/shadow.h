@@ -52,6 +52,8 @@ struct Where {
   uintptr_t pc = 0;
 };
 
+std::string amount(size_t bytes);  // "1 byte", "4 bytes"
+
 class Shadow {
  public:
   Now now{};
