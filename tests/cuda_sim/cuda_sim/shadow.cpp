@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <sstream>
 #include <unordered_map>
@@ -163,7 +164,7 @@ inline void Shadow::add(Trace& t, uint32_t scope) {
 
 inline void Shadow::note_write_now(Cell& cell) {
   cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
-  cell.event = ++now.event;
+  cell.event = now.event;
 }
 
 void Shadow::race(const char* does, const char* has, const Trace& t, uintptr_t at,
@@ -221,9 +222,25 @@ void Shadow::check(Cell& cell, uintptr_t at, bool shared, const Where& where) {
   if constexpr (access == Access::write) note_write_now(cell);
 }
 
-void Shadow::note_write(Cell& cell) { note_write_now(cell); }
+void Shadow::note_write(Cell& cell) {
+  ++now.event;
+  note_write_now(cell);
+}
 
 void Shadow::note_read(Cell& cell) { add(cell.read, now.block); }
+
+// Bytes of a word mostly have the same past: what follows for the first follows for them.
+template <Access access>
+void Shadow::check_all(Cell* cell, size_t bytes, uintptr_t at, bool shared, const Where& where) {
+  if (access != Access::read) ++now.event;
+  const Cell before = cell[0];
+  check<access>(cell[0], at, shared, where);
+  for (size_t i = 1; i < bytes; ++i)
+    if (std::memcmp(&cell[i], &before, sizeof before) == 0)
+      cell[i] = cell[0];
+    else
+      check<access>(cell[i], at + i, shared, where);
+}
 
 void Shadow::touch(Access access, const void* address, size_t bytes, const Where& where) {
   auto at = reinterpret_cast<uintptr_t>(address);
@@ -243,11 +260,10 @@ void Shadow::touch(Access access, const void* address, size_t bytes, const Where
   while (bytes) {
     const size_t part = shared ? bytes : std::min(bytes, kPage - at % kPage);
     Cell* cell = shared ? shared_cells(at, part, verb_of(access), where) : page(at);
-    for (size_t i = 0; i < part; ++i, ++at) {
-      if (access == Access::read) check<Access::read>(cell[i], at, shared, where);
-      if (access == Access::write) check<Access::write>(cell[i], at, shared, where);
-      if (access == Access::atomic) check<Access::atomic>(cell[i], at, shared, where);
-    }
+    if (access == Access::read) check_all<Access::read>(cell, part, at, shared, where);
+    if (access == Access::write) check_all<Access::write>(cell, part, at, shared, where);
+    if (access == Access::atomic) check_all<Access::atomic>(cell, part, at, shared, where);
+    at += part;
     bytes -= part;
   }
 }
