@@ -322,6 +322,13 @@ __device__ inline void wgmma_sparse(float (&d)[n / 2], const uint32_t (&a)[4], u
 #undef DISTAYA_TO64
 #undef DISTAYA_PRODUCT
 
+// Stands before the product_fence of products that read A: what writes it may not move behind.
+template <int m>
+__device__ inline void product_operand(uint32_t (&a)[m]) {
+#pragma unroll
+  for (int i = 0; i < m; ++i) asm volatile("" : "+r"(a[i]) : : "memory");
+}
+
 // Stands behind the product_wait that makes D valid: what reads D may not move ahead of it.
 template <int m>
 __device__ inline void product_done(float (&d)[m]) {

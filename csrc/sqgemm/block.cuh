@@ -51,7 +51,7 @@ template <int n_tiles, int parts, bool at_once>
 __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
   constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
   constexpr int tokens = n_tiles * 8, rows = parts * tokens;
-#pragma unroll 4
+#pragma unroll(at_once ? 4 : 2)
   for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
     const int chunk = i % kChunks, row = i / kChunks;
     const int column_tile = tile + row / rows;

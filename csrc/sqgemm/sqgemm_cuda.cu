@@ -41,16 +41,17 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
 
   // Weights depend on no kernel before, so they are under way while it ends. Activations do; the
   // first are not copied behind those weights, which would have them all waited for at once.
-  float sum[4][n_tiles][4] = {};
-  const int steps = w.steps, ahead = plan.stages - 1;
-  for (int step = 0; step < ahead; ++step) {
-    if (step < steps) issue_weights(step);
+  for (int step = 0; step < plan.stages - 1; ++step) {
+    if (step < w.steps) issue_weights(step);
     ptx::copy_commit();
   }
   ptx::wait_for_earlier();
-  for (int step = 0; step < ahead && step < steps; ++step)
+#pragma unroll 1
+  for (int step = 0; step < plan.stages - 1 && step < w.steps; ++step)
     stage_activations<n_tiles, parts, true>(p, w, w.first_tile + step * plan.ways,
                                             activations_of(step));
+  float sum[4][n_tiles][4] = {};
+  const int steps = w.steps;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     if (plan.stages == 3)
@@ -58,10 +59,10 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
     else
       ptx::copy_wait<0>();
     __syncthreads();  // this step has arrived for all, and all have left the stage issued next
-    if (step + ahead < steps) {
-      issue_weights(step + ahead);
-      stage_activations<n_tiles, parts, false>(p, w, w.first_tile + (step + ahead) * plan.ways,
-                                               activations_of(step + ahead));
+    if (const int next = step + plan.stages - 1; next < steps) {
+      issue_weights(next);
+      stage_activations<n_tiles, parts, false>(p, w, w.first_tile + next * plan.ways,
+                                               activations_of(next));
     }
     ptx::copy_commit();
     if (w.first_tile + step * plan.ways + w.way >= w.end_tile) continue;

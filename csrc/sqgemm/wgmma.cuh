@@ -39,10 +39,13 @@ struct PairWeights {
   uint32_t a[2][2][4];  // [step][product]
   uint32_t meta[2];     // of each product, 2:4
 
-  __device__ void load(const uint8_t* body, const Scales& s, int block, int slab) {
+  // scales: [group of columns][64 rows], then the zeros likewise. No branches here, nor division in
+  // the loop around: ptxas keeps products in flight only where it can follow their registers.
+  __device__ void load(const PairLaunch& p, const uint8_t* body, const uint8_t* scales, int block,
+                       int slab) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const int column = sparse ? 64 * block + 16 * c : 32 * block;  // all of the lane's: one group
-    const int q = column >> s.shift();
+    const int q = column >> p.plan.shift;
     if constexpr (sparse) load_words(meta, body, meta_line(block), slab);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -50,12 +53,15 @@ struct PairWeights {
       const int row = 32 * half + 4 * g + slab;
       uint32_t words[2];
       load_words(words, body, line, slab);
-      const uint32_t zeros = s.zeros<2>(q, row);
-      const uint32_t scales =
-          *reinterpret_cast<const uint32_t*>(s.at + 2 * (q * pack::kTileRows + row));
+      const int first = q * pack::kTileRows + row;
+      const uint32_t two = *reinterpret_cast<const uint32_t*>(scales + 2 * first);
+      // of a symmetric matrix: bytes that are there, but mean something else
+      const uint32_t stored = *reinterpret_cast<const uint16_t*>(
+          scales + (p.format.symmetric ? 0 : p.plan.zeros_at) + first);
+      const uint32_t zeros = p.format.symmetric ? 0x0808u : stored;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t scale = __byte_perm(scales, 0, i ? 0x3232 : 0x1010);
+        const uint32_t scale = __byte_perm(two, 0, i ? 0x3232 : 0x1010);
         uint32_t pairs[4];
         int4_pairs<T>(words[i], static_cast<int>(zeros >> 8 * i & 0xffu), pairs);
 #pragma unroll
@@ -68,9 +74,11 @@ struct PairWeights {
 
 // d[product] += that block of columns. x: the stage's activations.
 template <class T, bool sparse, int n>
-__device__ inline void multiply_pair(float (&d)[2][n / 2], const PairWeights<T, sparse>& w,
+__device__ inline void multiply_pair(float (&d)[2][n / 2], PairWeights<T, sparse>& w,
                                      const uint8_t* x, int block, bool add) {
   constexpr int kPanel = n * 128, kStep = sparse ? 64 : 32;  // bytes
+#pragma unroll
+  for (int i = 0; i < 4; ++i) ptx::product_operand(w.a[i / 2][i % 2]);
   ptx::product_fence();
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
@@ -90,6 +98,7 @@ __device__ inline void multiply_pair(float (&d)[2][n / 2], const PairWeights<T, 
 }
 
 // How a block brings its stages in: 64 threads copy a record, all of them the activations.
+template <int n>
 class PairCopies {
  public:
   __device__ PairCopies(const PairLaunch& p, int64_t pass, int64_t row_block, int64_t first_tile)
@@ -112,12 +121,12 @@ class PairCopies {
 
   // The record of the tile'th column tile of this block.
   __device__ void weights(int tile, uint8_t* stage) const {
-    const int bytes = static_cast<int>(p_.format.record_bytes()), head = p_.format.body_at() / 16;
+    const int chunks = p_.plan.chunks;
     uint8_t* to = stage + x_bytes() + threadIdx.x / 64 * p_.plan.record_bytes;
-    const uint8_t* from = weights_ + static_cast<int64_t>(tile) * bytes;
+    const uint8_t* from = weights_ + static_cast<int64_t>(tile) * chunks * 16;
     const uint64_t policy = ptx::evict_first();
-    for (int i = threadIdx.x % 64; i < bytes / 16; i += 64, from += 16 * 64) {
-      const int slot = i - head;
+    for (int i = threadIdx.x % 64; i < chunks; i += 64, from += 16 * 64) {
+      const int slot = i - p_.plan.head;
       const int at = slot < 0 ? 16 * i : p_.plan.body_at + 16 * shuffled_slot(slot);
       ptx::copy_async(to + at, from, policy);
     }
@@ -130,7 +139,7 @@ class PairCopies {
   }
 
  private:
-  __device__ int x_bytes() const { return p_.plan.n * pack::kTileCols * 2; }
+  static constexpr int x_bytes() { return n * pack::kTileCols * 2; }
 
   const PairLaunch& p_;
   const uint8_t* x_;
@@ -188,7 +197,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
   const int64_t pass = blockIdx.x % plan.passes, row_block = blockIdx.x / plan.passes;
   const int64_t first = blockIdx.y * plan.split_tiles, rest = p.format.col_tiles() - first;
   const int tiles = static_cast<int>(rest < plan.split_tiles ? rest : plan.split_tiles);
-  const PairCopies copies(p, pass, row_block, first);
+  const PairCopies<n> copies(p, pass, row_block, first);
   const auto stage = [&](int tile) { return shared + tile % kStages * plan.stage_bytes; };
 
   // Weights do not depend on the kernel before, so they are on their way while it ends.
@@ -217,10 +226,10 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     ptx::copy_commit();
     const uint8_t* x = stage(tile);
     const uint8_t* at = x + n * pack::kTileCols * 2 + record * plan.record_bytes;
-    const Scales scales{p.format.group == 0 ? row_grid : at, p.format};
+    const uint8_t* scales = p.format.group == 0 ? row_grid : at;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      w[block % 2].load(at + plan.body_at, scales, block, slab);
+      w[block % 2].load(p, at + plan.body_at, scales, block, slab);
       multiply_pair<T, sparse, n>(d, w[block % 2], x, block, tile > 0 || block > 0);
       ptx::product_wait<1>();  // the block before is done, its registers are free
     }

@@ -23,7 +23,10 @@ struct PairPlan {
   int64_t passes, row_blocks, splits, split_tiles;
   // A stage: activations [2 panels of 64 columns][n][64] of 16 bits, then the records.
   int body_at, record_bytes, stage_bytes;
-  int grid_at;  // scales and zeros of whole rows
+  int grid_at;       // scales and zeros of whole rows
+  int zeros_at;      // behind the scales
+  int shift;         // column >> shift: its scale in the tile
+  int head, chunks;  // 16-byte chunks of a record: before its body, and in all
   int shared_bytes;
   int64_t x_bytes, partial_bytes;  // of Problem.work
 };
@@ -37,6 +40,10 @@ constexpr PairPlan pair_layout(const pack::Format& f, int n) {
   p.record_bytes = p.body_at + f.body_bytes();
   p.stage_bytes = rounded_to(n * pack::kTileCols * 2 + kPairRecords * p.record_bytes, 1024);
   p.grid_at = pair_stages(n) * p.stage_bytes;
+  p.zeros_at = f.group ? f.zeros_at() : pack::kTileRows * f.scale_bytes();
+  p.shift = f.group == 32 ? 5 : f.group == 64 ? 6 : 7;
+  p.head = f.body_at() / 16;
+  p.chunks = static_cast<int>(f.record_bytes() / 16);
   const int grid = f.group ? 0 : kPairRecords * pack::kTileRows * (f.scale_bytes() + 1);
   const int sums = n * kPairPitch * 4;
   p.shared_bytes = p.grid_at + grid > sums ? p.grid_at + grid : sums;
