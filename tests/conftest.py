@@ -63,3 +63,17 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def simulator():
+    """The CUDA kernels on the CPU (tests/cuda_sim/README.md), built once and kept by content."""
+    from cuda_sim import build, simulator
+
+    if os.environ.get("DISTAYA_SKIP_CUDA_SIM") == "1":
+        pytest.skip("DISTAYA_SKIP_CUDA_SIM=1: the CUDA kernels are not run in the simulator")
+    try:
+        path = build.build()
+    except build.BuildError as error:
+        pytest.fail(str(error), pytrace=False)
+    return simulator.Simulator(path)

@@ -78,8 +78,19 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cu
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
 
+// Lets a kernel be launched with more than 48 KB of dynamic shared memory.
+template <class... P>
+void need_shared(void (*kernel)(P...), int bytes) {
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // A kernel's dynamic shared memory as an array of T, aligned for every use of it.
+#ifdef DISTAYA_CUDA_SIM
+#define DISTAYA_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(cuda_sim::dynamic_shared())
+#else
 #define DISTAYA_DYNAMIC_SHARED(T, name) extern __shared__ __align__(1024) T name[]
+#endif
 
 // Grids are 32-bit in x: kernels that may exceed that stride over their work instead.
 inline unsigned grid_of(int64_t blocks, int64_t most = 1 << 30) {

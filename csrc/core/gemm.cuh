@@ -1,11 +1,38 @@
-// A plain fp32 tiled GEMM for the device, for rooms whose own fused kernels come later:
-// C[m, n] += alpha A[m, k] B[k, n], any strides, one thread order per element (deterministic).
+// Products of fp32 matrices on tensor cores, by three products in tf32.
+//
+// Each operand x is taken apart as high + low + e, high = tf32(x), low = tf32(x - high): with 11
+// bits to a part, |low| <= 2^-11 |x| and |e| <= 2^-23 |x|. What is summed is low * high + high *
+// low
+// + high * high (Ootomo & Yokota 2022, "Recovering single precision accuracy from Tensor Cores
+// while surpassing the FP32 theoretical peak performance"). Left out are low * low (at most 2^-22
+// |a| |b|) and the two e terms (2^-23 |a| |b| each), so one product is off by at most 2^-21 |a|
+// |b|.
+//
+// Tensor cores cut their fp32 sums off instead of rounding them (Fasi et al. 2021, "Numerical
+// behavior of NVIDIA tensor cores"), an error of one sign that would grow with k. So they sum over
+// 16 steps of k at most, from zero: six instructions, two of which add to a sum that is not small
+// yet and each of which may lose 2^-22 of the sum of the absolute values. Such sums of 16 are added
+// up in ordinary fp32. With u = 2^-24 and S = sum |a_p| |b_p|, alpha = 1 and C = 0 before,
+//
+//   |C - A B| <= (k / 16 + 40) u S
+//
+// which is below the k u S of plain fp32 sums once k > 42; about 2 u S is typical. It presumes that
+// no low part underflows: operands of 2^-100 and less lose up to 2^-126 each, absolutely.
+//
+// Inf would come apart as Inf and NaN: an element of C whose sum is not finite is computed again in
+// plain fp32, in the order of k, so that Inf and NaN spread exactly as there; it also makes good
+// operands so large that rounding to tf32 overflows. An element of C depends on nothing but its row
+// of A and its column of B.
 #pragma once
 
 #include "core/cuda.cuh"
 
 namespace distaya::cuda {
 
+// C[m, n] += alpha A[m, k] B[k, n]; C overlaps neither A nor B. Which thread sums what in which
+// order follows from the sizes and strides alone, so the same operands give the same bits.
+// Fast where one stride of each operand is 1, the other a multiple of 4 and the first element
+// aligned to 16 bytes; sizes may be ragged. All else takes four times as many copies.
 struct Gemm {
   int64_t m, n, k;
   float alpha;
@@ -15,59 +42,11 @@ struct Gemm {
   int64_t b_row, b_col;
   float* C;  // row-major
   int64_t ldc;
-  bool upper_only = false;  // skip tiles wholly below the diagonal
+  bool upper_only = false;  // leave C's elements below its diagonal alone
+  bool overwrite = false;   // C = alpha A B: C is not read
+  bool lower_a = false;     // A[i, p] is 0 for p > i: such products are mostly left out
 };
 
-inline constexpr int kTile = 64;   // C tile per block: 64 x 64, 256 threads of 4 x 4
-inline constexpr int kDepth = 16;  // k slice held in shared memory
-
-template <int kUnused = 0>
-__global__ void __launch_bounds__(256) gemm_kernel(const Gemm g) {
-  __shared__ float As[kDepth][kTile + 4];
-  __shared__ float Bs[kDepth][kTile + 4];
-  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile,
-                j0 = static_cast<int64_t>(blockIdx.x) * kTile;
-  if (g.upper_only && i0 >= j0 + kTile) return;
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float acc[4][4] = {};
-  for (int64_t p0 = 0; p0 < g.k; p0 += kDepth) {
-    for (int t = threadIdx.x; t < kDepth * kTile; t += 256) {
-      // Walk the unit-stride direction with consecutive threads, whichever it is.
-      const int a_p = g.a_col == 1 ? t % kDepth : t / kTile,
-                a_i = g.a_col == 1 ? t / kDepth : t % kTile;
-      const int b_p = g.b_col == 1 ? t / kTile : t % kDepth,
-                b_j = g.b_col == 1 ? t % kTile : t / kDepth;
-      As[a_p][a_i] =
-          i0 + a_i < g.m && p0 + a_p < g.k ? g.A[(i0 + a_i) * g.a_row + (p0 + a_p) * g.a_col] : 0.f;
-      Bs[b_p][b_j] =
-          j0 + b_j < g.n && p0 + b_p < g.k ? g.B[(p0 + b_p) * g.b_row + (j0 + b_j) * g.b_col] : 0.f;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int p = 0; p < kDepth; ++p) {
-      float a[4], b[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = As[p][ty * 4 + i], b[i] = Bs[p][tx * 4 + i];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(a[i], b[j], acc[i][j]);
-    }
-    __syncthreads();
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = i0 + ty * 4 + i, col = j0 + tx * 4 + j;
-      if (row < g.m && col < g.n) g.C[row * g.ldc + col] += g.alpha * acc[i][j];
-    }
-}
-
-inline void gemm(const Gemm& g, cudaStream_t stream) {
-  if (g.m <= 0 || g.n <= 0 || g.k <= 0) return;
-  const dim3 grid(grid_of(ceil_div<int64_t>(g.n, kTile)),
-                  grid_of(ceil_div<int64_t>(g.m, kTile), 65535));
-  check(ceil_div<int64_t>(g.m, kTile) <= 65535, "gemm of ", g.m, " rows exceeds the CUDA grid");
-  launch(gemm_kernel<>, grid, 256, 0, stream, g);
-}
+void gemm(const Gemm& g, cudaStream_t stream);
 
 }  // namespace distaya::cuda
