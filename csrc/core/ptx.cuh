@@ -194,6 +194,12 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
 }
 
+// The 128 bytes around this address to the L2 cache. Changes nothing that can be seen: allowed also
+// while another kernel may still write there.
+__device__ inline void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(global));
+}
+
 // A kernel that was launched `early` (core/cuda.cuh): returns when the kernels before it in the
 // stream are done and their writes are seen.
 __device__ inline void wait_for_earlier() {

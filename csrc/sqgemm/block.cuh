@@ -45,13 +45,12 @@ __device__ inline Task task_of(const Launch& p) {
   return w;
 }
 
-// All threads copy the activations of a step, [ways][parts][n_tiles * 8][128]: at once, or started
-// like a record's.
-template <int n_tiles, int parts, bool at_once>
+// All threads start copying the activations of a step: [ways][parts][n_tiles * 8][128].
+template <int n_tiles, int parts>
 __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
   constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
   constexpr int tokens = n_tiles * 8, rows = parts * tokens;
-#pragma unroll(at_once ? 4 : 2)
+#pragma unroll 2
   for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
     const int chunk = i % kChunks, row = i / kChunks;
     const int column_tile = tile + row / rows;
@@ -60,12 +59,8 @@ __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint
     const int64_t at = (row % rows / tokens * p.out.tokens + token) * p.x_stride +
                        int64_t{column_tile} * pack::kTileCols + chunk * 8;
     const auto* from = static_cast<const uint16_t*>(p.x) + (there ? at : 0);
-    uint8_t* into = to + 2 * pack::kTileCols * row + 16 * shuffled_chunk(row % 8, chunk);
-    if constexpr (at_once)
-      *reinterpret_cast<uint4*>(into) =
-          there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-    else
-      ptx::copy_async_or_zero(into, from, there);
+    ptx::copy_async_or_zero(to + 2 * pack::kTileCols * row + 16 * shuffled_chunk(row % 8, chunk),
+                            from, there);
   }
 }
 

@@ -28,30 +28,29 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
   __syncthreads();
   const Task& w = tasks[warp];
   uint8_t* rows = shared + plan.grid_at + warp * pack::kTileRows * 5;
+  for (int step = 0; step < plan.stages; ++step) {
+    const int tile = w.first_tile + step * plan.ways + w.way;
+    if (tile < w.end_tile) prefetch_record(p.format, w.weights, w.row_tile, tile);
+  }
+  ptx::wait_for_earlier();
   if (p.format.group == 0) copy_row_scales(p.format, w.weights, w.row_tile, rows);
 
   const auto stage_of = [&](int step) { return shared + step % plan.stages * plan.stage_bytes; };
-  const auto issue_weights = [&](int step) {
-    const int tile = w.first_tile + step * plan.ways + w.way;
-    if (tile < w.end_tile)
-      stage_record(p.format, w.weights, w.row_tile, tile, plan.body_at,
-                   stage_of(step) + warp * plan.record_bytes);
+  const auto issue = [&](int step) {
+    uint8_t* stage = stage_of(step);
+    const int tile = w.first_tile + step * plan.ways;
+    if (tile + w.way < w.end_tile)
+      stage_record(p.format, w.weights, w.row_tile, tile + w.way, plan.body_at,
+                   stage + warp * plan.record_bytes);
+    stage_activations<n_tiles, parts>(p, w, tile, stage + kWarps * plan.record_bytes);
   };
-  const auto activations_of = [&](int step) { return stage_of(step) + kWarps * plan.record_bytes; };
 
-  // Weights depend on no kernel before, so they are under way while it ends. Activations do; the
-  // first are not copied behind those weights, which would have them all waited for at once.
-  for (int step = 0; step < plan.stages - 1; ++step) {
-    if (step < w.steps) issue_weights(step);
-    ptx::copy_commit();
-  }
-  ptx::wait_for_earlier();
-#pragma unroll 1
-  for (int step = 0; step < plan.stages - 1 && step < w.steps; ++step)
-    stage_activations<n_tiles, parts, true>(p, w, w.first_tile + step * plan.ways,
-                                            activations_of(step));
   float sum[4][n_tiles][4] = {};
   const int steps = w.steps;
+  for (int step = 0; step < plan.stages - 1; ++step) {
+    if (step < steps) issue(step);
+    ptx::copy_commit();
+  }
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     if (plan.stages == 3)
@@ -59,14 +58,11 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
     else
       ptx::copy_wait<0>();
     __syncthreads();  // this step has arrived for all, and all have left the stage issued next
-    if (const int next = step + plan.stages - 1; next < steps) {
-      issue_weights(next);
-      stage_activations<n_tiles, parts, false>(p, w, w.first_tile + next * plan.ways,
-                                               activations_of(next));
-    }
+    if (step + plan.stages - 1 < steps) issue(step + plan.stages - 1);
     ptx::copy_commit();
     if (w.first_tile + step * plan.ways + w.way >= w.end_tile) continue;
-    const uint8_t* record = stage_of(step) + warp * plan.record_bytes;
+    const uint8_t* stage = stage_of(step);
+    const uint8_t* record = stage + warp * plan.record_bytes;
     const uint8_t* codes = record + plan.body_at;
     const Scales scales{p.format.group == 0 ? rows : record, p.format};
     if (body == Body::int4 && p.format.kind != Kind::int4) {
@@ -79,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
       __syncwarp();
       codes = words;
     }
-    multiply_tile<T, body, n_tiles, parts>(sum, codes, scales,
-                                           activations_of(step) + w.way * kActivations);
+    const uint8_t* x = stage + kWarps * plan.record_bytes;
+    multiply_tile<T, body, n_tiles, parts>(sum, codes, scales, x + w.way * kActivations);
   }
   ptx::copy_wait<0>();
   __syncthreads();  // the stages are free for the sums

@@ -14,6 +14,7 @@ struct Product {
   Shape shape;
   int n;
   float* d;
+  bool adds;
   std::vector<float> addend;  // this thread's D before, empty where D is overwritten
   uint64_t b;
   bool holds_b;          // this lane keeps the bytes of B reserved, for its warp

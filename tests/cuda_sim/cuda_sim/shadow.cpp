@@ -228,7 +228,7 @@ void Shadow::check(Cell& cell, uintptr_t at, bool shared, const Where& where) {
       violate(std::string("too early: ") + verb + " " + describe(at) + " before wait_for_earlier",
               where);
     const auto unsettled = [&](const Trace& t) {
-      return t.epoch >= now.unsettled && t.epoch < now.launch;
+      return t.epoch && t.epoch >= now.unsettled && t.epoch < now.launch;
     };
     if (unsettled(cell.write) || unsettled(cell.atomic))
       violate("too early: reads " + describe(at) +
