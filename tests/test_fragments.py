@@ -255,9 +255,10 @@ def test_kernels_stay_within_their_bound(kind, nm, dtype):
         packed = anything(kind, nm, 200, 1100, group, symmetric)
         for count in (1, 7, 8, 9, 16, 17, 33, 64, 65, 130):
             x = (torch.randn(count, 1100, device="cuda") / 16).to(dtype)
-            y = sqgemm.linear(x, packed)
-            assert far_off(y, x, packed) <= 1, (group, symmetric, count)
-            assert torch.equal(y, sqgemm.linear(x, packed))
+            with sqgemm.force_wgmma(False):
+                y = sqgemm.linear(x, packed)
+                assert far_off(y, x, packed) <= 1, (group, symmetric, count)
+                assert torch.equal(y, sqgemm.linear(x, packed))
 
 
 @pytest.mark.cuda

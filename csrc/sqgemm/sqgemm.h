@@ -63,13 +63,13 @@ bool wgmma_device(int device);
 void run_wgmma(const Problem& p, Stream stream);
 int64_t wgmma_work_bytes(const pack::Format& format, int64_t tokens, bool glu);
 
-// The most tokens that run_cuda is meant for; with more, to dequantize W and multiply it with the
-// dense product of the framework is faster. Counted for an H100, not measured: that way moves
-// b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass of 64 tokens here takes about 1500
-// instructions of a warp for 8192 weights, 0.25 ps, and half as many again where records are
-// expanded first. They break even at six and at four such passes; a third is left for what the
-// count forgets, so 256 and 192 tokens. float32, whose dense product has no tensor cores (0.03 ps a
-// weight and token, against 0.02 here), always stays.
+// The most tokens that run_cuda is meant for (run_wgmma, below, has no such limit); with more, to
+// dequantize W and multiply it with the dense product of the framework is faster. Counted for an
+// H100, not measured: that way moves b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass
+// of 64 tokens here takes about 1500 instructions of a warp for 8192 weights, 0.25 ps, and half as
+// many again where records are expanded first. They break even at six and at four such passes; a
+// third is left for what the count forgets, so 256 and 192 tokens. float32, whose dense product has
+// no tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
 constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   if (dtype == Dtype::f32) return INT64_MAX;
   const bool whole =
@@ -78,8 +78,9 @@ constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
 }
 
 // What the warpgroup kernels multiply, on a device that has them: enough tokens for them (fewer are
-// served by the others, exactly), and scales that are exact in x's dtype. They have no limit
-// of tokens: counted, not measured, they cost less than a dense product (wgmma.cuh).
+// served by the others, exactly), and scales that are exact in x's dtype. Counted, not measured,
+// they never cost more than to dequantize W and multiply: their tensor cores are as busy, and W is
+// read once (wgmma.cuh).
 constexpr int64_t kWgmmaTokens = 64;
 
 constexpr bool wgmma_serves(const pack::Format& f, int64_t tokens, Dtype x) {

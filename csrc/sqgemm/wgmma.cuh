@@ -5,15 +5,21 @@
 // be scaled group by group, would not fit beside them. Activations are operand B, in the order that
 // the packed words give to the columns (fragments.h).
 //
-// Counted for one row tile (64 x 128 weights) and 128 tokens, in cycles of a multiprocessor with
-// 1024 fused multiply-adds of 16-bit floats a cycle in each of its... see below; dense / 2:4:
-//   tensor cores     8 x 64 = 512  /  4 x 64 = 256
-//   shared memory    operand B 256 / 256 (4 KB each 16 columns, 128 bytes a cycle), words 32 / 24,
-//                    copies in: records 33 / 25, activations 64 (32 KB for four row tiles)
-//   instructions     of 4 schedulers: decoding 20 a word and warp, 160 / 80 each; copies about 20
-// So 2:4 is bound by shared memory at 370 cycles, 0.69 of the sparse peak, and dense int4 by the
-// tensor cores; decoding hides behind the other warpgroup's products and its own last ones.
-// Registers: n sums, 2 x 16 of A (2 x 2 of metadata); no room for n = 256 or a third product.
+// Counted, not measured: cycles of a multiprocessor for one row tile (64 x 128 weights) and 128
+// tokens, int4 / 2:4. Tensor cores at 2048 multiply-adds a cycle, shared memory at 128 bytes, four
+// schedulers:
+//   tensor cores    8 or 4 products of 64 rows x 128 tokens, 64 each    512 / 256
+//   shared memory   operand B, read by each product                     256 / 256
+//                   words of the record                                  32 /  24
+//                   copied in: the record; a fourth of the activations   97 /  89
+//   instructions    decoding, two warps a tile                          210 / 111
+//                   copies                                               60 /  60
+// So int4 is bound by the tensor cores; 2:4 by shared memory, 370 cycles, 0.69 of its peak. A
+// block's stage is 49 / 45 KB for 2048 / 1480 cycles: 24 / 30 bytes a cycle and multiprocessor,
+// near what the L2 gives, so with very many tokens 2:4 falls to that. 64 tokens halve the products
+// and operand B, not the rest: memory at 14 bytes a cycle needs 1160 / 880 cycles a stage and is
+// the limit. A group of products (256 cycles, both warpgroups 512) hides the decoding of the next
+// one. Registers: n sums, 2 x 16 of A, 2 x 2 of metadata; a third product would not fit.
 #pragma once
 
 #include "sqgemm/epilogue.cuh"
