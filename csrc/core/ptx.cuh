@@ -102,21 +102,29 @@ __device__ inline void load_transposed(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// a - b of two packed 16-bit floats.
+// (a & mask) | b in one instruction; of two constants the compiler would make two.
+template <uint32_t mask>
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "n"(mask), "r"(b));
+  return d;
+}
+
+// a + b of two packed 16-bit floats.
 template <class T>
-__device__ inline uint32_t subtract2(uint32_t a, uint32_t b);
+__device__ inline uint32_t add2(uint32_t a, uint32_t b);
 
 template <>
-__device__ inline uint32_t subtract2<f16>(uint32_t a, uint32_t b) {
+__device__ inline uint32_t add2<f16>(uint32_t a, uint32_t b) {
   uint32_t d;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
 template <>
-__device__ inline uint32_t subtract2<bf16>(uint32_t a, uint32_t b) {
-  uint32_t d;  // a * 1 - b: sm_80 multiplies and adds bf16 but has no plain difference
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+__device__ inline uint32_t add2<bf16>(uint32_t a, uint32_t b) {
+  uint32_t d;  // a * 1 + b: sm_80 multiplies and adds bf16 but has no plain sum
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return d;
 }
 

@@ -69,7 +69,7 @@ struct PairWeights {
       for (int i = 0; i < 2; ++i) {
         const uint32_t scale = __byte_perm(two, 0, i ? 0x3232 : 0x1010);
         uint32_t pairs[4];
-        int4_pairs<T>(words[i], static_cast<int>(zeros >> 8 * i & 0xffu), pairs);
+        int4_pairs<T>(words[i], minus<T>(zeros >> 8 * i & 0xffu), pairs);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           a[j / 2][i][half + 2 * (j % 2)] = ptx::multiply2<T>(pairs[j], scale);

@@ -57,9 +57,14 @@ inline uint32_t by_halves(uint32_t a, uint32_t b, const F& f) {
   return out;
 }
 
+template <uint32_t mask>
+inline uint32_t and_or(uint32_t a, uint32_t b) {
+  return (a & mask) | b;
+}
+
 template <class T>
-inline uint32_t subtract2(uint32_t a, uint32_t b) {  // exact in float, or far above any rounding
-  return by_halves<T>(a, b, [](float x, float y) { return x - y; });
+inline uint32_t add2(uint32_t a, uint32_t b) {  // exact in float, or far above any rounding
+  return by_halves<T>(a, b, [](float x, float y) { return x + y; });
 }
 
 template <class T>
