@@ -80,6 +80,11 @@ DISTAYA_HD constexpr int shuffled_slot(int slot) {
   return slot ^ (2 * (slot / 8 % 4) | slot / 64 % 2);
 }
 
+// The same, of slot first + i where first is a multiple of 64 (or of 32, i < 32).
+DISTAYA_HD constexpr int shuffled_slot(int first, int i) {
+  return first + (shuffled_slot(i) ^ first / 64 % 2);
+}
+
 // 16-byte chunk 0..15 of the 128 activations of a token.
 DISTAYA_HD constexpr int shuffled_chunk(int token, int chunk) {
   return chunk ^ (4 * (token & 1) | (token & 2) | (token >> 2 & 1));
@@ -185,6 +190,10 @@ static_assert(permutes<128>([](int i) { return int4_column(i / 16, i % 16); }));
 static_assert(permutes<128>([](int i) { return int8_column(i / 16, i % 16); }));
 static_assert(permutes<128>([](int i) { return sparse_column(i / 32, i % 32); }));
 static_assert(permutes<512>([](int i) { return shuffled_slot(i); }));
+static_assert(permutes<512>([](int i) {
+  const int at = shuffled_slot(i / 64 * 64, i % 64), same = shuffled_slot(i / 32 * 32, i % 32);
+  return at == shuffled_slot(i) && same == at ? i : -1;
+}));
 static_assert(permutes<128>([](int i) { return i / 16 * 16 + shuffled_chunk(i / 16, i % 16); }));
 static_assert(dense_reads_what_pack_wrote());
 static_assert(sparse_reads_what_pack_wrote());

@@ -26,8 +26,9 @@ struct Plan {
   int64_t passes, row_blocks, splits, split_tiles;
   // Shared memory: `stages` of {a record of each warp, activations}, then what the warps keep.
   int stages, body_at, record_bytes, stage_bytes;
-  int expanded_at;  // int4 words each warp makes of a mask, n:m or int3 record, or 0
-  int grid_at;      // scales and zeros of whole rows, or 0
+  int head, chunks;  // of 16 bytes of a packed record: before its body; in all, 0 where they differ
+  int expanded_at;   // int4 words each warp makes of a mask, n:m or int3 record, or 0
+  int grid_at;       // scales and zeros of whole rows, or 0
   int shared_bytes;
   int64_t x_bytes, partial_bytes;  // of Problem.work
 };
@@ -43,6 +44,8 @@ inline bool lay_out(Plan& p, const pack::Format& f) {
   const int most_values = pack::kTileWeights / 2;  // of int4_mask
   const int body =
       f.kind == pack::Kind::int4_mask ? pack::kMaskBytes + most_values : f.body_bytes();
+  p.head = f.body_at() / 16;
+  p.chunks = f.kind == pack::Kind::int4_mask ? 0 : static_cast<int>(f.record_bytes() / 16);
   p.body_at = round_up(f.body_at(), 128);
   p.record_bytes = round_up(p.body_at + body, 128);
   p.stage_bytes = kWarps * p.record_bytes + p.ways * p.parts * p.n_tiles * 8 * pack::kTileCols * 2;

@@ -30,18 +30,19 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
   uint8_t* rows = shared + plan.grid_at + warp * pack::kTileRows * 5;
   for (int step = 0; step < plan.stages; ++step) {
     const int tile = w.first_tile + step * plan.ways + w.way;
-    if (tile < w.end_tile) prefetch_record(p.format, w.weights, w.row_tile, tile);
+    if (tile < w.end_tile) prefetch_record(p, w, tile);
   }
   ptx::wait_for_earlier();
   if (p.format.group == 0) copy_row_scales(p.format, w.weights, w.row_tile, rows);
 
-  const auto stage_of = [&](int step) { return shared + step % plan.stages * plan.stage_bytes; };
+  const auto stage_of = [&](int step) {
+    return shared + (plan.stages == 3 ? step % 3 : step % 2) * plan.stage_bytes;
+  };
   const auto issue = [&](int step) {
     uint8_t* stage = stage_of(step);
     const int tile = w.first_tile + step * plan.ways;
     if (tile + w.way < w.end_tile)
-      stage_record(p.format, w.weights, w.row_tile, tile + w.way, plan.body_at,
-                   stage + warp * plan.record_bytes);
+      stage_record(p, w, tile + w.way, stage + warp * plan.record_bytes);
     stage_activations<n_tiles, parts>(p, w, tile, stage + kWarps * plan.record_bytes);
   };
 

@@ -127,22 +127,16 @@ class PairCopies {
 
   // To the L2 cache, as prefetch_record does.
   __device__ void prefetch(int tile) const {
-    const uint8_t* from = weights_ + static_cast<int64_t>(tile) * p_.plan.chunks * 16;
-    const int at = threadIdx.x % 64 * (128 - 16);  // weights_ is 16 bytes a thread further
-    if (threadIdx.x % 64 * 128 < p_.plan.chunks * 16) ptx::prefetch(from + at);
+    const int bytes = p_.plan.chunks * 16, at = threadIdx.x % 64 * 128;
+    if (at < bytes) ptx::prefetch(weights_ + static_cast<int64_t>(tile) * bytes + at);
   }
 
   // The record of the tile'th column tile of this block.
   __device__ void weights(int tile, uint8_t* stage) const {
-    const int chunks = p_.plan.chunks;
-    uint8_t* to = stage + x_bytes() + threadIdx.x / 64 * p_.plan.record_bytes;
-    const uint8_t* from = weights_ + static_cast<int64_t>(tile) * chunks * 16;
-    const uint64_t policy = ptx::evict_first();
-    for (int i = threadIdx.x % 64; i < chunks; i += 64, from += 16 * 64) {
-      const int slot = i - p_.plan.head;
-      const int at = slot < 0 ? 16 * i : p_.plan.body_at + 16 * shuffled_slot(slot);
-      ptx::copy_async(to + at, from, policy);
-    }
+    const PairPlan& plan = p_.plan;
+    copy_record<64>(weights_ + static_cast<int64_t>(tile) * plan.chunks * 16, plan.head,
+                    plan.chunks - plan.head, true, plan.body_at,
+                    stage + x_bytes() + threadIdx.x / 64 * plan.record_bytes, threadIdx.x % 64);
   }
 
   __device__ void activations(int tile, uint8_t* stage) const {
