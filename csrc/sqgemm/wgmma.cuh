@@ -115,8 +115,7 @@ class PairCopies {
     const int64_t last = p.format.row_tiles() - 1;
     row_tile_ = tile < last ? tile : last;  // behind the end: unseen
     matrix_ = two ? warpgroup : 0;
-    weights_ = p.weights[matrix_] + record_at(p.format, nullptr, row_tile_, first_tile) +
-               16 * (threadIdx.x % 64);
+    weights_ = p.weights[matrix_] + record_at(p.format, nullptr, row_tile_, first_tile);
   }
 
   __device__ void row_scales(uint8_t* grid) const {
