@@ -202,6 +202,13 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
 }
 
+// threadIdx.x, read where this stands: what is computed from it occupies no register before.
+__device__ inline unsigned thread_anew() {
+  unsigned d;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
+  return d;
+}
+
 // The 128 bytes around this address to the L2 cache. Changes nothing that can be seen: allowed also
 // while another kernel may still write there.
 __device__ inline void prefetch(const void* global) {

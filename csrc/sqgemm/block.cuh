@@ -81,18 +81,19 @@ __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint
   const int64_t token = w.token + row;
   to += kBytes * row + 16 * shuffled_chunk(row, chunk);
   const auto* x = static_cast<const uint16_t*>(p.x);
-  const uint16_t* from = x + token * p.x_stride + int64_t{tile} * pack::kTileCols + chunk * 8;
 #pragma unroll 1
-  for (int way = 0; way < p.plan.ways; ++way, from += pack::kTileCols) {
-    const int64_t last = tile + way < w.end_tile ? p.out.tokens : 0;
-#pragma unroll
-    for (int part = 0; part < parts; ++part)
-#pragma unroll
-      for (int n = 0; n < n_tiles; ++n, to += 8 * kBytes) {
+  for (int way = 0; way < p.plan.ways; ++way, ++tile) {
+    const int64_t last = tile < w.end_tile ? p.out.tokens : 0;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      const uint16_t* from = x + (part * p.out.tokens + token) * p.x_stride +
+                             int64_t{tile} * pack::kTileCols + chunk * 8;
+#pragma unroll 2
+      for (int n = 0; n < n_tiles; ++n, to += 8 * kBytes, from += 8 * p.x_stride) {
         const bool there = token + 8 * n < last;
-        const int64_t at = (part * p.out.tokens + 8 * n) * p.x_stride;
-        ptx::copy_async_or_zero(to, there ? from + at : x, there);
+        ptx::copy_async_or_zero(to, there ? from : x, there);
       }
+    }
   }
 }
 

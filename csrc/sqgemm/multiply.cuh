@@ -54,12 +54,13 @@ __device__ inline void int8_pairs(uint32_t word, uint32_t less, uint32_t (&out)[
 
 // This lane's words of a line for slabs first .. first + n - 1.
 template <int n>
-__device__ inline void load_words(uint32_t (&out)[n], const uint8_t* body, int line, int first) {
+__device__ inline void load_words(uint32_t (&out)[n], const uint8_t* body, int line, int lane,
+                                  int first) {
   struct alignas(4 * n) Several {
     uint32_t value[n];
   };
 
-  const int slot = shuffled_slot(line * 32 + lane_slot(threadIdx.x % 32));
+  const int slot = shuffled_slot(line * 32 + lane_slot(lane));
   const Several all = *reinterpret_cast<const Several*>(body + 16 * slot + 4 * first);
 #pragma unroll
   for (int i = 0; i < n; ++i) out[i] = all.value[i];
@@ -70,8 +71,8 @@ template <Body body, int columns>
 struct Activations {
   uint32_t b[columns / 16][2];  // of each step
 
-  __device__ void load(const uint8_t* x, int block) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, first = columns / 8 * block;
+  __device__ void load(const uint8_t* x, int block, int lane) {
+    const int g = lane / 4, c = lane % 4, first = columns / 8 * block;
     const uint8_t* token = x + g * pack::kTileCols * 2;
     if constexpr (body == Body::int4) {
 #pragma unroll
@@ -97,8 +98,8 @@ struct Activations<Body::sparse, 64> {
 
   // Register r holds columns 16 (c / 2) + 8 step + 2 (c % 2) + 32 (r % 2) + 4 (r / 2) + {0, 1}.
   // Lanes of the upper half read r / 2 = 1 first: so no two of the warp meet in a bank.
-  __device__ void load(const uint8_t* x, int block64) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  __device__ void load(const uint8_t* x, int block64, int lane) {
+    const int g = lane / 4, c = lane % 4;
     const uint8_t* token = x + g * pack::kTileCols * 2;
 #pragma unroll
     for (int step = 0; step < 2; ++step)
@@ -123,16 +124,16 @@ struct Weights {
   float scale[kParts][2][slabs];  // of every 32 columns; rows g, rows g + 8
 
   // Scales of the first 32 columns only where they have their own (groups of 32).
-  __device__ void load(const uint8_t* at, const Scales& s, int block, int first) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, shift = s.shift();
-    if constexpr (body == Body::sparse) load_words(meta, at, meta_line(block), first);
+  __device__ void load(const uint8_t* at, const Scales& s, int block, int lane, int first) {
+    const int g = lane / 4, c = lane % 4, shift = s.shift();
+    if constexpr (body == Body::sparse) load_words(meta, at, meta_line(block), lane, first);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = 32 * half + 4 * g + first;
       uint32_t less[slabs];
       if constexpr (body == Body::sparse) {  // all of this lane's columns lie in one group
         load_less(less, s, 64 * block + 16 * c >> shift, row);
-        decode(at, less, sparse_line(block, half), 0, half, first);
+        decode(at, less, sparse_line(block, half), 0, half, lane, first);
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -142,10 +143,10 @@ struct Weights {
         if constexpr (body != Body::sparse)
           if (part == 0 || own) load_less(less, s, q, row);
         if constexpr (body == Body::int4)
-          decode(at, less, int4_line(block32, half), 2 * part, half, first);
+          decode(at, less, int4_line(block32, half), 2 * part, half, lane, first);
         if constexpr (body == Body::int8) {
-          decode(at, less, int8_line(2 * block32, half), 2 * part, half, first);
-          decode(at, less, int8_line(2 * block32 + 1, half), 2 * part + 1, half, first);
+          decode(at, less, int8_line(2 * block32, half), 2 * part, half, lane, first);
+          decode(at, less, int8_line(2 * block32 + 1, half), 2 * part + 1, half, lane, first);
         }
       }
     }
@@ -170,9 +171,9 @@ struct Weights {
 
   // The words of one line fill two steps (int8: one) from `step` on.
   __device__ void decode(const uint8_t* at, const uint32_t (&less)[slabs], int line, int step,
-                         int half, int first) {
+                         int half, int lane, int first) {
     uint32_t words[slabs];
-    load_words(words, at, line, first);
+    load_words(words, at, line, lane, first);
 #pragma unroll
     for (int i = 0; i < slabs; ++i) {
       if constexpr (body == Body::int8) {
@@ -231,18 +232,19 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
   const bool fine = s.format.group == 32;
 #pragma unroll 1
   for (int block = 0; block < pack::kTileCols / columns; ++block) {
+    const int lane = static_cast<int>((n_tiles == 8 ? ptx::thread_anew() : threadIdx.x) % 32u);
 #pragma unroll
     for (int first = 0; first < 4; first += slabs) {
       if constexpr (n_tiles == 8) __syncwarp();  // as below
       Weights<T, body, slabs, columns> w;
-      w.load(at, s, block, first);
+      w.load(at, s, block, lane, first);
 #pragma unroll
       for (int n = 0; n < n_tiles; ++n) {
         if constexpr (n_tiles >= 2) __syncwarp();  // no loads ahead of here: registers are short
         float part[slabs][4] = {};
         Activations<body, columns> v[parts];
 #pragma unroll
-        for (int p = 0; p < parts; ++p) v[p].load(x + (p * n_tiles + n) * kGroup, block);
+        for (int p = 0; p < parts; ++p) v[p].load(x + (p * n_tiles + n) * kGroup, block, lane);
         const auto flush = [&](int which) {
 #pragma unroll
           for (int i = 0; i < slabs; ++i)

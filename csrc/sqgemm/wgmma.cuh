@@ -49,16 +49,16 @@ struct PairWeights {
   // the loop around: ptxas keeps products in flight only where it can follow their registers.
   __device__ void load(const PairLaunch& p, const uint8_t* body, const uint8_t* scales, int block,
                        int slab) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     const int column = sparse ? 64 * block + 16 * c : 32 * block;  // all of the lane's: one group
     const int q = column >> p.plan.shift;
-    if constexpr (sparse) load_words(meta, body, meta_line(block), slab);
+    if constexpr (sparse) load_words(meta, body, meta_line(block), lane, slab);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int line = sparse ? sparse_line(block, half) : int4_line(block, half);
       const int row = 32 * half + 4 * g + slab;
       uint32_t words[2];
-      load_words(words, body, line, slab);
+      load_words(words, body, line, lane, slab);
       const int first = q * pack::kTileRows + row;
       const uint32_t two = *reinterpret_cast<const uint32_t*>(scales + 2 * first);
       // of a symmetric matrix: bytes that are there, but mean something else

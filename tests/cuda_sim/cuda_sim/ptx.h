@@ -101,6 +101,8 @@ inline void copy_wait() {
   cuda_sim::copy_wait(pending);
 }
 
+inline unsigned thread_anew() { return threadIdx.x; }
+
 inline void prefetch(const void*) {}
 
 inline void wait_for_earlier() { cuda_sim::wait_for_earlier(); }
