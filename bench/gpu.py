@@ -1,12 +1,18 @@
 """Everything there is to measure on an NVIDIA GPU, in one command and within nine minutes.
 
-    python bench/gpu.py [--build] [--only SECTIONS] [--skip SECTIONS] [--minutes 9] [--out FILE]
+    python bench/gpu.py [--build] [--readme] [--only SECTIONS] [--skip SECTIONS] [--minutes 9]
+    python bench/gpu.py --from bench/results/FILE.json [--readme]
 
-Runs `pytest -m cuda`, measures the device's ceilings, then times every op of the rooms at
-Aya-8B's shapes beside torch (CUDA events, medians, rotated inputs), prints a table and writes
-bench/results/<device>-<date>.json. Every section has a process and a time budget of its own: one
-that fails, crashes or hangs is recorded with its sentence, and the others still run. A section
-that nears its budget makes fewer repeats and says so.
+Runs `pytest -m cuda` and, beside it, compute-sanitizer's four tools over bench/gpu_sanitize.py;
+measures the device's ceilings; times every op of the rooms at Aya-8B's shapes beside torch (CUDA
+events, or CUDA graphs where calls are short; medians; inputs rotated through more than the L2);
+compresses a whole model of that shape (bench/gpu_whole.py). Then it prints the table, holds the
+figures against the bars (bench/gpu_bars.py) and writes bench/results/<device>-<date>.json; with
+--readme also the tables of README.md. --from does the last part again from such a file.
+
+Every section has a process and a time budget of its own: one that fails, crashes or hangs is
+recorded with its sentence, and the others still run. A section that nears its budget makes fewer
+repeats and says so.
 
 --build first runs pip install for the present device alone (needs nvcc); when that fails nothing
 else runs, because the figures would be those of an older build. `--device cpu --quick` tries the
@@ -20,12 +26,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import gpu_sections  # noqa: E402
+from bench import gpu_bars, gpu_checks, gpu_sections  # noqa: E402
 from bench.gpu_report import (  # noqa: E402
     Report,
     Section,
@@ -37,18 +44,22 @@ from bench.gpu_report import (  # noqa: E402
 
 # Seconds of each section in a run of nine minutes, in order; 20 more are for what lies between.
 BUDGETS = {
-    "build": 150,
-    "tests": 100,
-    "ceilings": 20,
-    "hessian": 35,
-    "cholesky": 55,
-    "obs": 70,
-    "mask": 30,
-    "pack": 15,
-    "sqgemm": 45,
+    "build": 100,
+    "tests": 80,
+    "sanitize": 80,
+    "ceilings": 10,
+    "hessian": 15,
+    "cholesky": 30,
+    "obs": 35,
+    "mask": 15,
+    "pack": 10,
+    "sqgemm": 75,
+    "whole": 150,
 }
 MINUTES = 9
 ROOMS = ("hessian", "cholesky", "obs", "mask", "pack", "sqgemm")
+TOGETHER = ("tests", "sanitize")  # they time nothing, so they run beside each other
+ON_GPU = {"build", *TOGETHER}  # what --device cpu leaves out
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,6 +67,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = ", ".join(BUDGETS)
     parser.add_argument("--build", action="store_true", help="pip install for this device first")
+    parser.add_argument("--readme", action="store_true", help="write the tables of README.md")
+    parser.add_argument("--from", dest="file", type=Path, help="measure nothing, read this file")
     parser.add_argument("--only", default="", help=f"sections, comma-separated: {names}")
     parser.add_argument("--skip", default="", help="sections to leave out, comma-separated")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything together")
@@ -69,8 +82,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"no section named {', '.join(unknown)}; there are {names}")
     if args.device == "cpu" and not args.quick:
         parser.error("--device cpu is only a smoke test; it needs --quick")
-    if args.device == "cpu" and (args.build or only & {"build", "tests"}):
-        parser.error("the sections build and tests need a GPU")
+    if args.device == "cpu" and (args.build or only & ON_GPU):
+        parser.error(f"the sections {', '.join(n for n in BUDGETS if n in ON_GPU)} need a GPU")
+    if args.readme and (args.quick or args.device == "cpu"):
+        parser.error("a smoke test has no figures for --readme")
     if not args.minutes > 0:
         parser.error(f"--minutes must be more than 0 but is {args.minutes:g}")
     wanted = only or set(BUDGETS) - {"build"}
@@ -79,7 +94,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.build:
         wanted = wanted | {"build"}
     if args.device == "cpu":
-        wanted = wanted - {"build", "tests"}
+        wanted = wanted - ON_GPU
     args.sections = [name for name in BUDGETS if name in wanted - skip]
     if not args.sections:
         parser.error("nothing is left to run")
@@ -105,6 +120,13 @@ def no_gpu() -> str:
     return ""
 
 
+def groups(names: Sequence[str]) -> list[list[str]]:
+    """The sections in order, those that run beside each other in one list."""
+    together = [name for name in names if name in TOGETHER]
+    rest = [[name] for name in names if name not in TOGETHER]
+    return [together, *rest] if together else rest
+
+
 def run(
     args: argparse.Namespace,
     report: Report,
@@ -114,27 +136,47 @@ def run(
 ) -> None:
     """Run the sections after build. Each may take what the later ones' budgets leave until `end`.
 
-    end: time.monotonic() when everything must be over. save() is called after every section.
+    end: time.monotonic() when everything must be over. save() is called after every group.
     """
     share = budgets(args.minutes)
-    env = gpu_sections.environment(args.build)
-    names = [name for name in args.sections if name != "build"]
-    for index, name in enumerate(names):
+    parts = groups([name for name in args.sections if name != "build"])
+    cost = [max(share[name] for name in group) for group in parts]
+    for index, group in enumerate(parts):
         begin = time.monotonic()
-        later = sum(share[other] for other in names[index + 1 :])
-        limit = min(max(end - begin - later, share[name] / 2), end - begin - 1)
-        section = Section(name, budget=share[name])
-        report.sections.append(section)
-        print(f"{name} ...", flush=True)
-        if limit <= 0:
-            section.status, section.said = "failed", f"no time was left of {args.minutes:g} minutes"
-        elif name == "tests":
-            gpu_sections.tests(section, limit, env)
-        else:
-            told = command(name, args.device, args.quick)
-            gpu_sections.measured(section, limit, env, told, report)
-        section.seconds = time.monotonic() - begin
+        limit = min(max(end - begin - sum(cost[index + 1 :]), cost[index] / 2), end - begin - 1)
+        sections = [Section(name, budget=share[name]) for name in group]
+        report.sections += sections
+        print(f"{' and '.join(group)} ...", flush=True)
+
+        def each(section: Section, limit: float = limit, begin: float = begin) -> None:
+            run_section(section, limit, args, report, command)
+            section.seconds = time.monotonic() - begin
+
+        with ThreadPoolExecutor(len(sections)) as pool:
+            list(pool.map(each, sections))
         save()
+
+
+def run_section(
+    section: Section,
+    limit: float,
+    args: argparse.Namespace,
+    report: Report,
+    command: Callable[..., Sequence[str]],
+) -> None:
+    env = gpu_sections.environment(args.build)
+    if limit <= 0:
+        section.status, section.said = "failed", f"no time was left of {args.minutes:g} minutes"
+    elif section.name == "tests":
+        gpu_checks.tests(section, limit, env)
+    elif section.name == "sanitize":
+        gpu_checks.sanitize(section, limit, env)
+    elif section.name == "whole":
+        told = gpu_sections.whole(args.device, args.quick)
+        gpu_sections.measured(section, limit, env, told, report, all_of_it=True)
+    else:
+        told = command(section.name, args.device, args.quick)
+        gpu_sections.measured(section, limit, env, told, report)
 
 
 def prepare(args: argparse.Namespace, report: Report) -> str:
@@ -175,11 +217,23 @@ def dry_run(args: argparse.Namespace) -> None:
             print("\n".join(f"  {case}" for case in gpu_cases.cases(name, size)))
 
 
+def tell(args: argparse.Namespace, report: Report, path: Path | None) -> int:
+    """The tables, on the screen and in README.md. Returns the exit code."""
+    print(f"\n{table(report)}\n\n{closing(report)}\n\n{gpu_bars.table(report)}")
+    if path and path.exists():
+        print(f"Written: {path}")
+    if args.readme:
+        gpu_bars.write_readme(report, ROOT / "README.md")
+    return 1 if report.failures else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     if args.dry_run:
         dry_run(args)
         return 0
+    if args.file:
+        return tell(args, Report.load(args.file), None)
     end = time.monotonic() + args.minutes * 60
     refusal = no_gpu() if args.device == "cuda" else ""
     if refusal:
@@ -194,10 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is None and not report.facts["smoke"]:
         path = results_file(report.facts)
     run(args, report, end, lambda: report.save(path) if path else None)
-    print(f"\n{table(report)}\n\n{closing(report)}")
-    if path and path.exists():
-        print(f"Written: {path}")
-    return 1 if report.failures else 0
+    return tell(args, report, path)
 
 
 if __name__ == "__main__":

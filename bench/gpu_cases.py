@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import gpu_packed, shapes, textbook, tuned
+from bench import gpu_packed, gpu_products, shapes, textbook, tuned
 from bench.cases import MODES, our_options
 from bench.gpu_case import Case, Size, disagreement, relative, rotated
 
@@ -91,12 +91,17 @@ def factor(n: int, s: Size) -> Case:
 
     H = shapes.hessian(n, s.tokens, device=s.device)
 
+    damped = H.clone()
+    damped.diagonal().add_(0.01 * H.diagonal().mean())
+
     def residual(R: Tensor, _book: object) -> float:
-        damped = H.clone()
-        damped.diagonal().add_(0.01 * H.diagonal().mean())
         return relative(R @ R.t(), damped)
 
-    rulers = {"chol, inverse, chol": textbook.factor, "flipped chol": tuned.factor}
+    rulers = {
+        "chol, inverse, chol": textbook.factor,
+        "flipped chol": tuned.factor,
+        "cusolver": lambda _H: torch.linalg.cholesky(damped),  # the factorisation alone
+    }
     return Case(
         lambda H: cholesky.cholesky(H).R,
         rulers,
@@ -134,11 +139,11 @@ def inverse(n: int, s: Size) -> Case:
 # ---- obs ----
 
 
-def sweep(rows: int, mode: str, s: Size) -> Case:
+def sweep(rows: int, cols: int, mode: str, s: Size) -> Case:
     """The sweep given its factor, against the textbook's given its own. Judged by total loss."""
     from distaya_ext.ops import cholesky, obs
 
-    H = shapes.hessian(s.hidden, s.tokens, device=s.device)
+    H = shapes.hessian(cols, s.tokens, device=s.device)
     R, U = cholesky.cholesky(H).R, textbook.factor(H)
     mine = our_options(MODES[mode])
 
@@ -146,12 +151,12 @@ def sweep(rows: int, mode: str, s: Size) -> Case:
         total = float(book.loss.double().sum())
         return abs(float(ours.loss.sum()) / total - 1)
 
-    W = shapes.weights(rows, s.hidden, device=s.device)
+    W = shapes.weights(rows, cols, device=s.device)
     return Case(
         lambda W: obs.sweep_(W.clone(), R, **mine),
         {"textbook sweep": lambda W: textbook.sweep(W, U=U, **MODES[mode])},
         rotated(W),
-        {"fp32": rows * s.hidden**2 / 1e9, "copy": 2 * W.nbytes / 1e9},
+        {"fp32": rows * cols**2 / 1e9, "copy": 2 * W.nbytes / 1e9},
         loss,
         limit=0.02,
     )
@@ -251,6 +256,8 @@ def keep_2_4(along: str, s: Size) -> Case:
 def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
     """Row name -> what builds it, cheap rows first. Raises KeyError for an unknown section."""
     d, ff, t = s.hidden, s.ff, s.tokens
+    joint = list(MODES)[-1]  # of all matrices that share an input at once, and of down
+    swept = [(d, d, MODES), (ff, d, MODES), (s.qkv + 2 * ff, d, [joint]), (d, ff, [joint])]
     table: dict[str, dict[str, Callable[[], Case]]] = {
         "hessian": {
             f"column_sq_ {ff} x {t} bf16": lambda: column_sq(ff, s),
@@ -265,9 +272,11 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
         },
         "obs": {f"quantize {d}x{d} int4 g128": lambda: round_to_nearest(s)}
         | {
-            f"sweep_ {rows}x{d}, {mode}": (lambda rows=rows, mode=mode: sweep(rows, mode, s))
-            for rows in (d, ff)
-            for mode in MODES
+            f"sweep_ {rows}x{cols}, {mode}": (
+                lambda rows=rows, cols=cols, mode=mode: sweep(rows, cols, mode, s)
+            )
+            for rows, cols, modes in swept
+            for mode in modes
         },
         "mask": {
             f"{method} {d}x{ff} bf16": (lambda method=method: score(method, s))
@@ -282,6 +291,6 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
             for along in ("row", "column", "matrix")
         },
         "pack": gpu_packed.pack_cases(s),
-        "sqgemm": gpu_packed.sqgemm_cases(s),
+        "sqgemm": gpu_products.cases(s),
     }
     return table[section]

@@ -15,64 +15,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(ROOT))
 
+if TYPE_CHECKING:
+    from bench.gpu_clock import Clock
+
 TURNS, RULER_EVERY = 15, 3  # ours in every turn, the rulers in every third
-
-
-class Clock:
-    """Seconds of one call: CUDA events on a GPU, the wall clock on the CPU (smoke tests).
-
-    Before a GPU call a large buffer is filled: that empties the cache and keeps the device busy
-    while Python queues the call, so that the events do not measure Python.
-    """
-
-    def __init__(self, device: str):
-        import torch
-
-        self.cuda = device == "cuda"
-        if self.cuda:
-            cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
-            self.filler = torch.empty(max(512 << 20, 4 * cache), dtype=torch.uint8, device="cuda")
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def seconds(self, call: Callable, arguments: Sequence) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            call(*arguments)
-            return time.perf_counter() - begin
-        self.filler.zero_()
-        self.start.record()
-        call(*arguments)
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1e3
-
-
-def ceilings(clock: Clock, device: str, quick: bool) -> dict[str, float]:
-    """Best of ten: GB/s of a copy (read + written), GFLOP/s of square bf16 and fp32 products."""
-    import torch
-
-    n = 256 if quick else 8192
-    A, B = (torch.randn(n, n, device=device) for _ in range(2))
-    source = torch.randn((1 << 20) if quick else (1 << 28), device=device)  # 1 GiB
-    target = torch.empty_like(source)
-
-    def rate(work: float, call: Callable, *arguments) -> float:
-        call(*arguments)
-        return work / min(clock.seconds(call, arguments) for _ in range(10))
-
-    return {
-        "copy": rate(2 * source.nbytes / 1e9, target.copy_, source),
-        "bf16": rate(2 * n**3 / 1e9, torch.mm, A.bfloat16(), B.bfloat16()),
-        "fp32": rate(2 * n**3 / 1e9, torch.mm, A, B),
-    }
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -101,7 +56,8 @@ def measure(name: str, case, clock: Clock, until: float, turns: int = TURNS) -> 
     if difference is None or not difference <= case.limit:  # a NaN, too
         seen = "could not be compared with" if difference is None else f"is {difference:.1e} off"
         errors.insert(0, f"ours {seen} {first}; at most {case.limit:.0e} is right")
-    times, made = timed(calls, case.inputs, clock, until, turns)
+    timers, notes = clocked(calls, case, clock)
+    times, made = timed(timers, until, turns)
     row = {
         "name": name,
         "ours": summary(times.pop("ours")),
@@ -109,27 +65,45 @@ def measure(name: str, case, clock: Clock, until: float, turns: int = TURNS) -> 
         "work": case.work,
         "difference": difference if difference is not None and isfinite(difference) else None,
         "limit": case.limit,
+        "of": case.of,
     }
     if made < turns:
-        row["note"] = f"{made} of {turns} repeats, then its share of the time was spent"
+        notes.append(f"{made} of {turns} repeats, then its share of the time was spent")
+    if notes:
+        row["note"] = "; ".join(notes)
     if errors:
         row["error"] = "; ".join(errors)
     return row
 
 
-def timed(
-    calls: dict[str, Callable], inputs: Sequence, clock: Clock, until: float, turns: int
-) -> tuple[dict[str, list[float]], int]:
+Timers = dict[str, Callable[[int], float]]
+
+
+def clocked(calls: dict[str, Callable], case, clock: Clock) -> tuple[Timers, list[str]]:
+    """What times one call of each contender, and who could not be captured into a graph."""
+    timers: Timers = {}
+    notes = []
+    for who, call in calls.items():
+        timers[who] = clock.each(call, case.inputs)
+        if case.graph and clock.cuda:
+            try:
+                timers[who] = clock.graph(call, case.inputs)
+            except Exception as error:
+                notes.append(f"{who} timed call by call, no graph of it: {sentence(error)}")
+    return timers, notes
+
+
+def timed(timers: Timers, until: float, turns: int) -> tuple[dict[str, list[float]], int]:
     """Seconds per contender, and how many of the turns the time allowed: at least one."""
     if time.time() < until:  # the second warm-up
-        for call in calls.values():
-            clock.seconds(call, inputs[-1])
-    times: dict[str, list[float]] = {who: [] for who in calls}
+        for seconds in timers.values():
+            seconds(-1)
+    times: dict[str, list[float]] = {who: [] for who in timers}
     made = 0
     while made < turns and (made == 0 or time.time() < until):
-        for who, call in calls.items():
+        for who, seconds in timers.items():
             if who == "ours" or made % RULER_EVERY == 0:
-                times[who].append(clock.seconds(call, inputs[made % len(inputs)]))
+                times[who].append(seconds(made))
         made += 1
     return times, made
 
@@ -201,7 +175,10 @@ def run(section: str, device: str, quick: bool, until: float, tell: Callable) ->
     import torch
 
     from bench import gpu_case, gpu_cases
+    from bench.gpu_clock import Clock, ceilings
 
+    if device == "cuda":
+        torch.backends.cuda.preferred_linalg_library("cusolver")  # the one to be measured against
     torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not tf32
     torch.manual_seed(0)
     clock = Clock(device)

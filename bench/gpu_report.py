@@ -17,7 +17,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 UNITS = {"copy": ("GB/s", 1), "bf16": ("TFLOP/s", 1e3), "fp32": ("TFLOP/s", 1e3)}
-HEADINGS = ("case", "ours", "torch", "reached", "ceiling", "share", "differs", "note")
+SHOWN = 15  # failures on the screen
+HEADINGS = ("case", "ours", "torch", "reached", "roofline", "share", "differs", "note")
 
 
 @dataclass
@@ -57,6 +58,13 @@ class Report:
         body = asdict(self) | {"failures": self.failures}
         path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """What save() wrote."""
+        body = json.loads(path.read_text(encoding="utf-8"))
+        sections = [Section(**section) for section in body["sections"]]
+        return cls(body["facts"], body["ceilings"], sections)
+
 
 def _first_line(*command: str) -> str | None:
     """What a command says first; None where it is missing or fails."""
@@ -93,38 +101,68 @@ def results_file(facts: dict, folder: Path = RESULTS) -> Path:
     return path
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that fits: 5.12 us, 0.512 ms, 51.2 ms, 5.12 s."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
     ms = seconds * 1e3
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms" if ms >= 0.1 else f"{ms * 1e3:.3g} us"
 
 
-def reached(row: dict, ceilings: dict[str, float]) -> tuple[str, str, str]:
-    """Rate, ceiling and share, by the ceiling that would take longest for this work."""
-    work, seconds = row["work"], row["ours"]["median"]
+def roofline(work: dict[str, float], ceilings: dict[str, float]) -> tuple[float, str] | None:
+    """The least seconds that the measured ceilings allow for some work, and by which of them.
+
+    None where no ceiling that it needs was measured.
+    """
     known = [name for name in work if ceilings.get(name)]
-    name = max(known, key=lambda n: work[n] / ceilings[n]) if known else next(iter(work))
-    unit, scale = UNITS[name]
-    rate = work[name] / seconds
     if not known:
-        return f"{rate / scale:.3g} {unit}", "-", "-"
-    limit = ceilings[name]
-    return f"{rate / scale:.3g} {unit}", f"{limit / scale:.3g} ({name})", f"{rate / limit:.1%}"
+        return None
+    return max((work[name] / ceilings[name], name) for name in known)
+
+
+def reached(
+    work: dict[str, float], seconds: float, ceilings: dict[str, float]
+) -> tuple[str, str, str]:
+    """Rate, least time and share of the rate that it stands for."""
+    least = roofline(work, ceilings)
+    name = least[1] if least else next(iter(work))
+    unit, scale = UNITS[name]
+    rate = f"{work[name] / seconds / scale:.3g} {unit}"
+    if not least:
+        return rate, "-", "-"
+    return rate, f"{duration(least[0])} ({name})", f"{least[0] / seconds:.1%}"
+
+
+def plain(key: str, value: object) -> str:
+    """What a row of the section whole says beside its seconds."""
+    name = key.removesuffix("_seconds").replace("_", " ")
+    if isinstance(value, str | bool):
+        return f"{name}: {value}"
+    if key.endswith("seconds"):
+        return f"{name} {duration(value)}"
+    return f"{name} {value / 1e9:.3g} GB" if key.startswith("peak") else f"{name} {value:g}"
 
 
 def cells(row: dict, ceilings: dict[str, float]) -> list[str]:
-    if "ours" not in row:
+    if "ours" not in row and "error" in row:
         return [row["name"], *["-"] * 6, row["error"]]
+    if "ours" not in row:  # of the section whole
+        work, seconds = row.get("work"), row.get("seconds") or 0.0
+        more = {k: v for k, v in row.items() if k not in ("name", "seconds", "work", "whole")}
+        told = ", ".join(plain(key, value) for key, value in more.items() if value is not None)
+        rate = reached(work, seconds, ceilings) if work and seconds else ("-", "-", "-")
+        return [row["name"], duration(seconds), "-", *rate, "-", told]
     ours = row["ours"]["median"]
     rulers = [
-        f"{name} {milliseconds(t['median'])} (x{t['median'] / ours:.2g})"
+        f"{name} {duration(t['median'])} (x{t['median'] / ours:.2g})"
         for name, t in row["rulers"].items()
     ]
     notes = "; ".join(row[key] for key in ("error", "note") if key in row)
     return [
         row["name"],
-        milliseconds(ours),
+        duration(ours),
         "; ".join(rulers),
-        *reached(row, ceilings),
+        *reached(row["work"], ours, ceilings),
         "-" if row["difference"] is None else f"{row['difference']:.0e}",
         notes,
     ]
@@ -144,8 +182,8 @@ def table(report: Report) -> str:
     return "\n".join(lines) if grid.row_count else "no figures"
 
 
-def closing(report: Report) -> str:
-    """Circumstances, ceilings, what every section came to, and the failures once more."""
+def origin(report: Report) -> str:
+    """What the figures hold for, in a line or two."""
     facts, ceilings = report.facts, report.ceilings
     kind = "SMOKE TEST, no figures of any worth, " if facts.get("smoke") else ""
     commit = (facts.get("commit") or "unknown")[:10]
@@ -160,10 +198,18 @@ def closing(report: Report) -> str:
             f"Ceilings, measured in this run: copy {ceilings['copy']:.0f} GB/s, matmul bf16 "
             f"{ceilings['bf16'] / 1e3:.3g}, fp32 {ceilings['fp32'] / 1e3:.3g} TFLOP/s"
         )
+    return "\n".join(lines)
+
+
+def closing(report: Report) -> str:
+    """Circumstances, ceilings, what every section came to, and the failures once more."""
+    lines = [origin(report)]
     for s in report.sections:
         cut = sum("note" in row for row in s.rows)
-        said = f", {cut} rows with fewer repeats" if cut else ""
+        said = f", {cut} rows with notes" if cut else ""
         said += f", {s.said}" if s.said else ""
         lines.append(f"{s.name:9} {s.status:8} {s.seconds:6.1f} of {s.budget:.0f} s{said}")
-    lines += [f"FAILED {line}" for line in report.failures]
+    lines += [f"FAILED {line}" for line in report.failures[:SHOWN]]
+    if len(report.failures) > SHOWN:
+        lines.append(f"FAILED and {len(report.failures) - SHOWN} more, all in the file")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,8 +18,7 @@ from pathlib import Path
 from bench.gpu_report import Report, Section
 
 ROOT = Path(__file__).resolve().parent.parent
-# As `pytest` would be called by name: the working folder must not hide an installed package.
-PYTEST = "import sys; sys.path = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
+ENDING = 10  # seconds that the whole model's script needs to start and to clean up
 
 
 def environment(built: bool) -> dict[str, str]:
@@ -66,21 +66,42 @@ def ending(code: int | None, limit: float, lines: list[str]) -> str:
     return f"exit code {code}: {last[:300] or 'no word of why'}"
 
 
+def records(text: str) -> list[dict]:
+    """The JSON lines of a measuring process, or one JSON value: a row, a list of them, {"rows"}."""
+    found = []
+    try:
+        whole = json.loads(text)
+        found = whole if isinstance(whole, list) else whole.get("rows", [whole])
+    except json.JSONDecodeError:
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut off in the middle of a word
+                found.append(json.loads(line))
+    known = {"row", "ceilings", "facts", "error"}
+    return [r if known & set(r) and "name" not in r else {"row": r} for r in found]
+
+
 def measured(
-    section: Section, limit: float, env: dict[str, str], command: Sequence[str], report: Report
+    section: Section,
+    limit: float,
+    env: dict[str, str],
+    command: Sequence[str],
+    report: Report,
+    *,
+    all_of_it: bool = False,
 ) -> None:
-    """Run one measuring process and take over what it wrote, also when it broke off midway."""
+    """Run one measuring process and take over what it wrote, also when it broke off midway.
+
+    It is told when its budget ends, so that it makes fewer repeats. all_of_it: it is told instead
+    how many seconds there are, and may use them all.
+    """
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "rows"
-        until = time.time() + min(limit, section.budget)
-        told = [*command, "--until", str(until), "--into", str(into)]
-        code, lines = child(told, limit, env)
+        ends = ["--until", str(time.time() + min(limit, section.budget))]
+        if all_of_it:
+            ends = ["--limit", f"{max(1.0, limit - ENDING):.0f}"]
+        code, lines = child([*command, *ends, "--into", str(into)], limit, env)
         text = into.read_text(encoding="utf-8") if into.exists() else ""
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off in the middle of a word
-            continue
+    for record in records(text):
         if "row" in record:
             section.rows.append(record["row"])
         report.ceilings.update(record.get("ceilings", {}))
@@ -100,15 +121,10 @@ def measuring(section: str, device: str, quick: bool) -> list[str]:
     return [sys.executable, script, section, "--device", device, *(["--quick"] if quick else [])]
 
 
-def tests(section: Section, limit: float, env: dict[str, str]) -> None:
-    """pytest -m cuda, from the installed package; keeps the closing line and what failed."""
-    code, lines = child([sys.executable, "-c", PYTEST, "-m", "cuda", "-q"], limit, env, show=False)
-    section.said = lines[-1].strip("= ") if code in (0, 1) and lines else ending(code, limit, lines)
-    print(f"  {section.said}", flush=True)
-    if code != 0:
-        section.status = "failed"
-        failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR "))]
-        section.said = "; ".join([section.said, *failed[:20]])
+def whole(device: str, quick: bool) -> list[str]:
+    """The command that compresses a whole model of Aya-8B's shape."""
+    script = str(ROOT / "bench" / "gpu_whole.py")
+    return [sys.executable, script, "--device", device, *(["--quick"] if quick else [])]
 
 
 def device_arch() -> str:

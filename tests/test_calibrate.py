@@ -12,6 +12,7 @@ from transformers import CohereConfig
 import distaya_ext
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration, budget, calibrate, compress
+from distaya_ext.compress.ferry import Checks
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError, ResourceError, UsageError
 
@@ -63,11 +64,11 @@ def test_activations_that_overflow_name_layer_and_language(tmp_path):
 
 def test_check_activations_names_where_and_which_language():
     calibration = tiny.windows(8)
-    x = torch.zeros(4, tiny.WINDOW, 8)
-    calibrate.check_activations(x, 0, "model.layers.3.mlp.down_proj", calibration)
+    x, checks = torch.zeros(4, tiny.WINDOW, 8), Checks(late=False)
+    calibrate.check_activations(x, 0, "model.layers.3.mlp.down_proj", calibration, checks)
     x[3, 2, 1] = float("inf")
     with pytest.raises(InputError, match=r"model\.layers\.3\.mlp\.down_proj .* language 'fr'"):
-        calibrate.check_activations(x, 0, "model.layers.3.mlp.down_proj", calibration)
+        calibrate.check_activations(x, 0, "model.layers.3.mlp.down_proj", calibration, checks)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """bench/gpu.py as far as it can be tested without a GPU: its logic, its cases at tiny shapes."""
 
+import contextlib
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ import torch
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import gpu, gpu_case, gpu_cases, gpu_measure, gpu_report
+from bench import gpu, gpu_case, gpu_cases, gpu_clock, gpu_measure, gpu_report
 
 ROOT = Path(gpu.__file__).resolve().parent.parent
 TINY = gpu_case.Size(hidden=128, ff=256, tokens=192, device="cpu")
@@ -32,7 +33,7 @@ def tiny_case(**changes):
 
 
 def row_of(**changes):
-    return gpu_measure.measure("row", tiny_case(**changes), gpu_measure.Clock("cpu"), FAR, 4)
+    return gpu_measure.measure("row", tiny_case(**changes), gpu_clock.Clock("cpu"), FAR, 4)
 
 
 # ---- arguments ----
@@ -46,8 +47,12 @@ def row_of(**changes):
         (["--only", "obs,hessian"], ["ceilings", "hessian", "obs"]),
         (["--only", "mask", "--skip", "ceilings"], ["mask"]),
         (["--only", "tests"], ["tests"]),
-        (["--skip", "tests,obs"], ["ceilings", *(r for r in gpu.ROOMS if r != "obs")]),
-        (["--device", "cpu", "--quick"], ["ceilings", *gpu.ROOMS]),
+        (["--only", "whole,tests"], ["tests", "whole"]),
+        (
+            ["--skip", "tests,obs,whole"],
+            ["sanitize", "ceilings", *(r for r in gpu.ROOMS if r != "obs")],
+        ),
+        (["--device", "cpu", "--quick"], ["ceilings", *gpu.ROOMS, "whole"]),
     ],
 )
 def test_sections_chosen(argv, sections):
@@ -62,6 +67,8 @@ def test_sections_chosen(argv, sections):
         (["--only", "obs,nosuch"], "no section named nosuch; there are build, tests"),
         (["--device", "cpu"], "needs --quick"),
         (["--device", "cpu", "--quick", "--build"], "need a GPU"),
+        (["--device", "cpu", "--quick", "--only", "tests"], "tests, sanitize need a GPU"),
+        (["--quick", "--readme"], "no figures for --readme"),
         (["--minutes", "0"], "must be more than 0"),
         (["--only", "tests", "--skip", "tests"], "nothing is left"),
     ],
@@ -75,8 +82,15 @@ def test_wrong_arguments_are_refused(argv, said, capsys):
 
 def test_budgets_fit_into_nine_minutes():
     assert gpu.MINUTES == 9
-    assert sum(gpu.budgets(gpu.MINUTES).values()) + 20 <= 9 * 60
-    assert sum(gpu.budgets(3).values()) == pytest.approx(sum(gpu.BUDGETS.values()) / 3)
+
+    def needed(minutes):
+        share = gpu.budgets(minutes)
+        return sum(max(share[name] for name in group) for group in gpu.groups(list(share)))
+
+    assert needed(gpu.MINUTES) + 20 <= 9 * 60
+    assert needed(3) == pytest.approx(needed(gpu.MINUTES) / 3)
+    assert gpu.groups(["tests", "mask", "whole"]) == [["tests"], ["mask"], ["whole"]]
+    assert gpu.groups(["tests", "sanitize", "obs"]) == [["tests", "sanitize"], ["obs"]]
 
 
 def test_without_a_gpu_one_sentence_and_exit_code_3(monkeypatch, capsys):
@@ -94,7 +108,7 @@ def test_without_a_gpu_one_sentence_and_exit_code_3(monkeypatch, capsys):
 def test_a_section_for_every_room():
     rooms = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} - {"core"}
     assert set(gpu.ROOMS) == rooms
-    assert set(gpu.BUDGETS) == rooms | {"build", "tests", "ceilings"}
+    assert set(gpu.BUDGETS) == rooms | {"build", "tests", "sanitize", "ceilings", "whole"}
 
 
 def test_aya_shapes_and_every_op_are_listed(capsys):
@@ -111,13 +125,17 @@ def test_aya_shapes_and_every_op_are_listed(capsys):
     wanted += [
         f"dequantize 14336x4096 {kind}" for kind in ("int4", "int4-2:4", "int4-mask", "int8")
     ]
-    wanted += ["pack 14336x4096 int4", "linear 256000x4096 int8, 1"]
-    sparse = ("int4", "int4-2:4")
-    tokens = (1, 16, 64, 256, 2048)
-    wanted += [f"linear 28672x4096 {kind}, {m}" for kind in sparse for m in tokens]
-    wanted += [f"linear 4096x14336 {kind}, {m}" for kind in sparse for m in (1, 16)]
-    wanted += [f"linear 28672x4096 {kind}, 1" for kind in ("int3", "int4-mask", "int4-out")]
-    wanted += [f"glu 14336x4096 {kind}, 1" for kind in sparse]
+    wanted += [f"sweep_ {size}, 2:4 + int4" for size in ("34816x4096", "4096x14336")]
+    wanted += ["pack 14336x4096 int4"]
+    wanted += [f"linear 256000x4096 int8, {m}" for m in (1, 8, 16, 64)]
+    products = ["glu 28672x4096"]
+    products += [f"linear {n}" for n in ("34816x4096", "6144x4096", "4096x14336", "4096x18432")]
+    tokens = (1, 8, 16, 32, 64, 128, 512, 2048)
+    wanted += [
+        f"{p} {kind}, {m}" for p in products for kind in ("int4", "int4-2:4") for m in tokens
+    ]
+    others = ("int3", "int4-mask", "int4-out", "int8")
+    wanted += [f"linear 34816x4096 {kind}, {m}" for kind in others for m in (1, 16, 64)]
     assert [name for name in wanted if f"  {name}" not in out] == []
     assert len(wanted) == sum(line.startswith("  ") for line in out.splitlines())
 
@@ -126,7 +144,7 @@ def test_aya_shapes_and_every_op_are_listed(capsys):
 def test_every_case_agrees_with_its_rulers(section):
     rows = []
     table = gpu_cases.cases(section, TINY)
-    clock = gpu_measure.Clock("cpu")
+    clock = gpu_clock.Clock("cpu")
     assert gpu_measure.measure_all(table, clock, 0.0, lambda record: rows.append(record["row"]))
     assert [row["name"] for row in rows] == list(table)
     for row in rows:
@@ -139,6 +157,17 @@ def test_inputs_rotate_beyond_the_cache():
     few, many = (gpu_case.rotated(torch.zeros(n)) for n in (1 << 26, 8))
     assert (len(few), len(many)) == (2, 4)
     assert len({x.data_ptr() for (x,) in many}) == 4
+
+
+def test_weights_of_products_pass_the_cache_four_times():
+    for nbytes in (10 << 20, 46 << 20, 1 << 30):
+        copies = gpu_case.copies(nbytes, "cpu")
+        assert copies * nbytes >= 4 * gpu_case.CACHE > (copies - 1) * nbytes or copies == 2
+    case = gpu_cases.cases("sqgemm", TINY)["linear 704x128 int4, 8"]()
+    assert case.graph and len(case.inputs) == gpu_case.MOST
+    own = {weight.data.data_ptr() for _, (weight,), *_ in case.inputs}
+    dense = {W.data_ptr() for _, _, W, *_ in case.inputs}
+    assert len(own) == len(dense) == gpu_case.MOST
 
 
 # ---- measuring ----
@@ -174,7 +203,7 @@ def test_a_failing_case_leaves_the_others():
 
     rows = []
     table = {"one": broken, "two": tiny_case}
-    clock = gpu_measure.Clock("cpu")
+    clock = gpu_clock.Clock("cpu")
     assert not gpu_measure.measure_all(table, clock, FAR, lambda r: rows.append(r["row"]))
     assert rows[0] == {"name": "one", "error": "MemoryError: no room under ./bench"}
     assert "error" not in rows[1]
@@ -209,76 +238,49 @@ def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
             calls.append("filler")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: Filler())
-    clock = gpu_measure.Clock("cuda")
+    clock = gpu_clock.Clock("cuda")
     calls.clear()
     assert clock.seconds(lambda x: calls.append(x), ("call",)) == pytest.approx(2e-3)
     assert calls == ["filler", "event", "call", "event", "wait"]
+    monkeypatch.setattr(clock, "seconds", lambda call, arguments: call(*arguments) or 4e-4)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    calls.clear()
+    timer = clock.graph(lambda x: calls.append(x), [("a",), ("b",), ("c",)])
+    # one to see how long it takes, two to warm up, then 2 ms of calls and no input left out
+    assert calls == ["a", "a", "b", "begin", *"abcabc", "end"]
+    assert timer(0) == pytest.approx(4e-4 / 6) and calls[-1] == "replay"
+
+    def broken(_x):
+        if "begin" in calls:
+            raise RuntimeError("not while capturing")
+
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        clock.graph(broken, [("a",)])
+    assert calls == ["begin", "end"]  # a capture that is left open would break all later ones
 
 
-@pytest.mark.parametrize(
-    ("built", "status", "said"),
-    [
-        (False, "ok", "built without CUDA kernels; --build makes them"),
-        (True, "driver too old", "cannot use the GPU: driver too old"),
-        (True, "ok", None),
-    ],
-)
-def test_facts_say_why_a_gpu_cannot_be_used(monkeypatch, built, status, said):
-    from distaya_ext.ops import machine
+class Graph:
+    """A CUDA graph as far as Clock uses it."""
 
-    monkeypatch.setattr(machine, "has_cuda", lambda: built)
-    monkeypatch.setattr(machine, "cuda_status", lambda: {"status": status})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    known = gpu_measure.facts("cuda", quick=False)
-    assert (said is None) == ("refusal" not in known)
-    if said:
-        assert said in known["refusal"]
-    else:
-        assert (known["device"], known["capability"]) == ("NVIDIA H200", "9.0")
+    def capture_begin(self):
+        calls.append("begin")
+
+    def capture_end(self):
+        calls.append("end")
+
+    def replay(self):
+        calls.append("replay")
 
 
-# ---- report ----
-
-
-def sample_report():
-    facts = {"device": "NVIDIA H100 80GB HBM3", "date": "2031-05-06T07:08:09+00:00"}
-    row = row_of()
-    row["ours"]["median"] = 0.5
-    rows = [row, {"name": "lost", "error": "RuntimeError: no"}]
-    ceilings = {"copy": 3000.0, "bf16": 8e5, "fp32": 0.01}
-    return gpu_report.Report(facts, ceilings, [gpu_report.Section("mask", rows=rows)])
-
-
-def test_the_table_is_markdown():
-    lines = gpu_report.table(sample_report()).splitlines()
-    assert len(lines) == 4 and {line.count("|") for line in lines} == {9}
-    assert [c.strip() for c in lines[0].strip("|").split("|")] == list(gpu_report.HEADINGS)
-    assert "| 500 ms " in lines[2] and "2e-06 TFLOP/s" in lines[2] and "20.0%" in lines[2]
-    assert "RuntimeError: no" in lines[3]
-    unknown = sample_report()
-    unknown.ceilings = {}
-    assert "0.002 GFLOP/s" not in gpu_report.table(unknown)
-    assert "FAILED mask: lost: RuntimeError: no" in gpu_report.closing(unknown)
-
-
-def test_the_file_is_complete_and_never_overwritten(tmp_path):
-    report = sample_report()
-    path = gpu_report.results_file(report.facts, tmp_path)
-    assert path.name == "nvidia-h100-80gb-hbm3-2031-05-06.json"
-    report.save(path)
-    assert gpu_report.results_file(report.facts, tmp_path).name.endswith("-05-06-2.json")
-    body = json.loads(path.read_text())
-    assert body["failures"] == ["mask: lost: RuntimeError: no"]
-    assert body["sections"][0]["rows"][0]["ours"]["median"] == 0.5
-
-
-def test_circumstances_are_known_or_none():
-    found = gpu_report.circumstances()
-    assert set(found) == {"date", "commit", "changed_since_commit", "driver"}
-    assert gpu_report._first_line("no-such-program-anywhere") is None
+class Stream:
+    def wait_stream(self, other):
+        assert other is not self
 
 
 def test_smoke_test_from_end_to_end(tmp_path, capfd):

@@ -1,15 +1,17 @@
 """How bench/gpu.py runs its sections: whatever becomes of one, the others run and it is told."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import gpu, gpu_report, gpu_sections
+from bench import gpu, gpu_checks, gpu_measure, gpu_report, gpu_sanitize, gpu_sections
 
 ROOT = Path(gpu.__file__).resolve().parent.parent
 ROW = '{"row": {"name": "first", "error": "too slow"}}'
@@ -30,7 +32,7 @@ def pretend(section, device, quick):
 
 def test_sections_survive_each_other(monkeypatch):
     short = {"ceilings": 1, "hessian": 1, "cholesky": 1, "obs": 1, "mask": 6}
-    args = gpu.arguments(["--device", "cpu", "--quick", "--skip", "pack,sqgemm"])
+    args = gpu.arguments(["--device", "cpu", "--quick", "--skip", "pack,sqgemm,whole"])
     monkeypatch.setattr(gpu, "BUDGETS", short)
     report, saved, begin = gpu_report.Report(), [], time.monotonic()
     gpu.run(args, report, begin + 13, lambda: saved.append(len(report.sections)), pretend)
@@ -113,15 +115,146 @@ def test_the_build_is_for_the_present_device(capability, monkeypatch):
     assert gpu_sections.device_arch() == f"{capability[2]}-real"
 
 
+@pytest.mark.parametrize(
+    ("built", "status", "said"),
+    [
+        (False, "ok", "built without CUDA kernels; --build makes them"),
+        (True, "driver too old", "cannot use the GPU: driver too old"),
+        (True, "ok", None),
+    ],
+)
+def test_facts_say_why_a_gpu_cannot_be_used(monkeypatch, built, status, said):
+    from distaya_ext.ops import machine
+
+    monkeypatch.setattr(machine, "has_cuda", lambda: built)
+    monkeypatch.setattr(machine, "cuda_status", lambda: {"status": status})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    known = gpu_measure.facts("cuda", quick=False)
+    assert (said is None) == ("refusal" not in known)
+    if said:
+        assert said in known["refusal"]
+    else:
+        assert (known["device"], known["capability"]) == ("NVIDIA H200", "9.0")
+
+
 def test_pytest_is_judged_by_its_closing_line(monkeypatch):
     ends = {0: "", 1: "FAILED tests/test_x.py::test_y - AssertionError"}
     for code, line in ends.items():
         monkeypatch.setattr(
-            gpu_sections,
+            gpu_checks,
             "PYTEST",
-            f"print({line!r}); print('= 3 in 1s ='); raise SystemExit({code})",
+            f"print('2.50s call     tests/test_x.py::test_z'); print({line!r}); "
+            f"print('= 3 in 1s ='); raise SystemExit({code})",
         )
         section = gpu_report.Section("tests")
-        gpu_sections.tests(section, 30, gpu_sections.environment(False))
+        gpu_checks.tests(section, 30, gpu_sections.environment(False))
         assert section.status == ("failed" if code else "ok")
-        assert section.said == "3 in 1s" + ("; FAILED tests/test_x.py::test_y" if code else "")
+        failed = "; FAILED tests/test_x.py::test_y" if code else ""
+        assert section.said == f"3 in 1s{failed}; slowest: test_x.py::test_z 2.50s"
+
+
+def test_the_files_with_gpu_tests_are_found():
+    names = {Path(f).name for f in gpu_checks.gpu_test_files()}
+    assert {"test_sqgemm_api.py", "test_hessian.py", "test_pack_cuda.py"} <= names
+    assert "test_house.py" not in names
+
+
+def test_the_whole_model_is_told_how_long_it_may_take(monkeypatch):
+    def child(command, limit, env):
+        seen.append(command)
+        return 0, []
+
+    seen = []
+    monkeypatch.setattr(gpu_sections, "child", child)
+    args = gpu.arguments(["--device", "cpu", "--quick", "--only", "whole", "--skip", "ceilings"])
+    gpu.run(args, gpu_report.Report(), time.monotonic() + 100)
+    (command,) = seen
+    assert command[1].endswith("gpu_whole.py") and "--quick" in command
+    assert 85 <= float(command[command.index("--limit") + 1]) <= 90
+
+
+def test_rows_of_the_whole_model_are_taken_however_they_are_written():
+    row = {"name": "all", "seconds": 3.0}
+    lines = '{"row": {"name": "one"}}\n{"facts": {"x": 1}}\n{"na'
+    assert gpu_sections.records(lines) == [{"row": {"name": "one"}}, {"facts": {"x": 1}}]
+    for text in (json.dumps(row), json.dumps([row]), json.dumps({"rows": [row]}, indent=1)):
+        assert gpu_sections.records(text) == [{"row": row}]
+    assert gpu_sections.records("") == []
+
+
+# ---- compute-sanitizer ----
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors"
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at syrk_kernel+0x410 and Read access
+=========     at syrk_kernel+0x4a0 [24 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"""
+CLEAN_RACE = CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed")
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "said"),
+    [
+        (0, f"hessian\n{CLEAN}", "racecheck clean"),
+        (0, CLEAN_RACE, "racecheck clean"),
+        (9, RACE, "racecheck found: Error: Race reported between Write"),
+        (1, f"RuntimeError: lost\n{CLEAN}", "racecheck failed: exit code 1: RuntimeError: lost"),
+        (0, "hessian", "racecheck failed: it said nothing that can be read"),
+        (None, "hessian", "racecheck failed: stopped at 30 s"),
+    ],
+)
+def test_a_sanitizer_is_judged_by_its_summary(code, text, said):
+    assert gpu_checks.verdict("racecheck", code, text.splitlines(), 30).startswith(said)
+
+
+def test_the_four_tools_run_and_one_finding_fails_the_section(monkeypatch):
+    finding = []
+
+    def child(command, limit, env, show):
+        tool = command[command.index("--tool") + 1]
+        assert command[-1].endswith("gpu_sanitize.py") and env["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+        assert ("kernel_substring=distaya" in command) == (tool != "initcheck")
+        return (9, RACE.splitlines()) if tool in finding else (0, CLEAN.splitlines())
+
+    monkeypatch.setattr(gpu_checks, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_checks, "child", child)
+    for found, status in (("no tool", "ok"), ("racecheck", "failed")):
+        finding.append(found)
+        section = gpu_report.Section("sanitize")
+        gpu_checks.sanitize(section, 30, {})
+        assert section.status == status and section.said.startswith("memcheck clean; racecheck ")
+
+
+def test_a_missing_sanitizer_is_a_failed_section(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "sanitizer", lambda: None)
+    section = gpu_report.Section("sanitize")
+    gpu_checks.sanitize(section, 30, {})
+    assert section.failures == [
+        "sanitize: compute-sanitizer was not found; it comes with the CUDA toolkit or with "
+        "pip install nvidia-cuda-sanitizer-api"
+    ]
+
+
+class Seen(TorchDispatchMode):
+    """Notes which of our ops are called."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen.add(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+seen = set()
+
+
+def test_the_sanitizers_see_every_op():
+    everything = {
+        name.split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("distaya::")
+    }
+    with torch.no_grad(), Seen():
+        for room in gpu_sanitize.ROOMS.values():
+            room(gpu_sanitize.Inputs("cpu"))
+    assert len(everything) >= 15 and everything - seen == set()
+    assert set(gpu_sanitize.ROOMS) == set(gpu.ROOMS)

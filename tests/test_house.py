@@ -169,5 +169,5 @@ def test_no_machine_paths():
 def test_shipped_architectures_have_a_resource_check():
     text = (ROOT / "CMakeLists.txt").read_text()
     shipped = re.search(r"set\(CMAKE_CUDA_ARCHITECTURES\s+(\d[^)]*)\)", text)
-    assert shipped, "tools/kernel_resources.py reads its default list from this line"
+    assert shipped, "tools/ptx_report.py reads its default list from this line"
     assert "80-virtual" in shipped[1], "PTX lets newer GPUs compile the kernels themselves"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from distaya_ext.cli.app import app
 from distaya_ext.errors import InputError
-from distaya_ext.measure import clock, model, speed
+from distaya_ext.measure import clock, model, report, speed
 from distaya_ext.runtime import load
 
 
@@ -130,3 +130,19 @@ def test_generate_tells_its_speed_on_stderr(folder):
     two = json.loads(distaya("generate", folder, "the cat", "--json", "--against", folder).stdout)
     assert two["against"]["continuation"] == two["continuation"]
     assert two["dense_bytes"] == two["against"]["resident_bytes"]
+
+
+def test_the_table_shows_graphs_only_where_they_were_measured():
+    def row(name, graph):
+        return model.ModelRow(name, "int4", 1, 1 << 20, 4, 1.0, 4.0, 2, 0.5, 2.0, False, graph)
+
+    both = model.ModelResult([row("a", 30.0), row("b", 10.0)])
+    assert both.ratios["graph"] == 3.0
+    for result, cells in [
+        (both, ["30.0", "10.0", "3.00x"]),
+        (model.ModelResult([row("a", 30.0), row("b", None)]), ["30.0", "", ""]),
+    ]:
+        (column,) = [c for c in report.model_table(result).columns if "graph" in str(c.header)]
+        assert [str(cell) for cell in column.cells] == cells
+    plain = report.model_table(model.ModelResult([row("a", None)]))
+    assert not any("graph" in str(c.header) for c in plain.columns)

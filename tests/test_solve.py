@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distaya_ext.compress.report import _losses
-from distaya_ext.compress.solve import Solution, output_energy
+from distaya_ext.compress.solve import Figures, output_energy
 from distaya_ext.finite import all_finite
 
 
@@ -25,10 +25,10 @@ def test_output_energy_is_exact_where_it_is_computed():
 def test_relative_loss_uses_the_rows_whose_energy_is_known():
     loss = torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64)
     energy = torch.tensor([10.0, torch.nan, 30.0], dtype=torch.float64)
-    solution = Solution(torch.zeros(3, 2), loss, energy)
-    assert _losses(solution, slice(None)) == (9.0, 0.1)
-    assert _losses(solution, slice(2, 3)) == (3.0, 0.1)
-    assert _losses(Solution(torch.zeros(3, 2)), slice(None)) == (None, None)
+    figures = Figures(loss=loss, energy=energy)
+    assert _losses(figures, slice(None)) == (9.0, 0.1)
+    assert _losses(figures, slice(2, 3)) == (3.0, 0.1)
+    assert _losses(Figures(), slice(None)) == (None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

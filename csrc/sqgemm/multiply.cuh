@@ -226,9 +226,9 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
                                      const Scales& s, const uint8_t* x) {
   constexpr int kGroup = 8 * pack::kTileCols * 2;  // bytes of 8 tokens
   // As the registers allow: more slabs read x less often, more columns settle less often.
-  constexpr bool tight = n_tiles == 8 && body == Body::int4;
-  constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight ? 1 : 2;
-  constexpr int columns = n_tiles == 8 && body == Body::int8 ? 32 : 64;
+  constexpr bool tight = n_tiles == 8 && body != Body::sparse;
+  constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight && body == Body::int8 ? 1 : 2;
+  constexpr int columns = tight ? 32 : 64;
   const bool fine = s.format.group == 32;
 #pragma unroll 1
   for (int block = 0; block < pack::kTileCols / columns; ++block) {

@@ -6,14 +6,20 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from ..checkpoint import Checkpoint
 from ..errors import ResourceError, UsageError
-from .calibrate import CHUNK_TOKENS
+from .calibrate import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 
 GIB = 1 << 30
 MIB = 1 << 20
 _INTERPRETER = 512 * MIB  # Python, torch and transformers themselves
 _LEAST_SHARD = 64 * MIB  # weights held until a shard is written
+_CONTEXT = GIB  # CUDA's own, and the work spaces of its libraries
+# Per weight of a stage at work on a GPU: its stack, a copy, the result and what goes home in the
+# model's 2 bytes; mask, codes; the errors in fp32; places of a bitmask's codes.
+_SOLVING = 4 * 2 + 1 + 1 + 4 + 1
 _WHOLE_PROOF = 2 * GIB  # without a limit, models up to this size are proved against the whole model
 
 
@@ -80,20 +86,71 @@ def working_bytes(checkpoint: Checkpoint) -> int:
 
 
 def outputs_per_token(checkpoint: Checkpoint) -> int:
-    """Numbers per token that wait between the passes over a layer: its input and all Linear
-    outputs.
+    """Numbers per token inside a layer's forward: its input and all Linear outputs."""
+    return checkpoint.config.hidden_size + sum(rows for rows, _ in _linears(checkpoint).values())
+
+
+def waiting_per_token(checkpoint: Checkpoint) -> int:
+    """Numbers per token that wait between the passes over a layer: its input, the outputs of the
+    blocks that have run, and the input of the last Linear of the one that runs.
     """
+    shapes, kept, most = _linears(checkpoint), 0, 0
+    for block in checkpoint.architecture.blocks:
+        rows, columns = [shape for name, shape in shapes.items() if name.startswith(block)][-1]
+        most = max(most, kept + columns)
+        kept += rows
+    return checkpoint.config.hidden_size + max(most, kept)
+
+
+def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Shapes of the Linears of the first layer, in stage order."""
     prefix = f"{checkpoint.architecture.layers}.0."
     names = checkpoint.architecture.linears()
-    rows = sum(checkpoint.entries[f"{prefix}{name}.weight"].shape[0] for name in names)
-    return rows + checkpoint.config.hidden_size
+    return {name: checkpoint.entries[f"{prefix}{name}.weight"].shape for name in names}
 
 
-def chunk_bytes(checkpoint: Checkpoint) -> int:
+def chunk_bytes(checkpoint: Checkpoint, tokens: int | None = None) -> int:
     """One chunk inside a layer's forward, with room for fp32 copies."""
-    return 4 * CHUNK_TOKENS * outputs_per_token(checkpoint)
+    return 4 * (tokens or CHUNK_TOKENS) * outputs_per_token(checkpoint)
 
 
 def activation_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     """All calibration tokens waiting between two passes, in the run's dtype."""
-    return tokens * outputs_per_token(checkpoint) * checkpoint.dtype.itemsize
+    return tokens * waiting_per_token(checkpoint) * checkpoint.dtype.itemsize
+
+
+# ---- a GPU's memory ----
+
+
+def device_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """What a run takes on a GPU with the activations of so many tokens waiting there (0: none).
+
+    Three layers' weights: at work, coming, and not yet given back. Then the larger of a chunk's
+    forward and the largest stage at work, with its Hessian; both on top of what waits.
+    """
+    prefix = f"{checkpoint.architecture.layers}.0."
+    layer = sum(e.nbytes for name, e in checkpoint.entries.items() if name.startswith(prefix))
+    forward, solving, squares = chunk_bytes(checkpoint, CUDA_CHUNK_TOKENS), 0, 0
+    for stage in checkpoint.architecture.stages:
+        shapes = [_linears(checkpoint)[name] for name in stage.names]
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        squares = max(squares, 4 * columns * columns)
+        solving = max(solving, 8 * columns * columns + _SOLVING * rows * columns)
+    embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
+    work = 3 * layer + max(forward + squares, solving)
+    return _CONTEXT + activation_bytes(checkpoint, tokens) + max(embed, work)
+
+
+def waits_on_host(checkpoint: Checkpoint, tokens: int, device: torch.device) -> bool:
+    """Whether the activations of so many tokens must wait in the host's memory.
+
+    ResourceError when the GPU is too small for the work without them.
+    """
+    free = torch.cuda.mem_get_info(device)[0]
+    least = device_bytes(checkpoint, 0)
+    if free < least:
+        raise ResourceError(
+            f"compressing this model takes at least {least / GIB:.1f} GiB of GPU memory and "
+            f"{free / GIB:.1f} GiB are free on {device}"
+        )
+    return free < device_bytes(checkpoint, tokens)

@@ -17,8 +17,12 @@ from ..recipe import Recipe
 from ..texts import check_window, read_texts
 from ..texts import windows as token_windows
 from ..tokenizer import check_rows, load_tokenizer
+from .ferry import Checks
 
-CHUNK_TOKENS = 4096  # tokens run at once; fixed, so that results do not depend on the memory given
+# Tokens run at once; fixed, so that results do not depend on the memory given. A GPU needs more of
+# them to be busy.
+CHUNK_TOKENS = 4096
+CUDA_CHUNK_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,19 @@ class Calibration:
     limited_by: str | None = None
     fertility: dict[str, float] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
+    chunk_tokens: int | None = None  # None: CHUNK_TOKENS
 
     @property
     def tokens(self) -> int:
         return self.ids.numel()
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Consecutive windows, CHUNK_TOKENS tokens (at least one window) at a time."""
+        """Consecutive windows, chunk_tokens tokens (at least one window) at a time."""
         return iter(self.ids.split(self.windows_per_chunk))
 
     @property
     def windows_per_chunk(self) -> int:
-        return max(1, CHUNK_TOKENS // self.ids.shape[1])
+        return max(1, (self.chunk_tokens or CHUNK_TOKENS) // self.ids.shape[1])
 
     def language(self, chunk: int, window: int) -> str:
         """Language of a window of a chunk."""
@@ -99,12 +104,20 @@ def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     )
 
 
-def check_activations(x: torch.Tensor, chunk: int, where: str, calibration: Calibration) -> None:
+def check_activations(
+    x: torch.Tensor, chunk: int, where: str, calibration: Calibration, checks: Checks
+) -> None:
     """InputError naming layer and language when x [windows, length, columns] is not finite."""
-    if all_finite(x):
-        return
-    window = int((~torch.isfinite(x)).flatten(1).any(dim=1).nonzero()[0])
-    raise InputError(
-        f"the input of {where} is not finite for a calibration window in language "
-        f"{calibration.language(chunk, window)!r}; the model overflows in its dtype"
-    )
+
+    def judge(least: torch.Tensor, greatest: torch.Tensor) -> None:
+        bad = ~(least.isfinite() & greatest.isfinite())
+        if bool(bad.any()):
+            window = int(bad.nonzero()[0])
+            raise InputError(
+                f"the input of {where} is not finite for a calibration window in language "
+                f"{calibration.language(chunk, window)!r}; the model overflows in its dtype"
+            )
+
+    # By window costs a CPU some twenty times as much, so it is done only where something is wrong.
+    if checks.late or not all_finite(x):
+        checks.expect(judge, *x.detach().flatten(1).aminmax(dim=1))

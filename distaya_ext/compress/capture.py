@@ -129,8 +129,9 @@ class Calls:
     def add(self, calls: list[Call]) -> None:
         """Note the calls of the next chunk; equal ones (same masks, tables, flags) are shared."""
         for index, known in enumerate(self._sets):
+            seen: dict[tuple[int, int], bool] = {}  # layers share masks and tables
             if all(
-                _same((a.args, a.kwargs), (b.args, b.kwargs))
+                _same((a.args, a.kwargs), (b.args, b.kwargs), seen)
                 for a, b in zip(known, calls, strict=True)
             ):
                 self._of_chunk.append(index)
@@ -145,17 +146,20 @@ class Calls:
         return self._sets[self._of_chunk[chunk]][layer]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, seen: dict[tuple[int, int], bool]) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        pair = (id(a), id(b))
+        if pair not in seen:
+            seen[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        return seen[pair]
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(_same(x, y, seen) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same(a[key], b[key], seen) for key in a)
     return bool(a == b)
 
 
@@ -165,9 +169,22 @@ def load_layer(
     """A living copy of one weightless decoder layer, its weights read from the shards in the run's
     dtype.
     """
-    layer = copy.deepcopy(model_layer)
-    names = [f"{prefix}.{name}" for name in layer.state_dict()]
+    return fill_layer(model_layer, read_layer(model_layer, prefix, checkpoint, device), device)
+
+
+def read_layer(
+    model_layer: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Weights of a decoder layer by their names in it, read from the shards in the run's dtype."""
+    names = [f"{prefix}.{name}" for name in model_layer.state_dict()]
     tensors = checkpoint.read(names, device)
-    state = {name[len(prefix) + 1 :]: t.to(checkpoint.dtype) for name, t in tensors.items()}
-    layer.load_state_dict(state, assign=True)
+    return {name[len(prefix) + 1 :]: t.to(checkpoint.dtype) for name, t in tensors.items()}
+
+
+def fill_layer(
+    model_layer: nn.Module, weights: dict[str, torch.Tensor], device: torch.device
+) -> nn.Module:
+    """A living copy of one weightless decoder layer that holds these weights."""
+    layer = copy.deepcopy(model_layer)
+    layer.load_state_dict(weights, assign=True)
     return layer.to(device).requires_grad_(False).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,20 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
-from ..finite import all_finite
-from ..models import Stage
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
 from . import events
-from .budget import Budget, activation_bytes, check_disk
-from .calibrate import Calibration, check_activations, load_calibration
-from .capture import Calls, Ends, load_layer
+from .budget import Budget, activation_bytes, check_disk, waits_on_host
+from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
+from .capture import Ends
+from .ferry import Ferry
+from .layers import Layers, Replay
 from .packing import Packing
 from .proof import prove
 from .report import Report
 from .settings import Settings, from_recipe, skipped
-from .solve import Statistic, solve
 from .store import Store
-from .walk import LayerWalk
 
 _PROOF_WINDOWS = 2
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
@@ -81,6 +80,8 @@ def compress(
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
     if settings.statistic is not None:
         run.calibration = load_calibration(texts, recipe, checkpoint)
+        if place.type == "cuda":
+            run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
         return run.go(staging)
 
@@ -112,6 +113,8 @@ class _Run:
         self.budget = Budget(checkpoint, recipe.max_ram_bytes)
         self.skip = skipped(recipe.skip, self._modules())
         self.calibration: Calibration | None = None
+        self.replay: Replay | None = None
+        self.away = False  # activations wait in the host's memory, not on the device
         changed = [name for name in self._modules() if name not in self.skip]
         self.packing = Packing(recipe, settings, checkpoint, changed)
         self.settings = self.packing.settings
@@ -129,7 +132,11 @@ class _Run:
         start = time.perf_counter()
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens)
-        self.report.spilled = self.budget.spills(waiting)
+        if self.device.type == "cuda":
+            self.away = waits_on_host(self.checkpoint, tokens, self.device)
+        self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
+            waiting
+        )
         planned = self.packing.predicted()
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
@@ -139,11 +146,14 @@ class _Run:
         if self.calibration is not None:
             self._prepare(staging.scratch)
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
-        self._end(writer, self.architecture.embed)
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
-        for index, layer in enumerate(skeleton.get_submodule(self.architecture.layers)):
-            self._layer(index, layer, writer)
+        layers = Layers(
+            self.checkpoint, self.settings, self.packing, self.skip, self.report, self.on_event
+        )
+        with Ferry(self.device) as way:
+            way.do(lambda: self._end(writer, self.architecture.embed))
+            layers.run(skeleton.get_submodule(self.architecture.layers), self.replay, way, writer)
         ends = (self.architecture.embed + ".", self.architecture.head + ".")
         between = (*ends, self.architecture.layers + ".")
         self._copy(writer, lambda name: not name.startswith(between))
@@ -187,9 +197,17 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        self.hidden = Store(scratch if report.spilled else None)
-        self.tape = Store(scratch if report.spilled else None)
-        self.calls = Calls()
+        self.replay = Replay(calibration, self._store(scratch), self._store(scratch))
+        self._record()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
+
+    def _store(self, scratch: Path) -> Store:
+        spilled = self.report.spilled
+        return Store(scratch if spilled else None, host=self.away and not spilled)
+
+    def _record(self) -> None:
+        """The first hidden states of all chunks, and what every layer is called with."""
         ends = Ends(
             build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
             self.checkpoint,
@@ -197,12 +215,12 @@ class _Run:
         )
         if self.architecture.embed in self.packing.ends:  # the layers see the embedding as rounded
             embed = ends.model.get_submodule(self.architecture.embed)
-            rounded = self.packing.embedding(self.architecture.embed)
+            rounded = self.packing.embedding(self.architecture.embed, self.device)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
-        for chunk, ids in enumerate(calibration.chunks()):
+        for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
-            self.hidden.put(("hidden", chunk), hidden)
-            self.calls.add(calls)
+            self.replay.hidden.put(("hidden", chunk), hidden)
+            self.replay.calls.add(calls)
 
     def _warn_few_tokens(self) -> None:
         if self.settings.statistic != "hessian":
@@ -237,7 +255,7 @@ class _Run:
                 bits = 8 * entry.dtype.itemsize
                 self.report.account_end(name, *entry.shape, bits, entry.nbytes)
             return
-        grid = self.packing.embedding(name)
+        grid = self.packing.embedding(name, self.device)
         size = writer.add_all(name, self.packing.encode(name, grid))
         self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
         self._copy(writer, lambda tensor: tensor == f"{name}.bias")
@@ -251,73 +269,6 @@ class _Run:
                     f"config.json ties {head} to {embed}, but the checkpoint holds two "
                     f"different ones"
                 )
-
-    def _layer(self, index: int, weightless: nn.Module, writer: ShardWriter) -> None:
-        start = time.perf_counter()
-        self.on_event(events.LayerStart(index, self.layers))
-        prefix = self._prefix(index)
-        layer = load_layer(weightless, prefix, self.checkpoint, self.device)
-        walk = None
-        if self.calibration is not None:
-            chunks = range(len(self.calls))
-            calls = [self.calls.of(index, chunk) for chunk in chunks]
-            walk = LayerWalk(layer, self.architecture, calls, self.hidden, self.tape)
-        changed: dict[str, dict[str, torch.Tensor]] = {}
-        for stage in self.architecture.stages:
-            names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
-            if names:
-                changed |= self._stage(index, layer, walk, stage, names)
-            if walk is not None:
-                walk.release(stage)
-        old = {f"{name}.weight" for name in changed}
-        self._copy(writer, lambda name: name.startswith(prefix + ".") and name not in old)
-        for name, tensors in changed.items():
-            writer.add_all(name, tensors)
-        if walk is not None:
-            walk.finish()
-        self.on_event(events.LayerDone(index, self.layers, time.perf_counter() - start))
-
-    def _stage(
-        self, index: int, layer: nn.Module, walk: LayerWalk | None, stage: Stage, names: list[str]
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """Gather the statistic of a stage, solve its stack, put the new weights into the layer.
-
-        Returns what the file will hold: module -> suffix -> tensor.
-        """
-        start = time.perf_counter()
-        weights = [layer.get_submodule(name).weight.data for name in names]
-        statistic = None
-        if walk is not None:
-            statistic = Statistic(self.settings.statistic, weights[0].shape[1], self.device)
-            where = f"{self._prefix(index)}.{names[0]}"
-
-            def sink(chunk: int, x: torch.Tensor) -> None:
-                check_activations(x, chunk, where, self.calibration)
-                statistic.add(x.reshape(-1, x.shape[-1]))
-
-            walk.gather(stage, sink)
-        solution = solve(weights, self.settings, statistic)
-        _check_finite(solution.W, f"{self._prefix(index)}.{names[0]}")
-        written, start_row, prefix = {}, 0, self._prefix(index)
-        for name, rows in zip(names, solution.W.split([w.shape[0] for w in weights]), strict=True):
-            layer.get_submodule(name).weight.data = rows.clone()
-            tensors = {"weight": layer.get_submodule(name).weight.data}
-            if f"{prefix}.{name}" in self.packing.planned:
-                grid = solution.grid.part(start_row, start_row + len(rows))
-                tensors = self.packing.encode(f"{prefix}.{name}", grid.to("cpu"))
-            written[f"{prefix}.{name}"] = tensors
-            start_row += len(rows)
-        sizes = [sum(t.nbytes for t in tensors.values()) for tensors in written.values()]
-        seconds = time.perf_counter() - start
-        self.on_event(self.report.account(index, prefix, names, weights, solution, seconds, sizes))
-        return written
-
-
-def _check_finite(W: torch.Tensor, where: str) -> None:
-    if not all_finite(W):
-        raise InputError(
-            f"the compressed weights of {where} are not finite; raise damp or give more texts"
-        )
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -9,14 +9,15 @@ import torch
 
 from ..checkpoint import Checkpoint, header_bytes
 from ..errors import UsageError
-from ..formats import Grid, ModuleScheme, compressed, own
+from ..formats import Grid, ModuleScheme, compressed, late, own
 from ..ops import obs as obs_op
-from ..ops.pack import best_kind
+from ..ops import pack as pack_op
 from ..recipe import PACKED_BITS, Recipe
 from .settings import Settings
 
 _EMBED_BLOCK = 1 << 24  # weights of the embedding rounded at once
-EMBEDDING = ModuleScheme(8, 0, True, "pack-quantized", "int8")
+_DENSE = "pack-quantized"  # codes of all weights, whatever is pruned
+EMBEDDING = ModuleScheme(8, 0, True, _DENSE, "int8")
 
 
 class Packing:
@@ -52,13 +53,41 @@ class Packing:
             self._counted[name] = int(grid.kept().count_nonzero())
             scheme = self._smaller(grid.rows, grid.cols, self._counted[name])
         if self.format == "distaya" and scheme.kind is None:
-            kind, nm = best_kind(grid.codes, grid.zeros)
+            kind, nm = pack_op.best_kind(grid.codes, grid.zeros)
             scheme = dataclasses.replace(scheme, kind=kind, nm=nm)
         self.schemes[name] = scheme
         return scheme.encode(grid)
 
-    def embedding(self, name: str) -> Grid:
-        """Embedding or head rounded to the nearest of 8 bits, symmetric, one scale per row."""
+    def start(self, name: str, grid: Grid) -> dict[str, Any]:
+        """encode on a GPU, as far as it goes without waiting for it; see finish."""
+        scheme = self.planned[name]
+        ways = [scheme]
+        if scheme.encoding == "bitmask":
+            # Of n:m never more is kept than planned, so the bitmask stays the smaller; a share of
+            # the stack may leave one of its matrices more than another.
+            ways += [] if self.settings.nm else [dataclasses.replace(scheme, encoding=_DENSE)]
+        found: dict[str, Any] = {way.encoding: late.start(way, grid) for way in ways}
+        if self.format == "distaya" and scheme.kind is None:
+            found["kind"] = pack_op.kind_facts(grid.codes, grid.zeros)
+        return found
+
+    def finish(self, name: str, rows: int, cols: int, told: dict[str, Any]) -> dict:
+        """Tensors by suffix, as encode gives them, from what start gave, on the host."""
+        scheme = self.planned[name]
+        if scheme.encoding == "bitmask":
+            self._counted[name] = late.kept(told["bitmask"])
+            scheme = self._smaller(rows, cols, self._counted[name])
+        if "kind" in told:
+            kind, nm = pack_op.kind_of(told["kind"], rows * cols)
+            scheme = dataclasses.replace(scheme, kind=kind, nm=nm)
+        self.schemes[name] = scheme
+        return late.finish(scheme, told[scheme.encoding])
+
+    def embedding(self, name: str, device: torch.device | str = "cpu") -> Grid:
+        """Embedding or head rounded to the nearest of 8 bits, symmetric, one scale per row.
+
+        device is where it is computed; the grid is on the CPU.
+        """
         key = f"{name}.weight"
         W = self.checkpoint.read([key])[key]
         quant = obs_op.Quant(8, 0, symmetric=True, scale_dtype=self.dtype)
@@ -67,7 +96,8 @@ class Packing:
         step = max(1, _EMBED_BLOCK // W.shape[1])
         for start in range(0, len(W), step):
             rows = slice(start, start + step)
-            _, codes[rows], scales[rows], _ = obs_op.quantize(W[rows].to(self.dtype), quant)
+            part = W[rows].to(device, self.dtype)
+            _, codes[rows], scales[rows], _ = obs_op.quantize(part, quant)
         return Grid(codes, scales, None, 8, 0)
 
     def config(self) -> dict[str, Any] | None:

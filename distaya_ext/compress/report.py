@@ -14,7 +14,7 @@ import torch
 
 from .events import StageDone
 from .proof import Proof
-from .solve import Solution
+from .solve import Figures
 
 _COLUMNS = (
     "module",
@@ -97,40 +97,43 @@ class Report:
         self,
         layer: int,
         prefix: str,
-        names: list[str],
-        weights: list[torch.Tensor],
-        solution: Solution,
+        shapes: dict[str, tuple[int, int]],
+        figures: Figures,
         seconds: float,
         sizes: list[int],
     ) -> StageDone:
-        """Add one solved stage, a line per Linear, and return the event that tells of it."""
-        self.floored += solution.floored
-        self.dead += solution.dead
-        total, row = solution.W.shape[0], 0
-        zeros = (solution.W == 0).sum(dim=1)
-        for name, weight, size in zip(names, weights, sizes, strict=True):
-            part = slice(row, row + weight.shape[0])
-            row += weight.shape[0]
-            loss, relative = _losses(solution, part)
+        """Add one solved stage, a line per Linear, and return the event that tells of it.
+
+        shapes: of the Linears by name, in the order their rows are stacked. figures: on the host.
+        sizes: bytes on disk.
+        """
+        floored, dead = int(figures.floored), int(figures.dead)
+        self.floored += floored
+        self.dead += dead
+        total, row = len(figures.zeros), 0
+        for (name, (rows, columns)), size in zip(shapes.items(), sizes, strict=True):
+            part = slice(row, row + rows)
+            row += rows
+            loss, relative = _losses(figures, part)
             self.modules.append(
                 ModuleReport(
                     module=f"{prefix}.{name}",
-                    rows=weight.shape[0],
-                    columns=weight.shape[1],
+                    rows=rows,
+                    columns=columns,
                     loss=loss,
                     relative_loss=relative,
-                    zeros=int(zeros[part].sum()),
+                    zeros=int(figures.zeros[part].sum()),
                     bits=self.bits,
-                    floored=solution.floored,
-                    dead=solution.dead,
-                    seconds=seconds * weight.shape[0] / total,
+                    floored=floored,
+                    dead=dead,
+                    seconds=seconds * rows / total,
                     bytes=size,
                 )
             )
-        loss, relative = _losses(solution, slice(None))
-        sparsity = int(zeros.sum()) / solution.W.numel()
-        counts = (solution.floored, solution.dead)
-        return StageDone(layer, tuple(names), loss, relative, sparsity, *counts, seconds)
+        loss, relative = _losses(figures, slice(None))
+        sparsity = int(figures.zeros.sum()) / (total * columns)
+        names = tuple(shapes)
+        return StageDone(layer, names, loss, relative, sparsity, floored, dead, seconds)
 
     @property
     def sparsity(self) -> float:
@@ -205,13 +208,13 @@ class Report:
         }
 
 
-def _losses(solution: Solution, rows: slice) -> tuple[float | None, float | None]:
+def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:
     """Loss of some rows and its share of the dense output's energy over those rows where that is
     known, (None, None) when no Hessian was taken.
     """
-    if solution.loss is None:
+    if figures.loss is None:
         return None, None
-    loss, energy = solution.loss[rows], solution.energy[rows]
+    loss, energy = figures.loss[rows], figures.energy[rows]
     known = ~energy.isnan()
     total = float(energy[known].sum())
     return float(loss.sum()), float(loss[known].sum()) / total if total > 0 else 0.0

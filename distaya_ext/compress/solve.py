@@ -12,7 +12,10 @@ from ..errors import UsageError
 from ..formats import Grid
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
+from ..ops.cholesky import LateFactor
+from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_
+from .ferry import Checks
 from .settings import Settings
 
 _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
@@ -47,41 +50,68 @@ class Statistic:
 
 
 @dataclass
+class Figures:
+    """What compressed rows cost, as tensors on their device.
+
+    zeros: int64 [rows]. loss: fp64 [rows], half the mean squared output error, or None without a
+    Hessian. energy: the same of the dense output, fp64 [rows], NaN in rows where it was not
+    computed. floored: pivots lifted in the factorisation. dead: input columns never active.
+    """
+
+    zeros: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
+    floored: torch.Tensor | int = 0
+    dead: torch.Tensor | int = 0
+
+
+@dataclass
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    loss: fp64 [rows], half the mean squared output error, or None without a Hessian. energy: the
-    same of the dense output, fp64 [rows], NaN in rows where it was not computed. floored: pivots
-    lifted in the factorisation. dead: input columns never active. grid: the same rows as codes,
-    scales and zeros, None when nothing was rounded or when groups are not neighbouring columns.
+    grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
+    not neighbouring columns.
     """
 
     W: torch.Tensor
-    loss: torch.Tensor | None = None
-    energy: torch.Tensor | None = None
-    floored: int = 0
-    dead: int = 0
+    figures: Figures
     grid: Grid | None = None
 
 
-def solve(weights: list[torch.Tensor], settings: Settings, statistic: Statistic | None) -> Solution:
+def solve(
+    weights: list[torch.Tensor],
+    settings: Settings,
+    statistic: Statistic | None,
+    checks: Checks | None = None,
+) -> Solution:
     """Compress matrices [rows_i, columns] that share an input; the rows come back stacked in order.
 
     sparsegpt and gptq sweep the whole stack at once. The other methods look at one matrix after the
-    other, since their scores and thresholds are those of a matrix.
+    other, since their scores and thresholds are those of a matrix. No value is read here; what has
+    to be looked at goes to checks (None: it is looked at once).
     """
-    if settings.method == "dense":
-        return Solution(torch.cat(weights))
+    checks = checks or Checks(late=False)
     if settings.statistic == "hessian":
         sizes = [len(W) for W in weights]
-        return _sweep(torch.cat(weights), settings, statistic.matrix(), sizes)
+        solution = _sweep(torch.cat(weights), settings, statistic.matrix(), sizes, checks)
+    elif settings.method == "dense":
+        solution = Solution(torch.cat(weights), Figures())
+    else:
+        solution = _by_matrix(weights, settings, statistic, checks)
+    solution.figures.zeros = (solution.W == 0).sum(dim=1)
+    return solution
+
+
+def _by_matrix(
+    weights: list[torch.Tensor], settings: Settings, statistic: Statistic | None, checks: Checks
+) -> Solution:
     norms = statistic.norms() if statistic is not None else None
-    parts = [_score_and_round(W, settings, norms) for W in weights]
-    dead = int((norms == 0).sum()) if norms is not None else 0
+    parts = [_score_and_round(W, settings, norms, checks) for W in weights]
+    figures = Figures(dead=(norms == 0).sum() if norms is not None else 0)
     grid = None
     if settings.bits is not None:
         grid = _grid(*(torch.cat(x) for x in zip(*(p[1:] for p in parts), strict=True)), settings)
-    return Solution(torch.cat([p[0] for p in parts]), dead=dead, grid=grid)
+    return Solution(torch.cat([p[0] for p in parts]), figures, grid)
 
 
 def quantiser(settings: Settings) -> obs_op.Quant | None:
@@ -107,10 +137,23 @@ def _grid(
     return Grid(codes, scales.to(settings.scale_dtype), stored, settings.bits, group)
 
 
-def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int]) -> Solution:
+def _sweep(
+    W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int], checks: Checks
+) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first."""
     _check_pattern(W, settings)
-    energy, dead = output_energy(W, H, sizes), int((H.diagonal() == 0).sum())
+    shape = W.shape
+    if checks.late:
+        checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
+    else:
+        obs_op.need_finite(W)
+    figures = Figures(energy=output_energy(W, H, sizes), dead=(H.diagonal() == 0).sum())
+
+    def judge(factor: LateFactor) -> None:
+        figures.floored = factor.info[0]
+        size, damp = len(factor.R), factor.damp  # not the factor itself, which is large
+        checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
+
     result = obs_op.obs(
         W,
         H,
@@ -120,11 +163,12 @@ def _sweep(W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int
         order=settings.order,
         damp=settings.damp,
         overwrite_H=True,
+        later=judge,
     )
-    grid = None
+    figures.loss, grid = result.loss, None
     if result.codes is not None and (result.perm is None or settings.static or not settings.group):
         grid = _grid(result.codes, result.scales, result.zeros, settings)
-    return Solution(result.W, result.loss, energy, result.floored, dead, grid)
+    return Solution(result.W, figures, grid)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -145,10 +189,10 @@ def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.T
 
 
 def _score_and_round(
-    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None
+    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None, checks: Checks
 ) -> tuple[torch.Tensor, ...]:
     """The compressed matrix and, where it was rounded, its codes, scales and zeros."""
-    keep = _keep(W, settings, norms)
+    keep = _keep(W, settings, norms, checks)
     if keep is not None:
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:
@@ -158,7 +202,9 @@ def _score_and_round(
     return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 
 
-def _keep(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> torch.Tensor | None:
+def _keep(
+    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None, checks: Checks
+) -> torch.Tensor | None:
     """Mask of kept weights: Wanda compares within a row, magnitude and RIA within the matrix."""
     if settings.method == "rtn":
         return None
@@ -170,10 +216,15 @@ def _keep(W: torch.Tensor, settings: Settings, norms: torch.Tensor | None) -> to
         scores = mask_op.ria(W, norms)
     _check_pattern(W, settings)
     if settings.nm is not None:
-        return mask_op.keep_nm(scores, *settings.nm, along="inputs")
-    along = "row" if settings.method == "wanda" else "matrix"
-    group = W.shape[1] if along == "row" else W.numel()
-    return mask_op.keep_k(scores, group - int(group * settings.sparsity), along=along)
+        keep, bad = mask_op.mask_keep_nm(scores, *settings.nm, "inputs")
+    else:
+        along = "row" if settings.method == "wanda" else "matrix"
+        group = W.shape[1] if along == "row" else W.numel()
+        count = group - int(group * settings.sparsity)
+        keep, bad = mask_op.mask_keep_k(scores, count, along)
+    shape = W.shape
+    checks.expect(lambda bad: mask_op.need_ranked(bad, shape), bad)
+    return keep
 
 
 def _check_pattern(W: torch.Tensor, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Where activations wait between passes: in memory, or in files that are mapped back when read."""
+"""Where activations wait between passes: where they are, in the host's memory, or in files."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import torch
 class Store:
     """Keeps tensors (or tuples of tensors and None) under keys.
 
-    folder None keeps them in memory. With a folder every tensor is written to its own file and
-    mapped back privately on get(), so only what is in use is resident; the bits are the same either
-    way.
+    folder None keeps them where they are, or with host=True in pinned memory of the host, whence
+    they are copied back on get() without a wait of the host. With a folder every tensor is written
+    to its own file and mapped back privately on get(), so only what is in use is resident. The bits
+    are always the same.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, *, host: bool = False):
         # A folder of its own, since several stores may spill side by side.
         self.folder = Path(tempfile.mkdtemp(dir=folder)) if folder is not None else None
+        self.host = host
         self._items: dict[Hashable, Any] = {}
         self._files = 0
 
     @property
     def spills(self) -> bool:
-        return self.folder is not None
+        """Whether what is kept has to be brought back."""
+        return self.folder is not None or self.host
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._items
@@ -57,6 +60,9 @@ class Store:
             return tuple(self._out(part) for part in value)
         if not isinstance(value, torch.Tensor):
             return value
+        if self.host:
+            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            return _Away(pinned.copy_(value, non_blocking=True), value.device)
         self._files += 1
         file = _File(self.folder / f"{self._files:08d}.bin", value.shape, value.dtype, value.device)
         value.detach().to("cpu").contiguous().view(torch.uint8).numpy().tofile(file.path)
@@ -65,6 +71,8 @@ class Store:
     def _in(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(self._in(part) for part in value)
+        if isinstance(value, _Away):
+            return value.tensor.to(value.device, non_blocking=True)
         if not isinstance(value, _File):
             return value
         count = value.shape.numel()
@@ -79,3 +87,12 @@ class _File:
 
     def __init__(self, path: Path, shape: torch.Size, dtype: torch.dtype, device: torch.device):
         self.path, self.shape, self.dtype, self.device = path, shape, dtype, device
+
+
+class _Away:
+    """A tensor on the host and the device it came from."""
+
+    __slots__ = ("device", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device):
+        self.tensor, self.device = tensor, device

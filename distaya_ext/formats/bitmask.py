@@ -61,13 +61,17 @@ def decode(
 def encode(scheme: ModuleScheme, grid: Grid) -> dict[str, Tensor]:
     """See ModuleScheme.encode. Weights whose code is the zero are not kept."""
     kept = grid.kept()
-    padded = torch.nn.functional.pad(kept, (0, -grid.cols % 8))
-    # Eight bytes of 0 or 1 as one int64: the product moves byte i to bit 56 + i, without carries.
-    mask = ((padded.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
     codes = grid.codes.masked_select(kept)
     codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
     return {
-        "weight_mask": mask,
+        "weight_mask": mask(kept),
         "weight_values": codes[::2] | (codes[1::2] << 4),
         **packed.encode_frame(scheme, grid),
     }
+
+
+def mask(kept: Tensor) -> Tensor:
+    """weight_mask of kept, bool [rows, cols]."""
+    padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 8))
+    # Eight bytes of 0 or 1 as one int64: the product moves byte i to bit 56 + i, without carries.
+    return ((padded.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)

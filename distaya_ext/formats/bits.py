@@ -60,7 +60,9 @@ def _pack_bytes(values: Tensor, bits: int) -> Tensor:
     rows, count = values.shape
     eights = -(-count // 8)
     wide = torch.nn.functional.pad(values, (0, 8 * eights - count)).long().view(rows, eights, 8)
-    joined = (wide << (bits * torch.arange(8))).sum(dim=2)  # the parts do not overlap
+    joined = (wide << (bits * torch.arange(8, device=values.device))).sum(
+        dim=2
+    )  # the parts do not overlap
     low = joined.unsqueeze(2).view(torch.uint8)[:, :, :bits].reshape(rows, eights * bits)
     return torch.nn.functional.pad(low, (0, 3))  # a last word may reach past the last eight
 
@@ -72,5 +74,5 @@ def _unpack_bytes(stream: Tensor, bits: int, count: int) -> Tensor:
     wide = stream.new_zeros(rows, eights, 8)
     wide[:, :, :bits] = stream.reshape(rows, eights, bits)
     joined = wide.view(torch.int64)  # [rows, eights, 1]
-    values = (joined >> (bits * torch.arange(8))) & ((1 << bits) - 1)
+    values = (joined >> (bits * torch.arange(8, device=stream.device))) & ((1 << bits) - 1)
     return values.view(rows, 8 * eights)[:, :count].to(torch.uint8)

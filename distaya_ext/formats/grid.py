@@ -45,6 +45,15 @@ class Grid:
 
     def check(self, name: str) -> Grid:
         """Itself, or InputError when a dtype, shape, code, zero or scale cannot be."""
+        self.check_form(name)
+        check_range(self.codes, self.bits, f"codes of {name}")
+        if self.zeros is not None:
+            check_range(self.zeros, self.bits, f"zeros of {name}")
+        check_scales(self.scales, name)
+        return self
+
+    def check_form(self, name: str) -> None:
+        """InputError when a dtype or shape cannot be; no value is read."""
         shape = (self.rows, groups(self.cols, self.group))
         if self.codes.dtype != torch.uint8 or self.scales.dtype not in SCALE_DTYPES:
             raise InputError(
@@ -57,11 +66,6 @@ class Grid:
                 f"{name} of {self.rows}x{self.cols} needs scales {list(shape)}; it has "
                 f"{list(self.scales.shape)}{zeros}"
             )
-        check_range(self.codes, self.bits, f"codes of {name}")
-        if self.zeros is not None:
-            check_range(self.zeros, self.bits, f"zeros of {name}")
-        check_scales(self.scales, name)
-        return self
 
     def centred(self) -> Tensor:
         """code - zero, int16 [rows, cols]: 0 exactly where the weight is 0."""

@@ -80,13 +80,21 @@ class ModuleScheme:
 
     def encode(self, grid: Grid) -> dict[str, Tensor]:
         """Tensors by suffix. InputError when the grid is not of this scheme."""
+        self.check_grid(grid)
+        return self.encoded(grid.check("the matrix"))
+
+    def encoded(self, grid: Grid) -> dict[str, Tensor]:
+        """encode of a grid that the caller checks."""
+        return _WAYS[self.encoding].encode(self, grid)
+
+    def check_grid(self, grid: Grid) -> None:
+        """InputError when the grid is not of this scheme; no value is read."""
         if (grid.bits, grid.group, grid.symmetric) != (self.bits, self.group, self.symmetric):
             raise InputError(
                 f"a matrix of {grid.bits} bits, group {grid.group}, symmetric {grid.symmetric} "
                 f"cannot be stored as {self.bits} bits, group {self.group}, symmetric "
                 f"{self.symmetric}"
             )
-        return _WAYS[self.encoding].encode(self, grid.check("the matrix"))
 
     def nbytes(self, rows: int, cols: int, dtype: torch.dtype, kept: int | None = None) -> int:
         """Bytes of all tensors; bitmask needs to know how many weights are kept."""

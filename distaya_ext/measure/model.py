@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import InputError, UsageError
 from . import clock
 from .clock import Contender
+from .decode import StaticDecode, fits
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ModelRow:
     decode_seconds: float  # of one token
     decode_rate: float
     contended: bool
+    graph_rate: float | None = None  # decoding as one CUDA graph with a cache of fixed size
 
 
 @dataclass
@@ -56,11 +59,14 @@ class ModelResult:
         if len(self.rows) < 2:
             return None
         ours, dense = self.rows
-        return {
+        found = {
             "prefill": ours.prefill_rate / dense.prefill_rate,
             "decode": ours.decode_rate / dense.decode_rate,
             "bytes": ours.nbytes / dense.nbytes,
         }
+        if ours.graph_rate and dense.graph_rate:
+            found["graph"] = ours.graph_rate / dense.graph_rate
+        return found
 
 
 def measure(
@@ -107,6 +113,7 @@ def compare(models: dict[str, Any], s: Setting) -> ModelResult:
             Contender(name, run.decode, run.prefill, runs=s.runs) for name, run in runs.items()
         ]
         then = clock.compare(decode, threads)
+        graphs = {name: graph_rate(model, ids, s) for name, model in models.items()}
     rows = []
     for name, model in models.items():
         each = then[name].wall / s.new
@@ -123,9 +130,29 @@ def compare(models: dict[str, Any], s: Setting) -> ModelResult:
                 decode_seconds=each,
                 decode_rate=1 / each,
                 contended=not (first[name].trusted and then[name].trusted),
+                graph_rate=graphs[name],
             )
         )
     return ModelResult(rows)
+
+
+def graph_rate(model: Any, ids: Tensor, s: Setting) -> float | None:
+    """Tokens per second of decoding as one CUDA graph. None on the CPU, and where a sliding window
+    fills up on the way.
+    """
+    if model.device.type != "cuda" or not fits(model, s.prompt + s.new):
+        return None
+    decode = StaticDecode(model, ids.to(model.device), s.new)
+    decode.capture()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(s.runs + 1):
+        begin.record()
+        decode.run(s.new)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return s.new / statistics.median(times[1:])  # the first one warms
 
 
 class _Runner:

@@ -136,16 +136,19 @@ def model_table(result: ModelResult) -> Table:
     table = Table(title=title, title_justify="left")
     for head in ("model", "weights"):
         table.add_column(head, overflow="fold")
-    for head in ("resident", "prefill tokens/s", "decode tokens/s"):
+    graphs = ["as a CUDA graph"] if any(row.graph_rate for row in result.rows) else []
+    for head in ("resident", "prefill tokens/s", "decode tokens/s", *graphs):
         table.add_column(head, justify="right")
     for row in result.rows:
         mark = " (contended)" if row.contended else ""
-        rates = (f"{row.prefill_rate:.1f}", f"{row.decode_rate:.1f}{mark}")
+        rates = [f"{row.prefill_rate:.1f}", f"{row.decode_rate:.1f}{mark}"]
+        rates += [f"{row.graph_rate:.1f}" if row.graph_rate else "" for _ in graphs]
         table.add_row(row.name, row.weights, size(row.nbytes), *rates)
     ratios = result.ratios
     if ratios:
         cells = [f"{100 * ratios['bytes']:.1f} %"]
         cells += [f"{ratios[what]:.2f}x" for what in ("prefill", "decode")]
+        cells += [f"{ratios['graph']:.2f}x" if "graph" in ratios else "" for _ in graphs]
         table.add_section()
         table.add_row("first against second", "", *cells)
     return table

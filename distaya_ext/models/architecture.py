@@ -21,7 +21,8 @@ class Architecture:
     order.
 
     Paths are module paths inside the causal language model. `blocks` are the submodules of a layer
-    whose output may be kept and given back as a whole once all their Linears have run.
+    whose output may be kept and given back as a whole once all their Linears have run; it is the
+    output of the last of those Linears.
     """
 
     model_type: str

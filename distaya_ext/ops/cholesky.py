@@ -34,6 +34,48 @@ class Factor:
     dead: int = 0
 
 
+@dataclass(frozen=True)
+class LateFactor:
+    """A factor that is queued and not waited for. R, damp: as in Factor; H: what was factorised,
+    None if overwritten; info, mean: on R's device, see cholesky_ and judge.
+    """
+
+    R: Tensor
+    damp: float
+    info: Tensor
+    mean: Tensor
+    H: Tensor | None = None
+
+    def read(self) -> Factor:
+        """Wait for the device; the Factor. Raises as cholesky does."""
+        floored, first, dead, average = judge(self.info, self.mean, len(self.R), self.damp, self.H)
+        return Factor(self.R, self.damp, floored, first, average, dead)
+
+
+def judge(
+    info: Tensor, mean: Tensor, n: int, damp: float, H: Tensor | None = None
+) -> tuple[int, int, int, float]:
+    """floored, first_floored, dead and mean_diag of a factor [n, n], read from info and mean.
+
+    H as in LateFactor. Raises as cholesky does for a NaN, an overflow and a negative mean.
+    """
+    floored, first, bad, dead = info.tolist()
+    average = mean.item()
+    if bad >= 0:
+        if H is not None and bool(H.triu().isfinite().all()):
+            raise InputError(
+                f"H ({n} x {n}) is too close to singular for damp {damp:g}: its factor overflowed"
+                f" at column {bad}; use a larger damp"
+            )
+        raise InputError(
+            f"H ({n} x {n}) is not finite: NaN or Inf in the row or column of input {bad}; check"
+            " the calibration activations"
+        )
+    if average < 0:
+        raise InputError(f"H has a negative mean diagonal ({average:g}): no sum of x xᵀ has that")
+    return floored, first, dead, average
+
+
 @op(mutates=("H", "info", "mean", "work"))
 def cholesky_(
     H: Tensor, damp: float, floor: float, info: Tensor, mean: Tensor, work: Tensor
@@ -77,6 +119,16 @@ def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool
     factor overflows is told apart, unless it was overwritten) or if the mean diagonal is negative;
     UsageError for a damp or floor out of range; ValueError for wrong shape, dtype or layout.
     """
+    return cholesky_late(H, damp, floor, overwrite).read()
+
+
+def cholesky_late(
+    H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False
+) -> LateFactor:
+    """cholesky without waiting for the device: a NaN in H is told when the result is read.
+
+    Raises UsageError and ValueError at once, as cholesky does.
+    """
     if not (math.isfinite(damp) and damp >= 0):
         raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
     if not (math.isfinite(floor) and floor > 0):
@@ -86,23 +138,7 @@ def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool
     mean = torch.empty(1, dtype=torch.float64, device=H.device)
     work = torch.empty(_C.cholesky_work(H), dtype=torch.float32, device=H.device)
     cholesky_(R, damp, floor, info, mean, work)
-    floored, first, bad, dead = info.tolist()
-    if bad >= 0:
-        size = f"H ({H.shape[0]} x {H.shape[0]})"
-        if not overwrite and bool(H.triu().isfinite().all()):
-            raise InputError(
-                f"{size} is too close to singular for damp {damp:g}: its factor overflowed at"
-                f" column {bad}; use a larger damp"
-            )
-        raise InputError(
-            f"{size} is not finite: NaN or Inf in the row or column of input {bad}; check the"
-            " calibration activations"
-        )
-    if mean.item() < 0:
-        raise InputError(
-            f"H has a negative mean diagonal ({mean.item():g}): no sum of x xᵀ has that"
-        )
-    return Factor(R, damp, floored, first, mean.item(), dead)
+    return LateFactor(R, damp, info, mean, None if overwrite else H)
 
 
 def inverse_factor(R: Tensor) -> Tensor:

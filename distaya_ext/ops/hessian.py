@@ -2,7 +2,9 @@
 
 What SparseGPT (arXiv 2301.00774, section 3) and GPTQ (arXiv 2210.17323, section 2) call the
 Hessian, without their factor 2, which changes no mask and no code. Only the upper triangle is
-computed. Sums are fp32, promoted every 256 tokens: csrc/hessian/hessian.h states the bound.
+computed. Sums are fp32, promoted every 256 tokens, every 32 for 16-bit X on CUDA, where tensor
+cores make them: csrc/hessian/hessian.h states the bounds. There a change of weight from one token
+to the next costs the time of up to 32 tokens, so keep tokens of one weight together.
 
 A token weight of 0 leaves the token out exactly, whatever it holds (padding). On the CPU weights
 must be finite and >= 0 or the call is refused; on CUDA a raw op does not look, since that would
@@ -69,8 +71,9 @@ class Hessian:
         self.H = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._plain = 0  # tokens added without weights
         # fp64 on the device, so that adding weights never waits for it: tokens of weight > 0, sum
-        # of weights, number of weights that are negative, NaN or infinite.
-        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
+        # of weights, number of weights that are negative, NaN or infinite. None: no weights came,
+        # and then nothing here waits for the device at all.
+        self._counts: Tensor | None = None
         self._finished = False
 
     @torch.no_grad()
@@ -100,7 +103,8 @@ class Hessian:
         w = weights.detach().reshape(tokens).contiguous()
         hessian_(self.H, flat, w)
         bad = ~((w >= 0) & w.isfinite())
-        self._counts += torch.stack([(w > 0).sum().double(), w.double().sum(), bad.sum().double()])
+        counts = torch.stack([(w > 0).sum().double(), w.double().sum(), bad.sum().double()])
+        self._counts = counts if self._counts is None else self._counts + counts
 
     @property
     def tokens(self) -> int:
@@ -142,6 +146,8 @@ class Hessian:
 
     def _checked(self) -> list[float]:
         """The counts, on the host; refuses what the raw op could not refuse on CUDA."""
+        if self._counts is None:
+            return [0.0, 0.0, 0.0]
         counts = self._counts.tolist()
         if counts[2]:
             raise ValueError(

@@ -108,12 +108,18 @@ def _without_nan(scores: Tensor, mask: Tensor, bad: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # no host read inside a graph: the graph itself asserts
         torch._assert_async(bad < 0, "scores contain a NaN, which has no rank")
         return mask
+    need_ranked(bad, scores.shape)
+    return mask
+
+
+def need_ranked(bad: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError for what mask_keep_k and mask_keep_nm found in scores of that shape."""
     index = int(bad)
     if index >= 0:
-        row, column = divmod(index, scores.shape[1])
-        shape = list(scores.shape)
-        raise ValueError(f"scores {shape} is NaN at row {row}, column {column}: it has no rank")
-    return mask
+        row, column = divmod(index, shape[1])
+        raise ValueError(
+            f"scores {list(shape)} is NaN at row {row}, column {column}: it has no rank"
+        )
 
 
 def reference_score(

@@ -11,7 +11,8 @@ Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1), GPTQ (Frantar et al. 
 1), QuIP (Chee et al. 2023, section 3: the feedback form). See csrc/obs/obs.h for every rule.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from distaya_ext._op import op
 from distaya_ext.errors import InputError
 from distaya_ext.finite import all_finite
 from distaya_ext.quant import Quant
+
+if TYPE_CHECKING:
+    from distaya_ext.ops.cholesky import LateFactor
 
 
 class Swept(NamedTuple):
@@ -205,9 +209,27 @@ def _check(W: Tensor, H: Tensor | None, factor: object, nm, order: str) -> None:
         raise InputError("order='activation' needs H: the factor depends on the order")
     if order == "activation" and nm is not None:
         raise InputError(f"order='activation' would tear the {nm[0]}:{nm[1]} groups apart")
+
+
+def need_finite(W: Tensor) -> None:
+    """Raise InputError naming the first element of W [rows, cols] that is NaN or infinite."""
     if not all_finite(W):
-        row, col = (~torch.isfinite(W)).nonzero()[0].tolist()
-        raise InputError(f"W[{row}, {col}] of {list(W.shape)} is {W[row, col].item()}, not finite")
+        judge_finite(*finite_facts(W), W.shape)
+
+
+def finite_facts(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat index and value [1] of the first element that is not finite (or just of the first);
+    nothing waits for the device. judge_finite reads them.
+    """
+    place = (~torch.isfinite(W)).view(torch.uint8).flatten().argmax().view(1)
+    return place, W.flatten().index_select(0, place)
+
+
+def judge_finite(place: Tensor, value: Tensor, shape: torch.Size) -> None:
+    """Raise InputError when finite_facts of a W of that shape say so."""
+    if not all_finite(value):
+        row, col = divmod(int(place), shape[1])
+        raise InputError(f"W[{row}, {col}] of {list(shape)} is {value.item()}, not finite")
 
 
 def obs(
@@ -223,6 +245,7 @@ def obs(
     damp: float = 0.01,
     reference: bool = False,
     overwrite_H: bool = False,
+    later: Callable[["LateFactor"], None] | None = None,
 ) -> ObsResult:
     """Compress W [rows, cols] (not modified) for inputs with second moments H. See ``sweep_``.
 
@@ -234,12 +257,17 @@ def obs(
              entry to the block, and columns whose input never fired (H_jj = 0) get a unit diagonal
              and zero weights
     overwrite_H  H may be destroyed, which saves a copy of it
+    later    is given the factor of H while it is only queued. Then nothing here waits for the
+             device (but with reference=True, which looks for dead columns): W is not searched for
+             NaN, see need_finite, and `floored` is -1, see the factor
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """
-    from distaya_ext.ops.cholesky import cholesky  # lazily: a sweep from R needs no factorisation
+    from distaya_ext.ops.cholesky import cholesky_late  # lazily: a sweep from R needs none
 
     _check(W, H, factor, nm, order)
+    if later is None:
+        need_finite(W)
     W0, W = W, W.clone(memory_format=torch.contiguous_format)
     perm = group_of = given = None
     if quant is not None and not quant.group:
@@ -258,7 +286,11 @@ def obs(
             group_of = perm // quant.group
     if factor is None:
         # A permuted H is a copy already.
-        factor = cholesky(H, damp, overwrite=overwrite_H or perm is not None)
+        factor = cholesky_late(H, damp, overwrite=overwrite_H or perm is not None)
+        if later is None:
+            factor = factor.read()
+        else:
+            later(factor)
     mask = None if mask is None else mask.contiguous()
     s = sweep_(W, factor.R, sparsity=sparsity, nm=nm, mask=mask, quant=quant,
                reference=reference, given_grids=given, group_of=group_of)  # fmt: skip
@@ -268,7 +300,8 @@ def obs(
         back = torch.argsort(perm)
         W, kept = W[:, back], kept[:, back]
         codes = None if codes is None else codes[:, back]
-    return ObsResult(W, kept, codes, s.scales, s.zeros, s.loss, perm, factor.floored)
+    floored = factor.floored if later is None else -1
+    return ObsResult(W, kept, codes, s.scales, s.zeros, s.loss, perm, floored)
 
 
 class Reference(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import PackedEmbedding, PackedHead, PackedLinear
+from .modules import PackedEmbedding, PackedHead, PackedLinear, rounded
 from .place import replace
 
 
@@ -38,12 +38,16 @@ class ScaledEmbedding(nn.Embedding):
         super().__init__(rows, cols, padding_idx, device="meta")
         self.weight = weight
         self.factor = factor
+        self._factor = rounded(factor, weight.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ScaledEmbedding:
+        super()._apply(fn, recurse)
+        self._factor = rounded(self.factor, self.weight.dtype)
+        return self
 
     def forward(self, indices: Tensor) -> Tensor:
         rows = super().forward(indices)
-        if self.factor is None:
-            return rows
-        return rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
+        return rows if self._factor is None else rows * self._factor
 
 
 def _weight(module: PackedLinear | PackedEmbedding, dtype: torch.dtype) -> nn.Parameter:

@@ -177,15 +177,19 @@ class PackedEmbedding(Packed):
         self.num_embeddings, self.embedding_dim = rows, cols
         self.padding_idx = padding_idx
         self.factor = factor
+        self._factor = rounded(factor, dtype)
         # Empty; model.to(dtype) converts it with the parameters, so that it tells the dtype.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedEmbedding:
+        super()._apply(fn, recurse)
+        self._factor = rounded(self.factor, self.like.dtype)
+        return self
 
     def forward(self, indices: Tensor) -> Tensor:
         dtype = self.like.dtype
         rows = pack.pack_gather(self.weights().data, self.spec, indices.long(), dtype)
-        if self.factor is None:
-            return rows
-        return rows * torch.tensor(self.factor, dtype=dtype, device=rows.device)
+        return rows if self._factor is None else rows * self._factor
 
 
 class PackedHead(nn.Module):
@@ -210,6 +214,13 @@ class PackedHead(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.out_features}x{self.in_features}"
         return f"{sizes}, tied to the embedding, exact={self.exact}"
+
+
+def rounded(factor: float | None, dtype: torch.dtype) -> float | None:
+    """factor as the dtype holds it. A number, because a tensor made in forward would have to be
+    copied to a GPU, which waits.
+    """
+    return None if factor is None else torch.tensor(factor, dtype=dtype, device="cpu").item()
 
 
 def multiply(held: Packed, x: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
