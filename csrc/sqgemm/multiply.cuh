@@ -227,7 +227,7 @@ __device__ inline void multiply_tile(float (&sum)[4][n_tiles][4], const uint8_t*
   constexpr int kGroup = 8 * pack::kTileCols * 2;  // bytes of 8 tokens
   // As the registers allow: more slabs read x less often, more columns settle less often.
   constexpr bool tight = n_tiles == 8 && body != Body::sparse;
-  constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight && body == Body::int8 ? 1 : 2;
+  constexpr int slabs = n_tiles * parts <= 2 ? 4 : tight ? 1 : 2;
   constexpr int columns = tight ? 32 : 64;
   const bool fine = s.format.group == 32;
 #pragma unroll 1
