@@ -11,6 +11,12 @@
 // columns before it (rounding noise by then: for a positive semidefinite Schur complement they are
 // below sqrt(floor) of the diagonal) are dropped, since divided by a tiny pivot they would grow
 // from column to column. If no diagonal entry is positive, 1 stands in for the mean.
+//
+// With u = 2^-24 and N = n + 3 on the CPU, max(n, 48) + 3 on CUDA (core/gemm.cuh says why: its sums
+// are short and long ones gain, while the shortest lose a few bits of products), c of order 1:
+//
+//   |R R^T - H'|_ij <= c N u sqrt(H'_ii H'_jj),   |U - R^-1| <= c N u |R^-1| |R| |R^-1|,
+//   |out - U^T U| <= N u |U|^T |U|.
 #pragma once
 
 #include <cstdint>

@@ -1,25 +1,27 @@
-// The CPU room's scheme with blocks of 64 in slices of 256: one thread block finishes a diagonal
-// block in shared memory, the rows above are multiplied by its inverse, GEMMs do the rest. Every
-// number has one order of summation, nothing is read back by the host.
-#include <algorithm>
-
+// Blocks of 128 columns in slices of 256, last first. A block of columns takes two launches:
+//
+//   panel   the rows above a finished diagonal block are multiplied by its inverse, which is nearly
+//           as accurate as substitution for so small a block;
+//   step    thread block 0 updates the next diagonal block, factors and inverts it (block.cuh),
+//           while all others update the rest with what the panels brought.
+//
+// What a slice does to the columns left of the next slice is shared out between the step that ends
+// it and the one in the middle of the next, so that each has something to do beside thread block 0,
+// whose work, some 30 thousand clocks one after the other (counted), hides behind it while about
+// 3300 columns and more are left. Updating over 256 columns rather than 128 halves the traffic: at
+// n = 14336 each of the 56 updates moves up to 0.8 GB, for which it takes about as long as for its
+// products. Every number has one order of summation, nothing is read back by the host.
 #include "cholesky/cholesky.h"
-#include "core/cuda.cuh"
-#include "core/gemm.cuh"
+#include "cholesky/factor.cuh"
+#include "core/gemm_grid.cuh"
 
 namespace distaya {
 namespace {
 
-using cuda::check_cuda;
-using cuda::Gemm;
-using cuda::gemm;
-using cuda::grid_of;
-using cuda::launch;
+using namespace cuda;
 
-constexpr int kBlock = 64;        // A and its inverse take 33 KB of shared memory
-constexpr int64_t kSlice = 256;   // depth of the trailing update
-constexpr int kPad = kBlock + 1;  // columns are walked too: no two rows on one bank
-constexpr int kThreads = 256;
+constexpr int64_t kSlice = 2 * kBlock;  // depth of the trailing update
+constexpr int kThreads = kGemmThreads;
 
 __device__ double unit_of(const double* mean) { return *mean > 0 ? *mean : 1.0; }
 
@@ -56,145 +58,131 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const Cholesky p) {
   for (int64_t j = t; j < p.n; j += kThreads) p.H[j * p.n + j] += damp;
 }
 
-// U = R^-1 within a block, both in shared memory: four neighbouring threads per column, which is
-// solved from its diagonal up. U's strict lower triangle becomes zero.
-__device__ void invert_block(const float (*R)[kPad], float (*U)[kPad], int w) {
-  const int col = threadIdx.x / 4, part = threadIdx.x % 4;
-  for (int i = kBlock - 1; i >= 0; --i) {
-    float sum = 0;
-    if (i < w && col < w)
-      for (int m = i + 1 + part; m <= col; m += 4) sum = fmaf(R[i][m], U[m][col], sum);
-    sum += __shfl_xor_sync(cuda::kFullWarp, sum, 1);
-    sum += __shfl_xor_sync(cuda::kFullWarp, sum, 2);
-    if (part == 0)
-      U[i][col] = i >= w || col >= w || i > col ? 0.f : ((i == col ? 1.f : 0.f) - sum) / R[i][i];
-    __syncwarp();  // the column's other three threads read it next
-  }
-  __syncthreads();
-}
+// Of C[i, j] -= sum over p of H[i, from + p] H[j, from + p], p < k, the columns first <= j < end
+// with i <= j. Bounds are multiples of 128.
+struct Triangle {
+  int64_t from = 0, k = 0, first = 0, end = 0;
 
-// Upper triangle of the w x w block at `from` (row stride n); zero elsewhere.
-__device__ void load_block(const float* from, int64_t n, int w, float (*out)[kPad]) {
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    out[i][j] = i <= j && j < w ? from[i * n + j] : 0.f;
+  DISTAYA_HD int64_t before(int64_t column, int side) const {  // tiles left of a column
+    return column / side * (column / side + 1) / 2;
   }
-  __syncthreads();
-}
 
-// One block: factors the diagonal block at column c and leaves its inverse in p.work, with the rows
-// of floored columns zeroed so that their couplings vanish.
-__global__ void __launch_bounds__(kThreads) factor_kernel(const Cholesky p, int64_t c, int w) {
-  __shared__ float A[kBlock][kPad], U[kBlock][kPad];
-  __shared__ bool dropped[kBlock];
-  float* block = p.H + c * p.n + c;
-  load_block(block, p.n, w, A);
+  DISTAYA_HD int64_t tiles(int side) const { return before(end, side) - before(first, side); }
+};
+
+// A step does the same over its own panels for the diagonal block at `next`, which is then
+// factored, and all that is above it; and a triangle left of that.
+struct Step {
+  int64_t from, k, next;
+  int width;  // columns of the diagonal block
+  Triangle rest = {};
+
+  int64_t tiles(int side) const {
+    return (k > 0 ? next / side * (kBlock / side) : 0) + rest.tiles(side);
+  }
+};
+
+__device__ void factor_next(const Cholesky& p, const Step& s, float* shared) {
+  Diagonal& d = *reinterpret_cast<Diagonal*>(shared);
+  float* block = p.H + s.next * p.n + s.next;
+  load_block(d, block, p.n, s.width);
   const float least =
       fmaxf(static_cast<float>(p.floor * unit_of(p.mean)), 1.17549435e-38f);  // smallest normal
-  const int t = threadIdx.x;
-  for (int j = w - 1; j >= 0; --j) {
-    const float pivot = A[j][j];
-    const bool finite = isfinite(pivot), drop = finite && pivot < least;
-    const float root = sqrtf(drop ? least : pivot), inverse = drop ? 0.f : 1.f / root;
-    __syncthreads();  // all have read the pivot
-    if (t < j) A[t][j] *= inverse;
-    if (t == j) {
-      A[j][j] = root;
-      dropped[j] = drop;
-      if (drop && p.info[kFloored]++ == 0) p.info[kFirstFloored] = c + j;
-      if (!finite && p.info[kNotFinite] < 0) p.info[kNotFinite] = c + j;
-    }
-    __syncthreads();
-    for (int e = t; e < j * kBlock; e += kThreads) {
-      const int i = e / kBlock, l = e % kBlock;
-      if (i <= l && l < j) A[i][l] = fmaf(-A[i][j], A[l][j], A[i][l]);
-    }
-    __syncthreads();
-  }
-  invert_block(A, U, w);
-  for (int e = t; e < kBlock * kBlock; e += kThreads) {
-    const int i = e / kBlock, j = e % kBlock;
-    p.work[e] = i < w && !dropped[i] ? U[i][j] : 0.f;
-    if (i <= j && j < w) block[i * p.n + j] = A[i][j];
+  factor_block(d, {least, s.next, s.width, p.info});
+  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
+    const int i = t / kBlock, j = t % kBlock;
+    p.work[t] = d.dropped[i] ? 0.f : inverse_at(d, i, j);
+    if (i <= j && j < s.width) block[i * p.n + j] = d.R[i * kStride + j];
   }
 }
 
-// X <- X U^T for 64 rows of the panel above a diagonal block, in place (a block owns its rows).
-__global__ void __launch_bounds__(kThreads)
-    panel_kernel(float* X, int64_t n, int64_t rows, int w, const float* inverse) {
-  __shared__ float x[kBlock][kPad], u[kBlock][kPad];
-  const int64_t i0 = static_cast<int64_t>(blockIdx.x) * kBlock;
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    x[i][j] = i0 + i < rows && j < w ? X[(i0 + i) * n + j] : 0.f;
-    u[i][j] = inverse[t];
+// Tile t of a step, in tiles of `side`, and the panels that it takes. t counts what is above the
+// diagonal block, then the triangle's; a negative t is one of the diagonal block's.
+struct Place {
+  int64_t i, j, from, k;
+
+  __device__ Place(int64_t t, const Step& s, int side) : from(s.from), k(s.k) {
+    const int64_t high = s.next / side, across = kBlock / side;
+    if (t < 0) {
+      i = high + (t == -3 ? 1 : 0), j = high + (t < -1 ? 1 : 0);
+    } else if (t < high * across) {
+      i = t / across, j = high + t % across;
+    } else {
+      from = s.rest.from, k = s.rest.k;
+      place_of_tile(t - high * across + s.rest.before(s.rest.first, side), high, high, true, i, j);
+    }
   }
-  __syncthreads();
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    float sum = 0;
-    for (int q = j; q < w; ++q) sum = fmaf(x[i][q], u[j][q], sum);
-    if (i0 + i < rows && j < w) X[(i0 + i) * n + j] = sum;
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(kThreads, Shape::kBlocks)
+    step_kernel(const Cholesky p, const Step s) {
+  DISTAYA_DYNAMIC_SHARED(float, shared);
+  ptx::wait_for_earlier();
+  ptx::let_later_start();
+  constexpr int kSide = Shape::kRows, kAcross = kBlock / kSide;
+  static_assert(kSide == Shape::kCols && (kAcross == 1 || kAcross == 2));
+  const bool first = blockIdx.x == 0;
+  const int64_t own = s.k > 0 ? kAcross * (kAcross + 1) / 2 : 0, tile = int64_t{blockIdx.x} - 1;
+  const int64_t begin = first ? -own : tile, end = first ? 0 : tile + 1;
+  const int64_t rows = s.next + s.width;
+#pragma unroll 1
+  for (int64_t t = begin; t < end; ++t) {
+    const Place at(t, s, kSide);
+    const float* R = p.H + at.from;
+    const Gemm g{rows, rows, at.k, -1, R, p.n, 1, R, 1, p.n, p.H, p.n, true};
+    const TileProduct<Shape, true, true> product(g, at.i * kSide, at.j * kSide, shared);
+    product.store(g);
   }
+  if (!first) return;
+  __syncthreads();  // the block is in H
+  factor_next(p, s, shared);
+}
+
+// In place: a thread block has all columns of its rows.
+using PanelTile = TileShape<32, kBlock, 32, 3, 1, 4, 2>;
+
+// X <- X U^T for the rows above the diagonal block at column c, U its inverse in p.work.
+__global__ void __launch_bounds__(kThreads, PanelTile::kBlocks)
+    panel_kernel(const Cholesky p, int64_t c, int width) {
+  DISTAYA_DYNAMIC_SHARED(float, shared);
+  ptx::wait_for_earlier();
+  ptx::let_later_start();
+  float* X = p.H + c;
+  const Gemm g{c, width, width, 1, X, p.n, 1, p.work, 1, kBlock, X, p.n, false, true};
+  const TileProduct<PanelTile, true, true> tile(
+      g, static_cast<int64_t>(blockIdx.x) * PanelTile::kRows, 0, shared);
+  tile.store<false>(g);
 }
 
 __global__ void __launch_bounds__(kThreads) clear_lower_kernel(float* H, int64_t n) {
+  ptx::wait_for_earlier();
   for (int64_t i = blockIdx.x; i < n; i += gridDim.x)
     for (int64_t j = threadIdx.x; j < i; j += kThreads) H[i * n + j] = 0;
 }
 
-// Block b inverts diagonal block b of R into U.
-__global__ void __launch_bounds__(kThreads) invert_diagonal_kernel(const InverseFactor p) {
-  __shared__ float R[kBlock][kPad], U[kBlock][kPad];
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kBlock;
-  const int w = static_cast<int>(p.n - c < kBlock ? p.n - c : kBlock);
-  load_block(p.R + c * p.n + c, p.n, w, R);
-  invert_block(R, U, w);
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    if (i <= j && j < w) p.U[(c + i) * p.n + c + j] = U[i][j];
-  }
+template <class Shape>
+void start(const Cholesky& p, const Step& s, cudaStream_t stream) {
+  constexpr int kTiles = TileProduct<Shape, true, true>::kShared, kOwn = sizeof(Diagonal);
+  constexpr int kShared = kTiles > kOwn ? kTiles : kOwn;
+  static_assert(kShared <= 99 * 1024, "more than sm_86 and sm_120 have");
+  need_shared(step_kernel<Shape>, kShared);
+  launch<true>(step_kernel<Shape>, grid_of(1 + s.tiles(Shape::kRows)), kThreads, kShared, stream, p,
+               s);
 }
 
-// S <- -D S for the rows right of diagonal block D (w x w upper, at U), 64 columns a block.
-__global__ void __launch_bounds__(kThreads)
-    finish_rows_kernel(float* U, int64_t n, int w, int64_t cols) {
-  __shared__ float d[kBlock][kPad], s[kBlock][kPad];
-  const int64_t j0 = w + static_cast<int64_t>(blockIdx.x) * kBlock, end = w + cols;
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    d[i][j] = i <= j && j < w ? U[i * n + j] : 0.f;
-    s[i][j] = i < w && j0 + j < end ? U[i * n + j0 + j] : 0.f;
-  }
-  __syncthreads();
-  for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-    const int i = t / kBlock, j = t % kBlock;
-    float sum = 0;
-    for (int q = i; q < w; ++q) sum = fmaf(d[i][q], s[q][j], sum);
-    if (i < w && j0 + j < end) U[i * n + j0 + j] = -sum;
-  }
+void step(const Cholesky& p, const Step& s, cudaStream_t stream) {
+  if (large_pays(1 + s.tiles(LargeTile::kRows), 1 + s.tiles(SmallTile::kRows)))
+    return start<LargeTile>(p, s, stream);
+  start<SmallTile>(p, s, stream);
 }
 
-// The lower triangle as the mirror image of the upper: block (x, y) reads tile (y, x), y >= x.
-__global__ void __launch_bounds__(kThreads) mirror_kernel(float* H, int64_t n) {
-  __shared__ float tile[kBlock][kPad];
-  for (int64_t y = blockIdx.y; y * kBlock < n; y += gridDim.y) {
-    const int64_t i0 = static_cast<int64_t>(blockIdx.x) * kBlock, j0 = y * kBlock;
-    if (j0 < i0) continue;  // the same for the whole block
-    for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-      const int64_t i = i0 + t / kBlock, j = j0 + t % kBlock;
-      tile[t / kBlock][t % kBlock] = i < n && j < n ? H[i * n + j] : 0.f;
-    }
-    __syncthreads();
-    for (int t = threadIdx.x; t < kBlock * kBlock; t += kThreads) {
-      const int64_t j = j0 + t / kBlock, i = i0 + t % kBlock;
-      if (i < n && j < n && i < j) H[j * n + i] = tile[t % kBlock][t / kBlock];
-    }
-    __syncthreads();
-  }
+void panel(const Cholesky& p, int64_t c, int width, cudaStream_t stream) {
+  constexpr int kShared = TileProduct<PanelTile, true, true>::kShared;
+  need_shared(panel_kernel, kShared);
+  launch<true>(panel_kernel, grid_of(ceil_div<int64_t>(c, PanelTile::kRows)), kThreads, kShared,
+               stream, p, c, width);
 }
-
-unsigned blocks(int64_t n) { return grid_of(cuda::ceil_div<int64_t>(n, kBlock)); }
 
 int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
 
@@ -203,70 +191,27 @@ int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
 int64_t cholesky_work_cuda(int64_t) { return kBlock * kBlock; }  // a diagonal block's inverse
 
 void cholesky_cuda(const Cholesky& p, Stream s, int device) {
-  const cuda::DeviceGuard guard(device);
-  const cudaStream_t stream = cuda::raw(s);
-  // H[0:rows, to:rows] -= R[0:rows, c:c+k] R[to:rows, c:c+k]^T
-  const auto update = [&](int64_t rows, int64_t to, int64_t c, int64_t k, bool upper) {
-    float *R = p.H + c, *C = p.H + to;
-    gemm({rows, rows - to, k, -1, R, p.n, 1, R + to * p.n, 1, p.n, C, p.n, upper}, stream);
-  };
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = raw(s);
   launch(prepare_kernel, 1, kThreads, 0, stream, p);
-  for (int64_t end = p.n; end > 0;) {
-    const int64_t begin = start_of(end, kSlice);
-    for (int64_t last = end, c; last > begin; last = c) {
-      c = start_of(last, kBlock);
-      const int w = static_cast<int>(last - c);
-      launch(factor_kernel, 1, kThreads, 0, stream, p, c, w);
-      if (c == 0) break;
-      launch(panel_kernel, blocks(c), kThreads, 0, stream, p.H + c, p.n, c, w, p.work);
-      update(c, begin, c, w, false);
+  if (p.n == 0) return;
+  int64_t c = start_of(p.n, kBlock);
+  step(p, {0, 0, c, static_cast<int>(p.n - c)}, stream);
+  Triangle later;  // what the slice before has left over
+  for (int64_t end = p.n, last = p.n; c > 0; last = c, c -= kBlock) {
+    panel(p, c, static_cast<int>(last - c), stream);
+    Step s{c, last - c, c - kBlock, kBlock, later};
+    later = {};
+    if (c % kSlice == 0) {  // this block completes its slice
+      s.k = end - c, end = c;
+      // The next slice's columns are waited for. Of the rest, 0.7^2 is about half.
+      const int64_t half = (c - kSlice) * 7 / 10 / kBlock * kBlock;
+      s.rest = {s.from, s.k, half, s.next};
+      later = {s.from, s.k, 0, half};
     }
-    update(begin, 0, begin, end - begin, true);
-    end = begin;
+    step(p, s, stream);
   }
-  launch(clear_lower_kernel, grid_of(p.n, 65535), kThreads, 0, stream, p.H, p.n);
-}
-
-void inverse_factor_cuda(const InverseFactor& p, Stream s, int device) {
-  const int64_t n = p.n;
-  if (n == 0) return;
-  const cuda::DeviceGuard guard(device);
-  const cudaStream_t stream = cuda::raw(s);
-  // U[from:from+rows, c:] += R[from:from+rows, c:c+k] U[c:c+k, c:]
-  const auto accumulate = [&](int64_t from, int64_t rows, int64_t c, int64_t k) {
-    const float *A = p.R + from * n + c, *B = p.U + c * n + c;
-    gemm({rows, n - c, k, 1, A, n, 1, B, n, 1, p.U + from * n + c, n}, stream);
-  };
-  check_cuda(cudaMemsetAsync(p.U, 0, static_cast<size_t>(n) * n * sizeof(float), stream));
-  launch(invert_diagonal_kernel, blocks(n), kThreads, 0, stream, p);
-  for (int64_t end = n; end > 0;) {
-    const int64_t begin = start_of(end, kSlice);
-    for (int64_t last = end, c; last > begin; last = c) {
-      c = start_of(last, kBlock);
-      if (last < n) {
-        launch(finish_rows_kernel, blocks(n - last), kThreads, 0, stream, p.U + c * n + c, n,
-               static_cast<int>(last - c), n - last);
-      }
-      accumulate(begin, c - begin, c, last - c);
-    }
-    accumulate(0, begin, begin, end - begin);
-    end = begin;
-  }
-}
-
-void inverse_cuda(const Inverse& p, Stream s, int device) {
-  const int64_t n = p.n;
-  if (n == 0) return;
-  const cuda::DeviceGuard guard(device);
-  const cudaStream_t stream = cuda::raw(s);
-  check_cuda(cudaMemsetAsync(p.out, 0, static_cast<size_t>(n) * n * sizeof(float), stream));
-  for (int64_t c = 0; c < n; c += kSlice) {  // rows c.. of U reach only columns c.. of the product
-    const float* U = p.U + c * n + c;
-    const int64_t k = std::min(kSlice, n - c);
-    gemm({n - c, n - c, k, 1, U, 1, n, U, n, 1, p.out + c * n + c, n, true}, stream);
-  }
-  const unsigned tiles = blocks(n);
-  launch(mirror_kernel, dim3(tiles, std::min(tiles, 65535u)), kThreads, 0, stream, p.out, n);
+  launch<true>(clear_lower_kernel, grid_of(p.n, 65535), kThreads, 0, stream, p.H, p.n);
 }
 
 }  // namespace distaya

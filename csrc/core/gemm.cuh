@@ -1,23 +1,25 @@
 // Products of fp32 matrices on tensor cores, by three products in tf32.
 //
-// Each operand x is taken apart as high + low + e, high = tf32(x), low = tf32(x - high): with 11
-// bits to a part, |low| <= 2^-11 |x| and |e| <= 2^-23 |x|. What is summed is low * high + high *
-// low
-// + high * high (Ootomo & Yokota 2022, "Recovering single precision accuracy from Tensor Cores
-// while surpassing the FP32 theoretical peak performance"). Left out are low * low (at most 2^-22
-// |a| |b|) and the two e terms (2^-23 |a| |b| each), so one product is off by at most 2^-21 |a|
-// |b|.
+// Each operand x is taken apart as high + low + e: high is x rounded to tf32's 11 bits, low what is
+// left, cut off to 11 bits; |low| <= 2^-11 |x| and |e| <= 2^-23 |x|. What is summed is low * high +
+// high * low + high * high (Ootomo & Yokota 2022, "Recovering single precision accuracy from Tensor
+// Cores while surpassing the FP32 theoretical peak performance"). Left out are low * low (at most
+// 2^-22 |a| |b|) and the two e terms (2^-23 |a| |b| each): one product is off by 2^-21 |a| |b| at
+// most.
 //
 // Tensor cores cut their fp32 sums off instead of rounding them (Fasi et al. 2021, "Numerical
 // behavior of NVIDIA tensor cores"), an error of one sign that would grow with k. So they sum over
-// 16 steps of k at most, from zero: six instructions, two of which add to a sum that is not small
-// yet and each of which may lose 2^-22 of the sum of the absolute values. Such sums of 16 are added
-// up in ordinary fp32. With u = 2^-24 and S = sum |a_p| |b_p|, alpha = 1 and C = 0 before,
+// 16 steps of k at most, from zero, by six instructions. Four of these add to a sum that is not
+// small, in two rounds: four products and the sum are aligned, with two bits more than fp32 has
+// since sm_80, and added: 5 / 4 + 1 last places of fp32 at most, 9 u of the sum of the absolute
+// values for both rounds (u = 2^-24). Such sums of 16 are added up in ordinary fp32. With S = sum
+// |a_p| |b_p|, alpha = 1 and C = 0 before, all this comes to
 //
-//   |C - A B| <= (k / 16 + 40) u S
+//   |C - A B| <= (k / 16 + 48) u S
 //
-// which is below the k u S of plain fp32 sums once k > 42; about 2 u S is typical. It presumes that
-// no low part underflows: operands of 2^-100 and less lose up to 2^-126 each, absolutely.
+// which is below the k u S of plain fp32 sums once k > 51. Simulated without the two bits
+// (tests/test_cuda_sim_gemm.py) positive operands lose 3 u S on average, whatever k. It presumes
+// that no low part underflows: operands of 2^-100 and less lose up to 2^-126 each, absolutely.
 //
 // Inf would come apart as Inf and NaN: an element of C whose sum is not finite is computed again in
 // plain fp32, in the order of k, so that Inf and NaN spread exactly as there; it also makes good

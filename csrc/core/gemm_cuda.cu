@@ -1,6 +1,6 @@
 // Chooses the tile and the directions in which the operands are read.
 #include "core/gemm.cuh"
-#include "core/gemm_tile.cuh"
+#include "core/gemm_grid.cuh"
 
 namespace distaya::cuda {
 namespace {

@@ -43,44 +43,53 @@ struct Feed {
   static constexpr int kChunks = kLength / 4, kHop = kGemmThreads / kChunks;
   static_assert(kLines % kHop == 0 && kStride % 4 == 0);
 
-  const float* base;  // X[first row of the tile, 0]
+  const float* from;  // this thread's first chunk of the next slice; unaligned: the slice itself
   int64_t i_step, p_step;
-  int rows, k;   // how much of X there is from here on
-  bool aligned;  // whole lines may be copied by 16 bytes
+  int lines, length;  // what is left of X from there on, across lines and along them
+  bool aligned;       // lines may be copied by chunks of 16 bytes
 
-  __device__ Feed(const float* X, int64_t i_step, int64_t p_step, int64_t rows_left, int64_t k)
-      : base(X),
+  // X begins at the tile's first row, of which `rows` are there.
+  __device__ Feed(const float* X, int64_t i_step, int64_t p_step, int64_t rows, int64_t k)
+      : from(X),
         i_step(i_step),
         p_step(p_step),
-        rows(static_cast<int>(rows_left < tile ? rows_left : tile)),
-        k(static_cast<int>(k)),
-        aligned((along_k ? p_step : i_step) == 1 && (along_k ? i_step : p_step) % 4 == 0 &&
-                reinterpret_cast<uintptr_t>(X) % 16 == 0) {}
-
-  // What lies outside X becomes 0.
-  __device__ void copy(float* to, int p0) const {
-    const int lines = along_k ? rows : k - p0, length = along_k ? k - p0 : rows;
-    const float* from = base + p0 * p_step;
-    if (!aligned) return copy_words(to, from, lines, length);
-    const int64_t step = along_k ? i_step : p_step;
-    const int at = threadIdx.x % kChunks * 4, first = threadIdx.x / kChunks;
-    const int left = length - at, most = left >= 4 ? 16 : left > 0 ? 4 * left : 0;
-    from += first * step + at;
-    to += first * kStride + at;
-#pragma unroll
-    for (int l = 0; l < kLines; l += kHop) {
-      const int bytes = first + l < lines ? most : 0;
-      ptx::copy_async_part(to + l * kStride, bytes ? from + l * step : base, bytes);
-    }
+        lines(static_cast<int>(along_k ? (rows < tile ? rows : tile) : k)),
+        length(static_cast<int>(along_k ? k : (rows < tile ? rows : tile))),
+        aligned((along_k ? p_step : i_step) == 1 && line_step() % 4 == 0 &&
+                reinterpret_cast<uintptr_t>(X) % 16 == 0) {
+    if (!aligned) return;
+    from += first_line() * line_step() + first_place();
+    lines -= first_line(), length -= first_place();
   }
 
-  __device__ void copy_words(float* to, const float* from, int lines, int length) const {
+  __device__ int64_t line_step() const { return along_k ? i_step : p_step; }
+
+  __device__ static int first_line() { return threadIdx.x / kChunks; }
+
+  __device__ static int first_place() { return threadIdx.x % kChunks * 4; }
+
+  // The next slice; what lies outside X becomes 0.
+  __device__ void copy(float* to) {
+    if (aligned) {
+      to += first_line() * kStride + first_place();
+      const int most = length >= 4 ? 16 : length > 0 ? 4 * length : 0;
+#pragma unroll
+      for (int l = 0; l < kLines; l += kHop)
+        ptx::copy_async_part(to + l * kStride, from + l * line_step(), l < lines ? most : 0);
+    } else {
+      copy_words(to);
+    }
+    from += depth * p_step;
+    (along_k ? length : lines) -= depth;
+  }
+
+  __device__ void copy_words(float* to) const {
 #pragma unroll 1
     for (int t = threadIdx.x; t < kLines * kLength; t += kGemmThreads) {
       const int line = t / kLength, at = t % kLength;
       const bool there = line < lines && at < length;
       const float* x = from + (along_k ? line : at) * i_step + (along_k ? at : line) * p_step;
-      ptx::copy_async_word(to + line * kStride + at, there ? x : base, there);
+      ptx::copy_async_word(to + line * kStride + at, there ? x : from, there);
     }
   }
 
@@ -98,11 +107,16 @@ struct Feed {
   }
 };
 
-__device__ inline void split(const uint32_t (&x)[4], uint32_t (&high)[4], uint32_t (&low)[4]) {
+// high: x rounded to tf32, ties away from zero, by two integer instructions (cvt.rna takes four on
+// sm_90, for the sake of Inf and NaN, which reach `low` as NaN here). low: products do not look at
+// its last 13 bits, and of x - high, which is exact, no more than the last of 12 is there.
+template <int count>
+__device__ inline void split(const uint32_t (&x)[count], uint32_t (&high)[count],
+                             uint32_t (&low)[count]) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    high[e] = ptx::to_tf32(__uint_as_float(x[e]));
-    low[e] = ptx::to_tf32(__uint_as_float(x[e]) - __uint_as_float(high[e]));
+  for (int e = 0; e < count; ++e) {
+    high[e] = (x[e] + 0x1000u) & 0xffffe000u;
+    low[e] = __float_as_uint(__uint_as_float(x[e]) - __uint_as_float(high[e]));
   }
 }
 
@@ -121,13 +135,13 @@ class TileProduct {
   __device__ TileProduct(const Gemm& g, int64_t i0, int64_t j0, float* shared) : i0_(i0), j0_(j0) {
     const int64_t end = i0 + Shape::kRows;
     const int64_t k = g.lower_a && end < g.k ? end : g.k;
-    const FeedA feed_a(g.A + i0 * g.a_row, g.a_row, g.a_col, g.m - i0, k);
-    const FeedB feed_b(g.B + j0 * g.b_col, g.b_col, g.b_row, g.n - j0, k);
+    FeedA feed_a(g.A + i0 * g.a_row, g.a_row, g.a_col, g.m - i0, k);
+    FeedB feed_b(g.B + j0 * g.b_col, g.b_col, g.b_row, g.n - j0, k);
     const int slices = static_cast<int>(ceil_div<int64_t>(k, Shape::kDepth));
     const auto fetch = [&](int slice, int buffer) {
       if (slice < slices) {
-        feed_a.copy(shared + buffer * kSlice, slice * Shape::kDepth);
-        feed_b.copy(shared + buffer * kSlice + FeedA::kFloats, slice * Shape::kDepth);
+        feed_a.copy(shared + buffer * kSlice);
+        feed_b.copy(shared + buffer * kSlice + FeedA::kFloats);
       }
       ptx::copy_commit();
     };
@@ -147,7 +161,9 @@ class TileProduct {
     if constexpr (Shape::kWarpsK > 1) gather(shared);
   }
 
-  // Puts the tile into C.
+  // Puts the tile into C. mend: compute sums that are not finite again, from A and B; without it C
+  // may overlap the operands where this block alone reads them.
+  template <bool mend = true>
   __device__ void store(const Gemm& g) const {
     if (warp_k() > 0) return;
     const bool pairs = g.ldc % 2 == 0 && reinterpret_cast<uintptr_t>(g.C) % 8 == 0;
@@ -172,8 +188,8 @@ class TileProduct {
             continue;
           }
           const int bit = (2 * i + h) * 2 * kJ + 2 * j;
-          if (first && !put(g, c, x)) again |= uint64_t{1} << bit;
-          if (second && !put(g, c + 1, y)) again |= uint64_t{2} << bit;
+          if (first && !put<mend>(g, c, x)) again |= uint64_t{1} << bit;
+          if (second && !put<mend>(g, c + 1, y)) again |= uint64_t{2} << bit;
         }
       }
     while (again) {
@@ -254,8 +270,9 @@ class TileProduct {
     __syncthreads();
   }
 
+  template <bool mend>
   __device__ static bool put(const Gemm& g, float* c, float x) {
-    if (!isfinite(x)) return false;
+    if (mend && !isfinite(x)) return false;
     *c = (g.overwrite ? 0.f : *c) + g.alpha * x;
     return true;
   }
@@ -273,45 +290,5 @@ class TileProduct {
   int64_t i0_, j0_;
   float sum_[kI][kJ][4] = {};
 };
-
-// Tile number t of tiles_m x tiles_n, the shorter direction first, so that the operand that is
-// longer there is read once and the other stays in the L2 cache. upper: only tiles on and above the
-// diagonal, column by column.
-__device__ inline void place_of_tile(int64_t t, int64_t tiles_m, int64_t tiles_n, bool upper,
-                                     int64_t& i, int64_t& j) {
-  if (!upper) {
-    if (tiles_n <= tiles_m) {
-      i = t / tiles_n, j = t % tiles_n;
-    } else {
-      i = t % tiles_m, j = t / tiles_m;
-    }
-    return;
-  }
-  const int64_t triangle = tiles_m * (tiles_m + 1) / 2;
-  if (t >= triangle) {  // columns as high as the matrix
-    i = (t - triangle) % tiles_m, j = tiles_m + (t - triangle) / tiles_m;
-    return;
-  }
-  j = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(t) + 1.0) - 1.0) / 2);
-  while (j * (j + 1) / 2 > t) --j;
-  while ((j + 1) * (j + 2) / 2 <= t) ++j;
-  i = t - j * (j + 1) / 2;
-}
-
-inline int64_t tiles_of(int64_t tiles_m, int64_t tiles_n, bool upper) {
-  if (!upper) return tiles_m * tiles_n;
-  const int64_t square = tiles_m < tiles_n ? tiles_m : tiles_n;
-  return square * (square + 1) / 2 + (tiles_n - square) * tiles_m;
-}
-
-// Whether C is better cut into large tiles: rounds of 132 multiprocessors (an H100's; a constant,
-// so that results do not depend on the device) times the work of a tile, the small one taken to
-// be 1.25 times as slow for its size, since it moves twice the bytes per product.
-inline bool large_tiles(int64_t m, int64_t n, bool upper) {
-  const auto rounds = [&](int64_t side) {
-    return ceil_div<int64_t>(tiles_of(ceil_div(m, side), ceil_div(n, side), upper), 132);
-  };
-  return 4 * 4 * rounds(LargeTile::kRows) <= 5 * rounds(SmallTile::kRows);
-}
 
 }  // namespace distaya::cuda

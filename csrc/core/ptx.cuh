@@ -66,16 +66,10 @@ __device__ inline void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const u
           "r"(meta), "n"(selector));
 }
 
-// The leading 11 bits of x as a tf32 operand, rounded to nearest, ties away from zero.
-__device__ inline uint32_t to_tf32(float x) {
-  uint32_t d;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
-  return d;
-}
-
-// D += A B in tf32 with fp32 sums. A [16, 8]: a[0] row g, column c   a[1] row g + 8, column c
-//                                             a[2] row g, column c+4 a[3] row g + 8, column c + 4
-// B [8, 8]: b0 row c, b1 row c + 4 of column g.   D as of mma.
+// D += A B in tf32 with fp32 sums; the last 13 bits of an operand are not looked at.
+//   A [16, 8]  a[0] row g, column c      a[1] row g + 8, the same
+//              a[2] row g, column c + 4  a[3] row g + 8, the same
+//   B [8, 8]   b0 row c, b1 row c + 4 of column g; D as of mma
 __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -152,7 +152,10 @@ class _Run:
             self.checkpoint, self.settings, self.packing, self.skip, self.report, self.on_event
         )
         with Ferry(self.device) as way:
-            way.do(lambda: self._end(writer, self.architecture.embed))
+            if self.architecture.embed in self.packing.ends:
+                self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
+            else:
+                way.do(lambda: self._end(writer, self.architecture.embed))
             layers.run(skeleton.get_submodule(self.architecture.layers), self.replay, way, writer)
         ends = (self.architecture.embed + ".", self.architecture.head + ".")
         between = (*ends, self.architecture.layers + ".")

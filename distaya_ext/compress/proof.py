@@ -9,7 +9,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.whole import load_whole
 from ..errors import InputError
-from ..models.skeleton import build_skeleton
+from ..models.skeleton import build_skeleton, feed_whole
 from .capture import Ends, load_layer
 
 _LOGIT_ELEMENTS = 1 << 24  # logits compared at most (the last positions of each window)
@@ -76,6 +76,7 @@ def _replay(
 ) -> torch.Tensor:
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype, layers)
     ends = Ends(skeleton, checkpoint, device)
+    feed_whole(skeleton.get_output_embeddings())
     hidden, calls = ends.inputs(ids)
     with torch.no_grad():
         for index, (layer, call) in enumerate(zip(ends.layers, calls, strict=True)):
@@ -96,5 +97,6 @@ def _own(
             prefix = f"{checkpoint.architecture.layers}.{index}"
             parent = model.get_submodule(checkpoint.architecture.layers)
             parent[index] = load_layer(layer, prefix, checkpoint, device)
+    feed_whole(model.get_output_embeddings())
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()

@@ -26,12 +26,6 @@ inline void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
   cuda_sim::multiply(sparse_sixteen_bit<T, selector>, d, a, b, 4, meta, {file, line});
 }
 
-inline uint32_t to_tf32(float x) {  // ties away from zero: half an ulp added to the magnitude
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0x007fffffu ? 0x7fffffffu : bits;
-  return (bits + 0x1000u) & ~0x1fffu;
-}
-
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                      CUDA_SIM_HERE) {
   const uint32_t b[2] = {b0, b1};
