@@ -133,9 +133,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_gather", &pack_gather, "data"_a, "spec"_a, "indices"_a, "W"_a, release_gil());
 
   // --- sqgemm ------------------------------------------------------------------------------------
-  m.def("sqgemm_work", &sqgemm::work_bytes, "x"_a, "spec"_a, "glu"_a);
-  m.def("sqgemm_linear", &sqgemm_linear, "x"_a, "data"_a, "spec"_a, "bias"_a, "exact"_a, "work"_a,
-        "y"_a, "y = x W^T + bias for a packed W", release_gil());
+  m.def("sqgemm_work", &sqgemm::work_bytes, "x"_a, "spec"_a, "glu"_a, "wgmma"_a);
+  m.def("sqgemm_has_wgmma", &sqgemm::has_wgmma, "x"_a, "spec"_a,
+        "Whether the warpgroup kernels of sm_90a serve this x");
+  m.def("sqgemm_linear", &sqgemm_linear, "x"_a, "data"_a, "spec"_a, "bias"_a, "exact"_a, "wgmma"_a,
+        "work"_a, "y"_a, "y = x W^T + bias for a packed W", release_gil());
   m.def(
       "sqgemm_cuda_most_tokens",
       [](const Spec& spec, const Tensor& x) {
@@ -147,9 +149,11 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t kind) {
         const sqgemm::Fragments f = sqgemm::fragments_of(kind);
         return py::dict("steps"_a = f.steps, "a"_a = f.a, "b"_a = f.b, "meta"_a = f.meta,
-                        "rows"_a = f.rows);
+                        "rows"_a = f.rows, "pair_slabs"_a = f.pair_slabs,
+                        "pair_rows"_a = f.pair_rows, "order"_a = f.order);
       },
       "kind"_a, "What each lane of a warp takes from a packed tile (sqgemm/fragments.h)");
   m.def("sqgemm_glu", &sqgemm_glu, "x"_a, "gate"_a, "up"_a, "spec"_a, "act"_a, "bias_gate"_a,
-        "bias_up"_a, "exact"_a, "work"_a, "y"_a, "y = act(x W_gate^T) * (x W_up^T)", release_gil());
+        "bias_up"_a, "exact"_a, "wgmma"_a, "work"_a, "y"_a, "y = act(x W_gate^T) * (x W_up^T)",
+        release_gil());
 }

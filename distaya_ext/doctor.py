@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import distaya_ext
-from distaya_ext.ops import machine
+from distaya_ext.ops import machine, sqgemm
 
 # What a room's CPU kernel multiplies with, by instruction set.
 _CPU_KERNELS = {
@@ -42,7 +42,10 @@ _CUDA_KERNELS = {
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Sections of name -> value: versions, cpu, gpu, kernels. Starts no CUDA context in torch."""
+    """Sections of name -> value: versions, cpu, gpu, kernels.
+
+    Where the kernels find a GPU of compute capability 9.0, a small product runs on it.
+    """
     return {
         "versions": _versions(),
         "cpu": _cpu(),
@@ -88,6 +91,18 @@ def _kernels() -> dict[str, str]:
     usable = machine.has_cuda() and machine.cuda_status()["status"] == "ok"
     for room, how in _CUDA_KERNELS.items():
         out[f"{room} on cuda"] = how if usable else "unavailable: " + _gpu()["status"]
+    if usable and torch.cuda.is_available():
+        out |= _warpgroups()
+    return out
+
+
+def _warpgroups() -> dict[str, str]:
+    """What sqgemm's check of its warpgroup products says of each device."""
+    out = {}
+    for i in range(torch.cuda.device_count()):
+        check = sqgemm.wgmma_check(torch.device("cuda", i))
+        use = "wgmma, checked here" if check.ok else "mma or torch's dense products, not wgmma"
+        out[f"sqgemm (int4 and 2:4, 64 tokens or more) on cuda:{i}"] = f"{use}: {check.report}"
     return out
 
 

@@ -113,6 +113,21 @@ def sums(x: torch.Tensor, packed: PackedWeight, exact: bool, bias: torch.Tensor 
     return Sums(value, error + 1.01 * (runs + 4) * U * ((a + step) @ W.t() + more))
 
 
+def sums_of_rounded(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> Sums:
+    """The bound where each weight is rounded to x's dtype first, as warpgroups multiply.
+
+    sum |x| (v |w| + z) for those roundings; K products and up to 16 splits added in fp32, with the
+    bias, one rounding each, or a cut, which is twice as much: 2 (K + 20) u sum |x| |w| (1 + v).
+    """
+    relative, least = output(x.dtype)
+    W = packing.reference_dequantize(*packing.unpack(packed), bits=packed.format.bits).abs()
+    a = x.double().abs()
+    terms = a @ W.t() + (0 if bias is None else bias.double().abs())
+    error = relative * terms + least * a.sum(1, keepdim=True)
+    error += 2.02 * (packed.format.cols + 20) * U * terms
+    return Sums(sqgemm.reference(x, packed, bias), error)
+
+
 def quantized_sums(x: torch.Tensor, packed: PackedWeight) -> Sums:
     """W4A8 with the int8 activations made here, in plain torch: a far closer bound than sums'.
 
@@ -146,6 +161,14 @@ def check(y: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
     excess = (y.double() - expected).abs() - bound
     assert not excess.isnan().any()
     assert y.numel() == 0 or excess.max() <= 0, f"{excess.max():.3g} over the bound"
+
+
+def check_gated(y: torch.Tensor, g: Sums, u: Sums, act: str) -> None:
+    """y against act(g) u: errors of both, of act (slope at most 1.13) and of their product."""
+    a, most = sqgemm.reference_act(g.value, act), u.value.abs() + u.error
+    error = (1.13 * g.error + 10 * U * (g.value.abs() + g.error)) * most + a.abs() * u.error
+    product = Sums(a * u.value, error + U * (a * u.value).abs() + 2.0**-149)
+    check(y, product.value, rounded(product, y.dtype))
 
 
 def check_linear(

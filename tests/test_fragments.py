@@ -67,6 +67,9 @@ def tables(kind: str) -> dict:
         "b": np.array(f["b"]).reshape(steps, 32, -1),
         "meta": np.array(f["meta"]).reshape(-1, 4, 32),
         "rows": np.array(f["rows"]).reshape(4, 16),
+        "pair_slabs": np.array(f["pair_slabs"]).reshape(4, 32),
+        "pair_rows": np.array(f["pair_rows"]).reshape(2, 4, 16),
+        "order": np.array(f["order"]),
     }
 
 
@@ -252,9 +255,10 @@ def test_kernels_stay_within_their_bound(kind, nm, dtype):
         packed = anything(kind, nm, 200, 1100, group, symmetric)
         for count in (1, 7, 8, 9, 16, 17, 33, 64, 65, 130):
             x = (torch.randn(count, 1100, device="cuda") / 16).to(dtype)
-            y = sqgemm.linear(x, packed)
-            assert far_off(y, x, packed) <= 1, (group, symmetric, count)
-            assert torch.equal(y, sqgemm.linear(x, packed))
+            with sqgemm.force_wgmma(False):
+                y = sqgemm.linear(x, packed)
+                assert far_off(y, x, packed) <= 1, (group, symmetric, count)
+                assert torch.equal(y, sqgemm.linear(x, packed))
 
 
 @pytest.mark.cuda
@@ -268,3 +272,48 @@ def test_kernels_run_inside_a_graph():
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
+
+
+def pair_product(words: list, zeros: list, x: np.ndarray, t: dict) -> np.ndarray:
+    """[128, 8] of a pair of tiles, as a warpgroup multiplies them: two products of 64 rows.
+
+    words, zeros, x: as in tile_product, of each tile. Operand B's rows are x in shared memory's
+    order.
+    """
+    out = np.zeros((128, TOKENS))
+    sparse = t["meta"].size > 0
+    columns = 32 if sparse else 16
+    for step in range(t["a"].shape[0]):
+        B = x[t["order"][columns * step : columns * (step + 1)]]
+        own = 64 * (step // 2) + 16 * QUAD if sparse else t["b"][step][:, 0]
+        for product in range(2):
+            for warp in range(4):
+                tile, slab = warp // 2, t["pair_slabs"][warp] + product
+                at = t["a"][step, slab, LANES]
+                codes = words[tile][at[..., 0]] >> at[..., 1] & 15
+                halves = np.arange(8) // 2 % 2
+                rows = t["pair_rows"][product, warp][GROUP[:, None] + 8 * halves]
+                A = operand_a(codes - zeros[tile][rows - 64 * tile, own[:, None]])
+                if sparse:
+                    A = widened(A, words[tile][t["meta"][step, slab, LANES]], step % 2)
+                out[t["pair_rows"][product, warp]] += A @ B
+    return out
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4-2:4"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_warpgroup_multiplies_exactly(kind, group, symmetric):
+    """PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16": warp w has rows 16 w .. 16 w + 15
+    of A and D, as in mma; of the sparse form, metadata as in mma.sp.
+    """
+    packed, codes, wide = content(kind, 128, 128, group, symmetric)
+    x, t = tokens(128), tables(kind)
+    words = [body_words(packed.data.numpy(), packed.format, tile) for tile in range(2)]
+    y = pair_product(words, [wide[:64], wide[64:]], x, t)
+    assert (y == (codes - wide) @ x).all()
+    assert (pair_product(words, [wide[:64], wide[64:]], x[::-1], t) != y).any()
+    wrong = t["pair_slabs"].copy()
+    wrong[0, [0, 8]] = wrong[0, [8, 0]]
+    swapped = pair_product(words, [wide[:64], wide[64:]], x, t | {"pair_slabs": wrong})
+    assert (swapped != y).any()

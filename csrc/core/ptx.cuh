@@ -96,21 +96,29 @@ __device__ inline void load_transposed(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// a - b of two packed 16-bit floats.
+// (a & mask) | b in one instruction; of two constants the compiler would make two.
+template <uint32_t mask>
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "n"(mask), "r"(b));
+  return d;
+}
+
+// a + b of two packed 16-bit floats.
 template <class T>
-__device__ inline uint32_t subtract2(uint32_t a, uint32_t b);
+__device__ inline uint32_t add2(uint32_t a, uint32_t b);
 
 template <>
-__device__ inline uint32_t subtract2<f16>(uint32_t a, uint32_t b) {
+__device__ inline uint32_t add2<f16>(uint32_t a, uint32_t b) {
   uint32_t d;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  asm("add.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
 template <>
-__device__ inline uint32_t subtract2<bf16>(uint32_t a, uint32_t b) {
-  uint32_t d;  // a * 1 - b: sm_80 multiplies and adds bf16 but has no plain difference
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+__device__ inline uint32_t add2<bf16>(uint32_t a, uint32_t b) {
+  uint32_t d;  // a * 1 + b: sm_80 multiplies and adds bf16 but has no plain sum
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return d;
 }
 
@@ -188,6 +196,19 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(pending) : "memory");
 }
 
+// threadIdx.x, read where this stands: what is computed from it occupies no register before.
+__device__ inline unsigned thread_anew() {
+  unsigned d;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
+  return d;
+}
+
+// The 128 bytes around this address to the L2 cache. Changes nothing that can be seen: allowed also
+// while another kernel may still write there.
+__device__ inline void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(global));
+}
+
 // A kernel that was launched `early` (core/cuda.cuh): returns when the kernels before it in the
 // stream are done and their writes are seen.
 __device__ inline void wait_for_earlier() {
@@ -242,8 +263,93 @@ __device__ inline uint64_t operand_b(const void* at) {
 
 // Products (sqgemm): D [64, n] = or += A [64, 16] B [16, n]; warp w of the four has rows 16 w ..
 // 16 w + 15 of A, in registers as in mma, and of D: d[4 i + e] is element e of mma's D for columns
-// 8 i .. 8 i + 7. Sparse: A is [64, 32], registers and metadata as in mma_sparse.
-// `add` false: D is overwritten.
+// 8 i .. 8 i + 7. Sparse: A is [64, 32], registers and metadata as in mma_sparse, and a row of B
+// takes 64 bytes. `add` false: D is overwritten. n: 64 or 128.
+
+// D's operands, and their numbers in the instruction's text.
+#define DISTAYA_D8(i)                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define DISTAYA_D32(i) DISTAYA_D8(i), DISTAYA_D8(i + 8), DISTAYA_D8(i + 16), DISTAYA_D8(i + 24)
+#define DISTAYA_D64 DISTAYA_D32(0), DISTAYA_D32(32)
+#define DISTAYA_TO32                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DISTAYA_TO64                                                                           \
+  DISTAYA_TO32                                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49" \
+  ", %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Behind D: A's four registers, B's descriptor, add; sparse: also the metadata and its selector.
+// The instruction's last numbers say: A and B as they are, B's rows along k.
+#define DISTAYA_PRODUCT(shape, type, D, a_text, b_text, add_text, ...)                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_text ", 0;\nwgmma.mma_async" shape \
+               ".f32." type "." type " {" a_text "}, " b_text ", p, 1, 1, 0;\n}"          \
+               : D                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                      \
+                 "r"(int{add})__VA_OPT__(, ) __VA_ARGS__)
+
+template <class T, int n>
+__device__ inline void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  constexpr bool bfloat = dtype_of<T> == Dtype::bf16;
+  static_assert(n == 64 || n == 128);
+  if constexpr (n == 64 && bfloat)
+    DISTAYA_PRODUCT(".sync.aligned.m64n64k16", "bf16", DISTAYA_D32(0),
+                    DISTAYA_TO32 "}, {%32, %33, %34, %35", "%36", "%37");
+  else if constexpr (n == 64)
+    DISTAYA_PRODUCT(".sync.aligned.m64n64k16", "f16", DISTAYA_D32(0),
+                    DISTAYA_TO32 "}, {%32, %33, %34, %35", "%36", "%37");
+  else if constexpr (bfloat)
+    DISTAYA_PRODUCT(".sync.aligned.m64n128k16", "bf16", DISTAYA_D64,
+                    DISTAYA_TO64 "}, {%64, %65, %66, %67", "%68", "%69");
+  else
+    DISTAYA_PRODUCT(".sync.aligned.m64n128k16", "f16", DISTAYA_D64,
+                    DISTAYA_TO64 "}, {%64, %65, %66, %67", "%68", "%69");
+}
+
+template <class T, int n, int selector>
+__device__ inline void wgmma_sparse(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b,
+                                    uint32_t meta, bool add) {
+  constexpr bool bfloat = dtype_of<T> == Dtype::bf16;
+  static_assert(n == 64 || n == 128);
+  if constexpr (n == 64 && bfloat)
+    DISTAYA_PRODUCT(".sp.sync.aligned.m64n64k32", "bf16", DISTAYA_D32(0),
+                    DISTAYA_TO32 "}, {%32, %33, %34, %35", "%36, %38, %39", "%37", "r"(meta),
+                    "n"(selector));
+  else if constexpr (n == 64)
+    DISTAYA_PRODUCT(".sp.sync.aligned.m64n64k32", "f16", DISTAYA_D32(0),
+                    DISTAYA_TO32 "}, {%32, %33, %34, %35", "%36, %38, %39", "%37", "r"(meta),
+                    "n"(selector));
+  else if constexpr (bfloat)
+    DISTAYA_PRODUCT(".sp.sync.aligned.m64n128k32", "bf16", DISTAYA_D64,
+                    DISTAYA_TO64 "}, {%64, %65, %66, %67", "%68, %70, %71", "%69", "r"(meta),
+                    "n"(selector));
+  else
+    DISTAYA_PRODUCT(".sp.sync.aligned.m64n128k32", "f16", DISTAYA_D64,
+                    DISTAYA_TO64 "}, {%64, %65, %66, %67", "%68, %70, %71", "%69", "r"(meta),
+                    "n"(selector));
+}
+
+#undef DISTAYA_D8
+#undef DISTAYA_D32
+#undef DISTAYA_D64
+#undef DISTAYA_TO32
+#undef DISTAYA_TO64
+#undef DISTAYA_PRODUCT
+
+// Stands before the product_fence of products that read A: what writes it may not move behind.
+template <int m>
+__device__ inline void product_operand(uint32_t (&a)[m]) {
+#pragma unroll
+  for (int i = 0; i < m; ++i) asm volatile("" : "+r"(a[i]) : : "memory");
+}
+
+// Stands behind the product_wait that makes D valid: what reads D may not move ahead of it.
+template <int m>
+__device__ inline void product_done(float (&d)[m]) {
+#pragma unroll
+  for (int i = 0; i < m; ++i) asm volatile("" : "+f"(d[i]) : : "memory");
+}
 
 #endif  // DISTAYA_WGMMA
 

@@ -120,8 +120,8 @@ struct Format {
   DISTAYA_HD constexpr int scale_bytes() const { return scale == Dtype::f32 ? 4 : 2; }
 
   // Inside a record; offsets in bytes, all multiples of 64.
-  DISTAYA_HD constexpr int tile_groups() const {
-    return group ? static_cast<int>(kTileCols / group) : 0;
+  DISTAYA_HD constexpr int tile_groups() const {  // kTileCols / group, without dividing
+    return group == 32 ? 4 : group == 64 ? 2 : group == 128 ? 1 : 0;
   }
 
   // Scale of tile row r, group q of the tile: scale number q * 64 + r. Zeros (uint8) likewise.

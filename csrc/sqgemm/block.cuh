@@ -3,8 +3,8 @@
 
 #include "core/ptx.cuh"
 #include "sqgemm/epilogue.cuh"
-#include "sqgemm/fragments.h"
 #include "sqgemm/plan.cuh"
+#include "sqgemm/tile.cuh"
 
 namespace distaya::sqgemm {
 
@@ -45,22 +45,55 @@ __device__ inline Task task_of(const Launch& p) {
   return w;
 }
 
-// All threads start copying the activations of a step: [ways][parts][n_tiles * 8][128].
+// One warp fetches a record to the L2 cache: all that may be done with weights before the kernels
+// ahead have ended, for one of them may have written them. Of int4_mask that is nothing, as its
+// offsets would have to be read.
+__device__ inline void prefetch_record(const Launch& p, const Task& w, int tile) {
+  const int bytes = 16 * p.plan.chunks;
+  const uint8_t* from = w.weights + (w.row_tile * p.format.col_tiles() + tile) * bytes;
+  for (int at = 128 * (threadIdx.x % 32); at < bytes; at += 128 * 32) ptx::prefetch(from + at);
+}
+
+// One warp starts copying a record.
+__device__ inline void stage_record(const Launch& p, const Task& w, int tile, uint8_t* to) {
+  const Plan& plan = p.plan;
+  const Kind kind = p.format.kind;
+  const int64_t number = w.row_tile * p.format.col_tiles() + tile;
+  int64_t begin = number * plan.chunks * 16;
+  int chunks = plan.chunks;
+  if (kind == Kind::int4_mask) {
+    const auto* offsets = reinterpret_cast<const int64_t*>(w.weights) + number;
+    begin = offsets[0];
+    chunks = static_cast<int>(offsets[1] - begin) / 16;
+  }
+  const bool lines = kind == Kind::int4 || kind == Kind::int8 || kind == Kind::int4_24;
+  copy_record<32>(w.weights + begin, plan.head, chunks - plan.head, lines, plan.body_at, to,
+                  threadIdx.x % 32);
+}
+
+// All threads start copying the activations of a step: [ways][parts][n_tiles * 8][128]. A thread
+// has one chunk of every eighth token.
 template <int n_tiles, int parts>
 __device__ void stage_activations(const Launch& p, const Task& w, int tile, uint8_t* to) {
-  constexpr int kChunks = pack::kTileCols / 8;  // of 16 bytes in a row
-  constexpr int tokens = n_tiles * 8, rows = parts * tokens;
+  constexpr int kChunks = pack::kTileCols / 8, kBytes = pack::kTileCols * 2;
+  const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+  static_assert(kThreads / kChunks == 8);
+  const int64_t token = w.token + row;
+  to += kBytes * row + 16 * shuffled_chunk(row, chunk);
+  const auto* x = static_cast<const uint16_t*>(p.x);
+#pragma unroll 1
+  for (int way = 0; way < p.plan.ways; ++way, ++tile) {
+    const int64_t last = tile < w.end_tile ? p.out.tokens : 0;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      const uint16_t* from = x + (part * p.out.tokens + token) * p.x_stride +
+                             int64_t{tile} * pack::kTileCols + chunk * 8;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < p.plan.ways * rows * kChunks; i += kThreads) {
-    const int chunk = i % kChunks, row = i / kChunks;
-    const int column_tile = tile + row / rows;
-    const int64_t token = w.token + row % tokens;
-    const bool there = column_tile < w.end_tile && token < p.out.tokens;
-    const int64_t at = (row % rows / tokens * p.out.tokens + token) * p.x_stride +
-                       int64_t{column_tile} * pack::kTileCols + chunk * 8;
-    const auto* from = static_cast<const uint16_t*>(p.x) + (there ? at : 0);
-    ptx::copy_async_or_zero(to + 2 * pack::kTileCols * row + 16 * shuffled_chunk(row % 8, chunk),
-                            from, there);
+      for (int n = 0; n < n_tiles; ++n, to += 8 * kBytes, from += 8 * p.x_stride) {
+        const bool there = token + 8 * n < last;
+        ptx::copy_async_or_zero(to, there ? from : x, there);
+      }
+    }
   }
 }
 

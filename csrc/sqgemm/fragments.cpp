@@ -35,6 +35,10 @@ Fragments fragments_of(int64_t kind) {
   }
   for (int slab = 0; slab < 4; ++slab)
     for (int r = 0; r < 16; ++r) out.rows.push_back(tile_row(slab, r));
+  for (int i = 0; i < 4 * 32; ++i) out.pair_slabs.push_back(pair_slab(i / 32, i % 32 / 4));
+  for (int i = 0; i < 2 * 64; ++i) out.pair_rows.push_back(pair_row(i / 64, i / 16 % 4, i % 16));
+  if (k != Kind::int8)
+    for (int i = 0; i < pack::kTileCols; ++i) out.order.push_back(ordered_column(sparse, i));
   return out;
 }
 

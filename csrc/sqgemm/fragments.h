@@ -80,17 +80,41 @@ DISTAYA_HD constexpr int shuffled_slot(int slot) {
   return slot ^ (2 * (slot / 8 % 4) | slot / 64 % 2);
 }
 
+// The same, of slot first + i where first is a multiple of 64 (or of 32, i < 32).
+DISTAYA_HD constexpr int shuffled_slot(int first, int i) {
+  return first + (shuffled_slot(i) ^ first / 64 % 2);
+}
+
 // 16-byte chunk 0..15 of the 128 activations of a token.
 DISTAYA_HD constexpr int shuffled_chunk(int token, int chunk) {
   return chunk ^ (4 * (token & 1) | (token & 2) | (token >> 2 & 1));
 }
 
+// Products of a warpgroup (wgmma.cuh) have 64 rows, 16 of each of its four warps. Two of them cover
+// a pair of row tiles: warps 0 and 1 supply the upper tile, 2 and 3 the lower one. A lane reads two
+// neighbouring words of a slot, one for each product. Which two turns with the lane's row: so the
+// 16 lanes that the memory serves at once meet no bank twice (proved below), and the words of a
+// row's metadata still lie in the four lanes where the hardware looks for them.
+DISTAYA_HD constexpr int pair_slab(int warp, int g) { return 2 * ((warp + g / 2) % 2); }
+
+// Row 0..127 of the pair that is row r (0..15) of this warp's share in product 0 or 1.
+DISTAYA_HD constexpr int pair_row(int product, int warp, int r) {
+  return 64 * (warp / 2) + tile_row(pair_slab(warp, r % 8) + product, r);
+}
+
+// Operand B of such products lies in shared memory in the order of the instructions' columns.
+// Tile column at place 0..127 of a token's row:
+DISTAYA_HD constexpr int ordered_column(bool sparse, int place) {
+  return sparse ? sparse_column(place / 32, place % 32) : int4_column(place / 16, place % 16);
+}
+
 // All of this as numbers (fragments.cpp). a [steps][4 slabs][32 lanes][8 values][word, bit], b
 // [steps][32 lanes][4 or, sparse, 8 values] = tile columns, meta [steps][4][32] = words, rows
-// [4][16].
+// [4][16], pair_slabs [4 warps][32 lanes] of product 0, pair_rows [2 products][4 warps][16], order
+// [128] = ordered_column (int4 and int4_24).
 struct Fragments {
   int steps = 0;
-  std::vector<int> a, b, meta, rows;
+  std::vector<int> a, b, meta, rows, pair_slabs, pair_rows, order;
 };
 
 Fragments fragments_of(int64_t kind);  // int4, int8 or int4_24
@@ -144,12 +168,32 @@ constexpr bool sparse_reads_what_pack_wrote() {
   return true;
 }
 
+// A lane that reads 8 bytes shares its cycle with the 15 others of its half of the warp: 128 bytes.
+constexpr bool pairs_meet_no_bank() {
+  for (int line = 0; line < 8; ++line)
+    for (int half = 0; half < 8; ++half)  // of warp half / 2
+      if (!permutes<16>([&](int i) {
+            const int lane = 16 * (half % 2) + i, slot = 32 * line + lane_slot(lane);
+            return (2 * shuffled_slot(slot) + pair_slab(half / 2, lane / 4) / 2) % 16;
+          }))
+        return false;
+  return true;
+}
+
+static_assert(pairs_meet_no_bank());
+static_assert(permutes<128>([](int i) { return pair_row(i / 64, i / 16 % 4, i % 16); }));
+static_assert(permutes<128>([](int i) { return ordered_column(false, i); }));
+static_assert(permutes<128>([](int i) { return ordered_column(true, i); }));
 static_assert(permutes<64>([](int i) { return tile_row(i / 16, i % 16); }));
 static_assert(permutes<32>([](int i) { return lane_slot(i); }));
 static_assert(permutes<128>([](int i) { return int4_column(i / 16, i % 16); }));
 static_assert(permutes<128>([](int i) { return int8_column(i / 16, i % 16); }));
 static_assert(permutes<128>([](int i) { return sparse_column(i / 32, i % 32); }));
 static_assert(permutes<512>([](int i) { return shuffled_slot(i); }));
+static_assert(permutes<512>([](int i) {
+  const int at = shuffled_slot(i / 64 * 64, i % 64), same = shuffled_slot(i / 32 * 32, i % 32);
+  return at == shuffled_slot(i) && same == at ? i : -1;
+}));
 static_assert(permutes<128>([](int i) { return i / 16 * 16 + shuffled_chunk(i / 16, i % 16); }));
 static_assert(dense_reads_what_pack_wrote());
 static_assert(sparse_reads_what_pack_wrote());

@@ -31,9 +31,15 @@ int64_t tokens_of(const Tensor& x, const Format& f, const char* name, int64_t la
   return tokens;
 }
 
+bool wgmma_for(const Format& f, int64_t tokens, const Tensor& x) {
+  if constexpr (has_cuda)
+    return x.on_cuda && sqgemm::wgmma_serves(f, tokens, x.dtype) && sqgemm::wgmma_device(x.device);
+  return false;
+}
+
 // What both doors check: x, y and the workspace.
 Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact, bool glu,
-                   const MaybeTensor& work, const Tensor& y) {
+                   bool wgmma, const MaybeTensor& work, const Tensor& y) {
   const Format f = pack::read_spec(spec);
   Problem p{};
   p.format = f;
@@ -49,7 +55,8 @@ Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact
   p.dtype = x.dtype;
   p.y = y.data;
   p.exact = exact;
-  const int64_t wanted = sqgemm::work_bytes(x, spec, glu);
+  p.wgmma = wgmma && wgmma_for(f, p.tokens, x);
+  const int64_t wanted = sqgemm::work_bytes(x, spec, glu, wgmma);
   if (wanted == 0) return p;
   check(work.has_value(), "x (", x, ") needs a workspace of ", wanted, " bytes");
   const auto [bytes] = work->shape<1>("work");
@@ -67,6 +74,8 @@ bool declines(const Format& f, int64_t tokens, const Tensor& x) {
 
 bool run(const Problem& p, const Tensor& x) {
   if (p.tokens == 0 || p.format.rows == 0) return true;
+  if constexpr (has_cuda)
+    if (p.wgmma) return sqgemm::run_wgmma(p, stream_of(x)), true;
   if (declines(p.format, p.tokens, x)) return false;
   if constexpr (has_cuda)
     if (x.on_cuda) return sqgemm::run_cuda(p, stream_of(x)), true;
@@ -82,9 +91,17 @@ Activation parse_act(const std::string& act) {
 
 }  // namespace
 
-int64_t sqgemm::work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu) {
+bool sqgemm::has_wgmma(const Tensor& x, const std::vector<int64_t>& spec) {
+  const Format f = pack::read_spec(spec);
+  return wgmma_for(f, tokens_of(x, f, "x", f.cols), x);
+}
+
+int64_t sqgemm::work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu,
+                           bool wgmma) {
   const Format f = pack::read_spec(spec);
   const int64_t tokens = tokens_of(x, f, "x", f.cols);
+  if constexpr (has_cuda)
+    if (wgmma && wgmma_for(f, tokens, x)) return wgmma_work_bytes(f, tokens, glu);
   if (declines(f, tokens, x)) return 0;
   if constexpr (has_cuda)
     if (x.on_cuda) return cuda_work_bytes(f, tokens, x.dtype, glu);
@@ -92,8 +109,9 @@ int64_t sqgemm::work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bo
 }
 
 bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
-                   const MaybeTensor& bias, bool exact, const MaybeTensor& work, const Tensor& y) {
-  Problem p = problem_of(x, spec, exact, false, work, y);
+                   const MaybeTensor& bias, bool exact, bool wgmma, const MaybeTensor& work,
+                   const Tensor& y) {
+  Problem p = problem_of(x, spec, exact, false, wgmma, work, y);
   p.weights = weights_of(p.format, data, "data", x);
   p.bias = bias_of(bias, "bias", p.format, x);
   return run(p, x);
@@ -101,9 +119,9 @@ bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_
 
 bool sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
                 const std::vector<int64_t>& spec, const std::string& act,
-                const MaybeTensor& bias_gate, const MaybeTensor& bias_up, bool exact,
+                const MaybeTensor& bias_gate, const MaybeTensor& bias_up, bool exact, bool wgmma,
                 const MaybeTensor& work, const Tensor& y) {
-  Problem p = problem_of(x, spec, exact, true, work, y);
+  Problem p = problem_of(x, spec, exact, true, wgmma, work, y);
   p.act = parse_act(act);
   p.weights = weights_of(p.format, gate, "gate", x);
   p.up = weights_of(p.format, up, "up", x);

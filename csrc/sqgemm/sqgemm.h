@@ -9,6 +9,9 @@
 // Accuracy, u = 2^-24, g columns in a group (128 when one scale serves the row), K columns:
 //   exact   |error| <= (g + K / g + 4) u sum |x_k| |w_k|, plus the rounding of y to its dtype
 //   W4A8    at most half an activation step per element more: sum_k |w_k| s_x(k) / 2
+//   warpgroups of sm_90a (wgmma_serves)   w is rounded to x's dtype first, as in a dense product of
+//           the dequantized W: |error| <= sum_k |x_k| (v |w_k| + z) + (K + 20) u sum |x_k| |w_k|, v
+//           = 2^-8 and z = 2^-134 in bf16, 2^-11 and 2^-25 in fp16; then the rounding of y
 // provided every sum of x_k (code_k - zero) over a group is inside the range of fp32. bf16 inputs
 // enter the products unrounded; the AVX512-BF16 path takes activations and partial sums below
 // 2^-126 for 0, at most 2^-126 |scale| (1 + |code - zero|) more per element; CUDA loses 2^-133 of a
@@ -45,6 +48,7 @@ struct Problem {
   void* y;              // [tokens, format.rows]
   Activation act;       // none exactly where up is null
   bool exact;           // false: int8 activations (CPU only)
+  bool wgmma;           // CUDA: by the warpgroup kernels
   void* work;           // CUDA: cuda_work_bytes() bytes
   int64_t work_bytes;
   int device;  // CUDA ordinal
@@ -54,13 +58,18 @@ void run_cpu(const Problem& p);
 void run_cuda(const Problem& p, Stream stream);
 int64_t cuda_work_bytes(const pack::Format& format, int64_t tokens, Dtype dtype, bool glu);
 
-// The most tokens that run_cuda is meant for; with more, to dequantize W and multiply it with the
-// dense product of the framework is faster. Counted for an H100, not measured: that way moves
-// b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass of 64 tokens here takes about 1500
-// instructions of a warp for 8192 weights, 0.25 ps, and half as many again where records are
-// expanded first. They break even at six and at four such passes; a third is left for what the
-// count forgets, so 256 and 192 tokens. float32, whose dense product has no tensor cores (0.03 ps a
-// weight and token, against 0.02 here), always stays.
+// The warpgroup kernels of sm_90a (wgmma.cuh).
+bool wgmma_device(int device);
+void run_wgmma(const Problem& p, Stream stream);
+int64_t wgmma_work_bytes(const pack::Format& format, int64_t tokens, bool glu);
+
+// The most tokens that run_cuda is meant for (run_wgmma, below, has no such limit); with more, to
+// dequantize W and multiply it with the dense product of the framework is faster. Counted for an
+// H100, not measured: that way moves b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass
+// of 64 tokens here takes about 1500 instructions of a warp for 8192 weights, 0.25 ps, and half as
+// many again where records are expanded first. They break even at six and at four such passes; a
+// third is left for what the count forgets, so 256 and 192 tokens. float32, whose dense product has
+// no tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
 constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   if (dtype == Dtype::f32) return INT64_MAX;
   const bool whole =
@@ -68,21 +77,36 @@ constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   return whole ? 256 : 192;
 }
 
+// What the warpgroup kernels multiply, on a device that has them: enough tokens for them (fewer are
+// served by the others, exactly), and scales that are exact in x's dtype. Counted, not measured,
+// they never cost more than to dequantize W and multiply: their tensor cores are as busy, and W is
+// read once (wgmma.cuh).
+constexpr int64_t kWgmmaTokens = 64;
+
+constexpr bool wgmma_serves(const pack::Format& f, int64_t tokens, Dtype x) {
+  const bool kind = f.kind == pack::Kind::int4 || f.kind == pack::Kind::int4_24;
+  return kind && f.scale == x && x != Dtype::f32 && tokens >= kWgmmaTokens && f.cols > 0;
+}
+
+// Whether that is so for this x, here.
+bool has_wgmma(const Tensor& x, const std::vector<int64_t>& spec);
+
 // Bytes of `work` the doors want for this call: 0 on the CPU, and where they decline it.
-int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu);
+int64_t work_bytes(const Tensor& x, const std::vector<int64_t>& spec, bool glu, bool wgmma);
 
 }  // namespace sqgemm
 
 // Doors. x [..., cols], y [..., rows] of one dtype; data, gate, up: uint8 buffers of the format
 // that spec says (pack::read_spec); biases [rows] of x's dtype; work: uint8, sqgemm::work_bytes()
-// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh. False: all
-// is well but y was not computed, as x has more than cuda_most_tokens() tokens.
+// or none where that is 0. All contiguous, on one device. act: silu, gelu or gelu_tanh. wgmma: by
+// the warpgroup kernels where has_wgmma(). False: all is well but y was not computed, as x has more
+// than cuda_most_tokens() tokens.
 bool sqgemm_linear(const Tensor& x, const Tensor& data, const std::vector<int64_t>& spec,
-                   const std::optional<Tensor>& bias, bool exact, const std::optional<Tensor>& work,
-                   const Tensor& y);
+                   const std::optional<Tensor>& bias, bool exact, bool wgmma,
+                   const std::optional<Tensor>& work, const Tensor& y);
 bool sqgemm_glu(const Tensor& x, const Tensor& gate, const Tensor& up,
                 const std::vector<int64_t>& spec, const std::string& act,
                 const std::optional<Tensor>& bias_gate, const std::optional<Tensor>& bias_up,
-                bool exact, const std::optional<Tensor>& work, const Tensor& y);
+                bool exact, bool wgmma, const std::optional<Tensor>& work, const Tensor& y);
 
 }  // namespace distaya

@@ -2,10 +2,9 @@
 // memory as packed; a warp multiplies whole tiles on the tensor cores. Where row tiles are few the
 // columns are split among blocks, whose sums are added in their order by a second kernel: the same
 // bits every run. No atomics, no host sync, no allocation.
-#include <atomic>
-
 #include "sqgemm/block.cuh"
 #include "sqgemm/expand.cuh"
+#include "sqgemm/launch.cuh"
 #include "sqgemm/multiply.cuh"
 
 namespace distaya::sqgemm {
@@ -13,18 +12,15 @@ namespace {
 
 using namespace cuda;
 
-// Blocks that a multiprocessor should hold: three where 168 registers a thread suffice.
-template <int n, Body body>
-inline constexpr int kResident = n == 1 && body != Body::int8 ? 3 : 2;
-
 // T: the type of the activations' terms; Out: of y and the biases.
 template <class T, class Out, int n_tiles, int parts, Body body>
-__global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
+__global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body == Body::int8))
     multiply_kernel(const __grid_constant__ Launch p) {
   DISTAYA_DYNAMIC_SHARED(uint8_t, shared);
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
   __shared__ uint32_t selectors[16];
   __shared__ Task tasks[kWarps];
+  ptx::let_later_start();
   const Plan& plan = p.plan;
   const int warp = threadIdx.x / 32;
   if (threadIdx.x < 16) selectors[threadIdx.x] = spread_selector(threadIdx.x);
@@ -32,14 +28,21 @@ __global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
   __syncthreads();
   const Task& w = tasks[warp];
   uint8_t* rows = shared + plan.grid_at + warp * pack::kTileRows * 5;
+  for (int step = 0; step < plan.stages; ++step) {
+    const int tile = w.first_tile + step * plan.ways + w.way;
+    if (tile < w.end_tile) prefetch_record(p, w, tile);
+  }
+  ptx::wait_for_earlier();
   if (p.format.group == 0) copy_row_scales(p.format, w.weights, w.row_tile, rows);
 
+  const auto stage_of = [&](int step) {
+    return shared + (plan.stages == 3 ? step % 3 : step % 2) * plan.stage_bytes;
+  };
   const auto issue = [&](int step) {
-    uint8_t* stage = shared + step % plan.stages * plan.stage_bytes;
+    uint8_t* stage = stage_of(step);
     const int tile = w.first_tile + step * plan.ways;
     if (tile + w.way < w.end_tile)
-      stage_record(p.format, w.weights, w.row_tile, tile + w.way, plan.body_at,
-                   stage + warp * plan.record_bytes);
+      stage_record(p, w, tile + w.way, stage + warp * plan.record_bytes);
     stage_activations<n_tiles, parts>(p, w, tile, stage + kWarps * plan.record_bytes);
   };
 
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
     if (step + plan.stages - 1 < steps) issue(step + plan.stages - 1);
     ptx::copy_commit();
     if (w.first_tile + step * plan.ways + w.way >= w.end_tile) continue;
-    const uint8_t* stage = shared + step % plan.stages * plan.stage_bytes;
+    const uint8_t* stage = stage_of(step);
     const uint8_t* record = stage + warp * plan.record_bytes;
     const uint8_t* codes = record + plan.body_at;
     const Scales scales{p.format.group == 0 ? rows : record, p.format};
@@ -84,30 +87,14 @@ __global__ void __launch_bounds__(kThreads, kResident<n_tiles * parts, body>)
   write_sums<Out>(p, sums);
 }
 
-// Adds the splits in their order; a thread per output.
-template <class T>
-__global__ void add_splits_kernel(const __grid_constant__ Launch p) {
-  const int64_t padded = p.format.row_tiles() * pack::kTileRows;
-  const int64_t plane = p.out.tokens * padded, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < p.out.tokens * p.out.rows; i += step) {
-    const int64_t token = i / p.out.rows, row = i % p.out.rows;
-    const auto total = [&](int m) {
-      float sum = 0.f;
-      for (int64_t split = 0; split < p.plan.splits; ++split)
-        sum += p.partial[(split * p.plan.matrices + m) * plane + token * padded + row];
-      return sum;
-    };
-    finish<T>(p.out, token, row, total(0), p.out.glu ? total(1) : 0.f);
-  }
-}
-
 // [parts][tokens][stride] from x [tokens, cols]: padded with zeros; float32 as three bf16 that add
 // up to it exactly, but for what lies below 2^-133, the least bf16: each term takes the leading 8
 // bits of what those before left.
 template <class T>
 __global__ void prepare_kernel(const T* x, int64_t tokens, int64_t cols, int64_t stride,
                                uint16_t* out) {
+  ptx::let_later_start();
+  ptx::wait_for_earlier();
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < tokens * stride;
        i += step) {
@@ -137,27 +124,20 @@ void prepare(const Problem& p, Launch& launch, cudaStream_t stream) {
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   if (dtype_of<T> != Dtype::f32 && stride == p.format.cols && aligned) return;
   launch.x = p.work;
-  cuda::launch(prepare_kernel<T>, grid_of(ceil_div<int64_t>(p.tokens * stride, 256), 1 << 16), 256,
-               0, stream, static_cast<const T*>(p.x), p.tokens, p.format.cols, stride,
-               static_cast<uint16_t*>(p.work));
+  cuda::launch<true>(prepare_kernel<T>, grid_of(ceil_div<int64_t>(p.tokens * stride, 256), 1 << 16),
+                     256, 0, stream, static_cast<const T*>(p.x), p.tokens, p.format.cols, stride,
+                     static_cast<uint16_t*>(p.work));
 }
 
 template <class T, class Out, int n_tiles, int parts, Body body>
 void multiply(const Launch& p, cudaStream_t stream) {
-  const auto kernel = multiply_kernel<T, Out, n_tiles, parts, body>;
-  static std::atomic<uint64_t> allowed{0};  // a bit per device: asking costs more than a launch
-  const uint64_t bit = p.device < 64 ? uint64_t{1} << p.device : 0;
-  if (!(allowed.load() & bit)) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
-    allowed.fetch_or(bit);
-  }
+  constexpr auto kernel = multiply_kernel<T, Out, n_tiles, parts, body>;
+  allow_shared<kernel>(p.device, kMostShared);
   const int64_t blocks = p.plan.row_blocks * p.plan.passes;
   check(blocks < int64_t{1} << 31, "x of ", p.out.tokens, " tokens by a weight of ", p.out.rows,
         " rows is too much for one launch");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.plan.splits));
-  cuda::launch(multiply_kernel<T, Out, n_tiles, parts, body>, grid, kThreads,
-               static_cast<size_t>(p.plan.shared_bytes), stream, p);
+  cuda::launch<true>(kernel, grid, kThreads, static_cast<size_t>(p.plan.shared_bytes), stream, p);
 }
 
 template <class T, class Out, int n_tiles, int parts>
@@ -182,9 +162,9 @@ void run(const Problem& p, Launch& launch, cudaStream_t stream) {
              : multiply_kind<T, T, 8, 1>(launch, stream);
   }
   if (launch.plan.splits == 1) return;
-  const int64_t outputs = p.tokens * p.format.rows;
-  cuda::launch(add_splits_kernel<T>, grid_of(ceil_div<int64_t>(outputs, 256), 1 << 16), 256, 0,
-               stream, launch);
+  const int64_t padded = p.format.row_tiles() * pack::kTileRows;
+  add_splits<T>({launch.out, launch.partial, launch.plan.splits, padded, launch.plan.matrices},
+                stream);
 }
 
 }  // namespace

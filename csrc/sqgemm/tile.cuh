@@ -50,24 +50,19 @@ __device__ inline void load_scales(float (&out)[n], const Scales& s, int q, int 
     read_scales<float>(out, s.at, index);
 }
 
-// One warp starts copying a record. Its body begins at body_at, slots shuffled where lanes will
-// read it in lines.
-__device__ inline void stage_record(const pack::Format& f, const uint8_t* buffer, int64_t row_tile,
-                                    int64_t col_tile, int body_at, uint8_t* to) {
-  const int64_t begin = record_at(f, buffer, row_tile, col_tile);
-  int bytes = static_cast<int>(f.record_bytes());
-  if (f.kind == Kind::int4_mask)
-    bytes = static_cast<int>(
-        reinterpret_cast<const int64_t*>(buffer)[row_tile * f.col_tiles() + col_tile + 1] - begin);
-  const bool lines = f.kind == Kind::int4 || f.kind == Kind::int8 || f.kind == Kind::int4_24;
+// `threads` (32 or 64) neighbouring threads start copying a record: `head` chunks of 16 bytes, then
+// `body` chunks to body_at on, shuffled where lanes will read them in lines. `thread`: which one.
+template <int threads>
+__device__ inline void copy_record(const uint8_t* from, int head, int body, bool lines, int body_at,
+                                   uint8_t* to, int thread) {
   const uint64_t policy = ptx::evict_first();
-  const int head = f.body_at() / 16;
+  for (int i = thread; i < head; i += threads) ptx::copy_async(to + 16 * i, from + 16 * i, policy);
+  from += 16 * (head + thread);
+  to += body_at;
+  const int place = lines ? shuffled_slot(thread) : thread, turn = lines ? 1 : 0;
 #pragma unroll 2
-  for (int i = threadIdx.x % 32; i < bytes / 16; i += 32) {
-    const int slot = i - head;
-    const int at = slot < 0 ? 16 * i : body_at + 16 * (lines ? shuffled_slot(slot) : slot);
-    ptx::copy_async(to + at, buffer + begin + 16 * static_cast<int64_t>(i), policy);
-  }
+  for (int first = 0; first + thread < body; first += threads, from += 16 * threads)
+    ptx::copy_async(to + 16 * (first + (place ^ (first / 64 & turn))), from, policy);
 }
 
 // One warp copies the scales and zeros of a row tile whose rows have one scale each.

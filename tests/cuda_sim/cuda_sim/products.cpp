@@ -115,14 +115,19 @@ float dot(const float* a, const uint64_t b, int column, const Shape& shape) {
   return static_cast<float>(sum);
 }
 
-void deliver_one(const Product& p) {
+std::vector<float> value_of(const Product& p) {
   const int c = lane() % 4, k = p.shape.sparse ? 32 : 16;
+  std::vector<float> out(p.n / 2);
   for (int i = 0; i < p.n / 8; ++i)
     for (int e = 0; e < 4; ++e) {
       const float part = dot(&p.a[e / 2 * k], p.b, 8 * i + 2 * c + e % 2, p.shape);
       const int at = 4 * i + e;
-      p.d[at] = (p.chained ? p.d[at] : p.addend.empty() ? 0.f : p.addend[at]) + part;
+      out[at] = (p.adds ? p.addend[at] : 0.f) + part;
     }
+  return out;
+}
+
+void release_b(const Product& p) {
   if (!p.holds_b) return;
   over_b(p, [](uint8_t* at) {
     Cell* cell = shadow.cells(at, 16, "reads", {});
@@ -135,8 +140,18 @@ void deliver_one(const Product& p) {
 
 }  // namespace
 
+// To D, or to the next product under way that has the same D.
 void Products::deliver(size_t count) {
-  for (size_t i = 0; i < count; ++i) deliver_one(list[i]);
+  for (size_t i = 0; i < count; ++i) {
+    std::vector<float> value = value_of(list[i]);
+    release_b(list[i]);
+    const auto next = std::find_if(list.begin() + static_cast<long>(i) + 1, list.end(),
+                                   [&](const Product& p) { return p.d == list[i].d; });
+    if (next == list.end())
+      std::ranges::copy(value, list[i].d);
+    else if (next->adds)
+      next->addend = std::move(value);
+  }
   list.erase(list.begin(), list.begin() + static_cast<long>(count));
 }
 
@@ -171,10 +186,9 @@ void product_issue(const Shape& shape, int n, float* d, const uint32_t* a, uint6
   ++mine.issued;
   uint32_t words[5] = {a[0], a[1], a[2], a[3], meta};
   Meeting& m = meet(shape.sparse ? "wgmma_sparse" : "wgmma", 0xffffffffu, words, 5, nullptr, place);
-  Product p{shape, n, d, {}, false, b, lane() == 0, rows_of_a(m, shape, where)};
+  Product p{shape, n, d, add, {}, b, lane() == 0, rows_of_a(m, shape, where)};
   part(m);
-  p.chained = add && std::ranges::any_of(mine.list, [&](const Product& o) { return o.d == d; });
-  if (add && !p.chained) p.addend.assign(d, d + n / 2);
+  if (add) p.addend.assign(d, d + n / 2);  // NaN where a product with this D is under way
   std::fill(d, d + n / 2, std::numeric_limits<float>::quiet_NaN());
   if (p.holds_b)
     over_b(p, [&](uint8_t* at) {

@@ -14,8 +14,8 @@ struct Product {
   Shape shape;
   int n;
   float* d;
-  std::vector<float> addend;  // this thread's D before, empty where D is overwritten
-  bool chained;               // or what the product before leaves there
+  bool adds;
+  std::vector<float> addend;  // D before, once it is known: of this thread, where it adds
   uint64_t b;
   bool holds_b;          // this lane keeps the bytes of B reserved, for its warp
   std::vector<float> a;  // [2][k]: this lane's rows of A, dense

@@ -51,9 +51,14 @@ inline uint32_t by_halves(uint32_t a, uint32_t b, const F& f) {
   return out;
 }
 
+template <uint32_t mask>
+inline uint32_t and_or(uint32_t a, uint32_t b) {
+  return (a & mask) | b;
+}
+
 template <class T>
-inline uint32_t subtract2(uint32_t a, uint32_t b) {  // exact in float, or far above any rounding
-  return by_halves<T>(a, b, [](float x, float y) { return x - y; });
+inline uint32_t add2(uint32_t a, uint32_t b) {  // exact in float, or far above any rounding
+  return by_halves<T>(a, b, [](float x, float y) { return x + y; });
 }
 
 template <class T>
@@ -90,6 +95,10 @@ inline void copy_wait() {
   cuda_sim::copy_wait(pending);
 }
 
+inline unsigned thread_anew() { return threadIdx.x; }
+
+inline void prefetch(const void*) {}
+
 inline void wait_for_earlier() { cuda_sim::wait_for_earlier(); }
 
 inline void let_later_start() {}  // what may start is told by the launch
@@ -110,6 +119,12 @@ inline uint64_t operand_b(const void* at) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 |
          static_cast<uint64_t>((from & 0x3ffffu) >> 4);
 }
+
+template <int m>
+inline void product_operand(uint32_t (&)[m]) {}  // these two hold a compiler back, no thread
+
+template <int m>
+inline void product_done(float (&)[m]) {}
 
 template <class T, int n>
 inline void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool add, CUDA_SIM_HERE) {
