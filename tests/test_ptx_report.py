@@ -164,7 +164,11 @@ def test_a_spill_in_a_module_fails(monkeypatch, capsys):
     assert ptx_report.main(["--module", str(Path(__file__))]) == 1
     said = capsys.readouterr()
     assert said.err == "spills on sm_90a spills: 2 local ld/st, stack of 280 B\n"
-    assert f"{NAME}     220" in said.out and "2 kernels, 1 architectures: 1 spill" in said.out
+    assert (
+        f"{NAME}  220/1024 " in said.out
+        and " 32/0 +2 " in said.out
+        and "2 kernels, 1 architectures: 1 spill" in said.out
+    )
     hot = ["--module", str(Path(__file__)), "--hot", "multiply", "--brief"]
     assert ptx_report.main(hot) == 0
     assert NAME not in capsys.readouterr().out
