@@ -68,12 +68,6 @@ def threads(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def simulator():
     """The CUDA kernels on the CPU (tests/cuda_sim/README.md), built once and kept by content."""
-    from cuda_sim import build, simulator
+    from cuda_sim.simulator import obtain
 
-    if os.environ.get("DISTAYA_SKIP_CUDA_SIM") == "1":
-        pytest.skip("DISTAYA_SKIP_CUDA_SIM=1: the CUDA kernels are not run in the simulator")
-    try:
-        path = build.build()
-    except build.BuildError as error:
-        pytest.fail(str(error), pytrace=False)
-    return simulator.Simulator(path)
+    return obtain()

@@ -108,6 +108,11 @@ def cases() -> list:
 
 @pytest.mark.parametrize(("shape", "mode"), cases())
 def test_textbook(shape, mode, isa):
+    check_textbook(shape, mode)
+
+
+def check_textbook(shape, mode) -> None:
+    """A sweep of the first problem whose decisions are clear, against ``room.reference``."""
     seed, want = separated(*shape, mode)
     W0, H = problem(*shape, seed)
     R, W, clear = factor(damped(H)), W0.clone(), want.clear
@@ -141,6 +146,10 @@ def test_textbook(shape, mode, isa):
 @pytest.mark.parametrize("sparsity", [0.0, 1e-9, 0.31, 0.5, 0.77, 0.999])
 @pytest.mark.parametrize("shape", [(1, 7), (3, 129), (50, 300)], ids=str)
 def test_exact_count(shape, sparsity, isa):
+    check_count(shape, sparsity)
+
+
+def check_count(shape, sparsity) -> None:
     W, H = problem(*shape)
     got = sweep_(W, factor(damped(H)), sparsity=sparsity)
     assert (~got.mask).sum() == int(W.numel() * sparsity)
@@ -149,9 +158,13 @@ def test_exact_count(shape, sparsity, isa):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_ties_go_in_row_major_order(reference, isa):
+    check_ties(50, 20, reference)
+
+
+def check_ties(rows, cols, reference) -> None:
     """Equal scores everywhere (H = I, |W| = 1): the first k in row-major order go, or all."""
-    W = torch.ones(50, 20) * (torch.arange(20) % 2 * 2 - 1)
-    got = sweep_(W, torch.eye(20), sparsity=0.31, reference=reference)
+    W = torch.ones(rows, cols) * (torch.arange(cols) % 2 * 2 - 1)
+    got = sweep_(W, torch.eye(cols), sparsity=0.31, reference=reference)
     drop = (~got.mask).flatten()
     k = W.numel() if reference else int(W.numel() * 0.31)
     assert drop[:k].all() and not drop[k:].any()
@@ -164,6 +177,10 @@ def test_nm_ties_lower_index_goes(isa):
 
 @pytest.mark.parametrize("heavy", [0.0, 0.9])
 def test_threshold_with_skewed_scores(heavy, isa):
+    check_skewed(heavy)
+
+
+def check_skewed(heavy) -> None:
     """Scores over 60 binary orders, many of them 0: the sampled bracket must not matter."""
     make = torch.Generator().manual_seed(1)
     W = torch.randn(200, 128, generator=make) * torch.exp2(torch.linspace(-30, 30, 200))[:, None]
@@ -176,8 +193,12 @@ def test_threshold_with_skewed_scores(heavy, isa):
 
 
 def test_given_mask(isa):
-    W0, H = problem(49, 300)
-    keep = torch.rand(49, 300, generator=torch.Generator().manual_seed(3)) < 0.6
+    check_given_mask(49, 300)
+
+
+def check_given_mask(rows, cols) -> None:
+    W0, H = problem(rows, cols)
+    keep = torch.rand(rows, cols, generator=torch.Generator().manual_seed(3)) < 0.6
     R, W = factor(damped(H)), W0.clone()
     got = sweep_(W, R, mask=keep)
     assert torch.equal(W != 0, keep)
@@ -189,7 +210,11 @@ def test_given_mask(isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["half", "2:4", "int4 g128", "2:4 int4"])
 def test_narrow_weights_are_the_float_result_rounded(dtype, mode, isa):
-    W0, H = problem(33, 260)
+    check_narrow(33, 260, dtype, mode)
+
+
+def check_narrow(rows, cols, dtype, mode) -> None:
+    W0, H = problem(rows, cols)
     W, R = W0.to(dtype), factor(damped(H))
     wide = W.float()
     a, b = sweep_(W, R, **MODES[mode]), sweep_(wide, R, **MODES[mode])
@@ -214,6 +239,10 @@ def test_same_bits_for_any_thread_count(mode):
 
 @pytest.mark.parametrize("quant", [m["quant"] for n, m in MODES.items() if n.startswith("int")])
 def test_round_to_nearest(quant, isa):
+    check_rounding(quant)
+
+
+def check_rounding(quant) -> None:
     W = torch.randn(50, 200, generator=torch.Generator().manual_seed(2))
     W[:, 32:64] = 0  # a group of nothing but zeros
     W[3] = 0
@@ -252,6 +281,10 @@ def test_sweep_beats_no_update(mode):
 @pytest.mark.parametrize("mode", ["half", "2:4", "int4 g128", "2:4 int4"])
 @pytest.mark.parametrize("kind", ["few tokens", "dead columns", "layernorm"])
 def test_degenerate_hessians(kind, mode, isa):
+    check_degenerate(kind, mode)
+
+
+def check_degenerate(kind, mode) -> None:
     W0, H = problem(40, 256, tokens=30 if kind == "few tokens" else 0)
     if kind == "dead columns":
         H[:, 10:20] = H[10:20] = 0

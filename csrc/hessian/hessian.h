@@ -8,7 +8,16 @@
 // where G is the number of different weights; as rounding to nearest is fair, the actual error
 // grows like the square root of that factor. bf16 and fp16 inputs enter the products unrounded. The
 // AVX512-BF16 path takes inputs below 2^-126 for 0 and flushes partial sums below 2^-126 to 0: at
-// most 2^-126 sum_t w_t (1 + |x_ti| + |x_tj|) more.
+// most 2^-126 sum_t w_t (1 + |x_ti| + |x_tj|) more. float32 inputs on CUDA are weighted and summed
+// token by token: runs <= T / kRun + 1.
+//
+// 16-bit inputs on CUDA go through tensor cores, which multiply exactly but may cut where they
+// would round, so twice the bound of an fp32 sum; a run is at most kCudaRun consecutive tokens of
+// one weight, those of weight 0 left out, and its promotion weight * sum + H is rounded once:
+//   |error of H[i, j]| <= (2 kCudaRun + runs + 4) u (|H_before| + S),  runs <= T / kCudaRun + D + 1
+// where D counts the tokens of other weight than the one before, zeros not counted. Every such
+// token costs the time of up to kCudaRun more: weights that are constant over sequences cost
+// nothing, those that differ from token to token up to kCudaRun times the time of equal ones.
 //
 // Order. The tokens of one sum are added in an order that depends on T, the weights and the
 // instruction set (or device) only, never on the number of threads.
@@ -22,6 +31,7 @@
 namespace distaya {
 
 inline constexpr int64_t kRun = 256;  // tokens summed in registers between two promotions
+inline constexpr int kCudaRun = 32;   // the same for 16-bit X on CUDA
 
 struct Hessian {
   int64_t T, C;          // tokens, columns (inputs of the layer)

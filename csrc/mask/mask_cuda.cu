@@ -18,20 +18,6 @@ using cuda::launch;
 constexpr int kThreads = 256;  // one per digit in the scan of the histogram
 constexpr int kWarps = kThreads / 32;
 
-// Inclusive sum over the block of one int per thread; `part` is [kWarps] of shared memory.
-__device__ int block_scan(int x, int* part) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int d = 1; d < 32; d *= 2) {
-    const int below = __shfl_up_sync(cuda::kFullWarp, x, d);
-    if (lane >= d) x += below;
-  }
-  if (lane == 31) part[warp] = x;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) x += part[w];
-  __syncthreads();
-  return x;
-}
-
 // One block per row.
 __global__ void __launch_bounds__(kThreads) row_kernel(const KeepK p) {
   __shared__ int bins[256];
@@ -74,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) row_kernel(const KeepK p) {
       const bool tie = j < p.cols && key == at;
       bool keep = p.k > 0 && (key > at || tie);
       if (!all && before < stay) {  // the same for the whole block
-        const int upto = block_scan(tie, part);
+        const int upto = block_scan(static_cast<int>(tie), part);
         if (tie && before + upto > stay) keep = false;
         if (threadIdx.x == kThreads - 1) rank = upto;
         __syncthreads();
@@ -91,6 +77,24 @@ __global__ void __launch_bounds__(kThreads) row_kernel(const KeepK p) {
 
 constexpr int kSide = 32;   // columns per block: one warp's width, so rows are read coalesced
 constexpr int kSlices = 8;  // warps, each with its own contiguous slice of the rows
+constexpr int kAhead = 8;   // rows read before the first is used. 4096 columns make 128 blocks of
+                            // 256 threads: with one load each under way the reads would wait for
+                            // memory, 128 KB at a time
+
+// body(row, score) for rows first .. last - 1 of column j, in order.
+template <class Body>
+__device__ void each_score(const KeepK& p, int64_t j, int64_t first, int64_t last,
+                           const Body& body) {
+  int64_t i = first;
+  for (; i + kAhead <= last; i += kAhead) {
+    float x[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) x[a] = p.scores[(i + a) * p.cols + j];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) body(i + a, x[a]);
+  }
+  for (; i < last; ++i) body(i, p.scores[i * p.cols + j]);
+}
 
 // One block per 32 columns. bins[digit][column]: a column is always the same bank, so the lanes of
 // a warp never collide and only the warps do.
@@ -98,7 +102,8 @@ __global__ void __launch_bounds__(kSide* kSlices) column_kernel(const KeepK p) {
   __shared__ int bins[256][kSide];
   __shared__ uint32_t cut[kSide];
   __shared__ int rank[kSide];
-  __shared__ int ties[kSlices][kSide];
+  __shared__ int ties[kSlices][kSide];  // of a slice of the rows; before that, of the digits
+  constexpr int kDigits = 256 / kSlices;
   const int lane = threadIdx.x % kSide, slice = threadIdx.x / kSide;
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kSide + lane;
   const bool real = j < p.cols;
@@ -109,17 +114,24 @@ __global__ void __launch_bounds__(kSide* kSlices) column_kernel(const KeepK p) {
     for (int b = slice; b < 256; b += kSlices) bins[b][lane] = 0;
     __syncthreads();
     const uint32_t found = cut[lane];
-    for (int64_t i = first; i < last; ++i) {
-      const float x = p.scores[i * p.cols + j];
+    each_score(p, j, first, last, [&](int64_t i, float x) {
       const uint32_t key = ordered(x);
       if (shift == 24 && is_nan(x)) report_nan(p.bad, i * p.cols + j);
       if (shift == 24 || (key ^ found) >> (shift + 8) == 0)
         atomicAdd(&bins[key >> shift & 255][lane], 1);
-    }
+    });
     __syncthreads();
-    if (slice == 0 && real && p.k > 0) {
-      int digit = 255, left = rank[lane];
-      while (digit > 0 && bins[digit][lane] < left) left -= bins[digit--][lane];
+    // Warp s looks for its column's digit among 32 of them, the highest for s = 0.
+    const int top = 255 - slice * kDigits, wanted = rank[lane];
+    int here = 0;
+    for (int d = 0; d < kDigits; ++d) here += bins[top - d][lane];
+    ties[slice][lane] = here;
+    __syncthreads();
+    int left = wanted;
+    for (int s = 0; s < slice; ++s) left -= ties[s][lane];
+    if (0 < left && left <= here) {  // in one warp, none if k = 0
+      int digit = top;
+      while (bins[digit][lane] < left) left -= bins[digit--][lane];
       cut[lane] = found | static_cast<uint32_t>(digit) << shift;
       rank[lane] = left;
     }
@@ -127,15 +139,15 @@ __global__ void __launch_bounds__(kSide* kSlices) column_kernel(const KeepK p) {
   }
   const uint32_t at = cut[lane];
   int count = 0;
-  for (int64_t i = first; i < last; ++i) count += ordered(p.scores[i * p.cols + j]) == at;
+  each_score(p, j, first, last, [&](int64_t, float x) { count += ordered(x) == at; });
   ties[slice][lane] = count;
   __syncthreads();
   int stay = rank[lane];  // ties that remain for this slice once the slices above took theirs
   for (int s = 0; s < slice; ++s) stay -= ties[s][lane];
-  for (int64_t i = first; i < last; ++i) {
-    const uint32_t key = ordered(p.scores[i * p.cols + j]);
+  each_score(p, j, first, last, [&](int64_t i, float x) {
+    const uint32_t key = ordered(x);
     p.mask[i * p.cols + j] = p.k > 0 && (key > at || (key == at && stay-- > 0));
-  }
+  });
 }
 
 }  // namespace

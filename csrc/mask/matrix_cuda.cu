@@ -68,19 +68,18 @@ __global__ void __launch_bounds__(kThreads) histogram_kernel(const Matrix p, int
     atomicAdd(&p.work->bins[threadIdx.x], static_cast<count>(bins[threadIdx.x]));
 }
 
-// One block: the digit of the k-th largest; the histogram is left clean for the next round.
+// One block: the digit of the k-th largest, thread t looking at digit 255 - t; the histogram is
+// left clean for the next round.
 __global__ void __launch_bounds__(kThreads) pick_kernel(const Matrix p, int shift) {
-  __shared__ count bins[256];
-  bins[threadIdx.x] = p.work->bins[threadIdx.x];
-  p.work->bins[threadIdx.x] = 0;
-  __syncthreads();
-  if (threadIdx.x != 0 || p.k == 0) return;
-  int digit = 255;
-  count left = p.work->rank;
-  while (digit > 0 && bins[digit] < left) left -= bins[digit--];
+  __shared__ count part[kThreads / 32];
+  const int digit = 255 - static_cast<int>(threadIdx.x);
+  const count mine = p.work->bins[digit], wanted = p.work->rank;
+  p.work->bins[digit] = 0;
+  const count from_here = block_scan(mine, part);  // its barriers come before what is written below
+  if (wanted <= from_here - mine || from_here < wanted) return;  // one thread stays, none if k = 0
   p.work->cut |= static_cast<count>(digit) << shift;
-  p.work->rank = left;
-  p.work->equal = bins[digit];
+  p.work->rank = wanted - (from_here - mine);
+  p.work->equal = mine;
 }
 
 __global__ void __launch_bounds__(kThreads) count_ties_kernel(const Matrix p) {
@@ -100,14 +99,23 @@ __global__ void __launch_bounds__(kThreads) count_ties_kernel(const Matrix p) {
   p.work->ties[blockIdx.x] = all;
 }
 
-// One thread: at most kChunks additions.
-__global__ void ties_before_kernel(const Matrix p, int64_t chunks) {
+// One block, each thread a run of kChunks / kThreads chunks.
+__global__ void __launch_bounds__(kThreads) ties_before_kernel(const Matrix p, int64_t chunks) {
   if (p.work->rank == p.work->equal) return;
-  count before = 0;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const count here = p.work->ties[c];
-    p.work->ties[c] = before;
-    before += here;
+  __shared__ count part[kThreads / 32];
+  constexpr int kRun = kChunks / kThreads;
+  const int64_t first = threadIdx.x * kRun;
+  count mine[kRun], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    mine[i] = first + i < chunks ? p.work->ties[first + i] : 0;
+    sum += mine[i];
+  }
+  count before = block_scan(sum, part) - sum;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (first + i < chunks) p.work->ties[first + i] = before;
+    before += mine[i];
   }
 }
 
@@ -161,7 +169,7 @@ void keep_matrix_cuda(const KeepK& k, cudaStream_t s) {
     launch(pick_kernel, 1, kThreads, 0, s, p, shift);
   }
   launch(count_ties_kernel, grid, kThreads, 0, s, p);
-  launch(ties_before_kernel, 1, 1, 0, s, p, chunks);
+  launch(ties_before_kernel, 1, kThreads, 0, s, p, chunks);
   launch(write_kernel, grid, kThreads, 0, s, p);
 }
 

@@ -18,4 +18,20 @@ __device__ inline void report_nan(int64_t* bad, int64_t index) {
   atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(index));
 }
 
+// Inclusive sum over the block of one number per thread; `part` is [warps] of shared memory, free
+// again when this returns.
+template <class T>
+__device__ inline T block_scan(T x, T* part) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int d = 1; d < 32; d *= 2) {
+    const T below = __shfl_up_sync(cuda::kFullWarp, x, d);
+    if (lane >= d) x += below;
+  }
+  if (lane == 31) part[warp] = x;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) x += part[w];
+  __syncthreads();
+  return x;
+}
+
 }  // namespace distaya::mask

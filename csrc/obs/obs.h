@@ -11,6 +11,11 @@
 //                loss += 1/2 g^2 D_j;  T[:, j:] -= g (x) N_b[j, j:]
 //   E[:, b] = W0[:, b] - Q[:, b]
 //
+// Rounding, u = 2^-24: an entry weight is off by at most c u (|W0| + |E| |R| |U_b|), c = i1 + 130
+// on the CPU and i1 / 16 + 180 on CUDA (P_b and N_b as on the CPU, but E P_b on tensor cores with
+// the bound of core/gemm.cuh); inside the block each column adds at most 128 u |g| |N_b|. The two
+// sides' decisions differ where one hangs by that. Every sum has a fixed order on each side.
+//
 // Sum over columns of loss = 1/2 E H' E^T per row. Equal to the textbook (Cholesky, inverse,
 // Cholesky, right-looking) in exact arithmetic, with an eighth of its factorisation work.
 // Sources: Frantar & Alistarh 2023 (SparseGPT) alg. 1; Frantar et al. 2022 (GPTQ) alg. 1; the
@@ -36,9 +41,10 @@ enum class Select : int { none, unstructured, nm, given };
 // How a group of weights gets its grid, q = scale * (code - zero), code in 0..2^bits-1.
 //   low = min(w, 0), high = max(w, 0); symmetric: high = max(-low, high), low = low < 0 ? -high :
 //   0; low == high == 0: (-1, 1); scale = (high - low) / (2^bits - 1) rounded to scale_dtype (at
-//   least its smallest positive number), zero = 2^(bits-1) if symmetric else clamp(round(-low /
-//   scale)). mse: of the shrink factors 1 - i/100 (i = 0..79) of low and high, the first with the
-//   least sum |q - w|^2.4.  code = clamp(round(w / scale) + zero), rounding half to even.
+//   least 2^-126, in f16 2^-24 and at most 65504), zero = 2^(bits-1) if symmetric else
+//   clamp(round(-low / scale)). mse: of the shrink factors 1 - i/100 (i = 0..79) of low and high,
+//   the first with the least sum |q - w|^2.4.  code = clamp(round(w / scale) + zero), rounding half
+//   to even.
 struct Grid {
   int bits = 0;  // 2..8; 0: do not quantise
   bool symmetric = false;
@@ -70,7 +76,7 @@ struct Obs {
   float* scales = nullptr;            // [rows, groups] out if dynamic, else in
   float* zeros = nullptr;             // [rows, groups] likewise
 
-  double* loss;  // [rows] out; zeros in
+  double* loss;  // [rows] out; zeros in. fp32 sums inside a block, in double over blocks
   void* work;    // obs_work_cuda() bytes, 256-aligned; null on the CPU
   int device;    // CUDA ordinal
 };

@@ -1,5 +1,10 @@
 // The k smallest OBS scores of a block over all rows, exactly: radix select on the bits of the
-// score (a non-negative float orders like its bits) in three histogram passes, then ties by index.
+// score (a non-negative float orders like its bits; 31 of them in three histogram passes), then the
+// index at which ties stop going. Four launches; what one thread block must do with the sums of all
+// is done by whichever of them comes last (a ticket), so the result does not depend on the order.
+//
+// Bytes: each pass reads T (Aya's stack of 34816 rows: 18 MB, which the L2 cache holds), the first
+// also reads W and writes T. Bound: L2 reads, then the shared atomics of the first pass.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -7,138 +12,198 @@
 
 namespace distaya {
 
-inline constexpr int kBins = 2048;  // 11 bits a pass: 31..21, 20..10, 9..0
+inline constexpr int kBins = 2048, kPasses = 3;  // bits 30..20, 19..10, 9..0
+inline constexpr int kChunks = 1024;             // runs of rows whose ties are counted apart
+inline constexpr int kSelectThreads = 256;
+inline constexpr int64_t kAllTies = INT64_MAX;
 
+using Count = unsigned long long;
+
+// Between sweeps of blocks counts, ties and ticket are all zero. What a pass reads and what its
+// last thread block writes are different words: nothing is read and written in one launch.
 struct SelectState {
-  unsigned long long counts[kBins];
-  uint32_t prefix;    // bits of the threshold found so far
-  int64_t remaining;  // how many of the scores that share the prefix still have to go
+  Count counts[kBins];
+  Count ties[kChunks];
+  unsigned ticket;
+  uint32_t prefix[kPasses + 1];  // [pass]: bits of the threshold found before it
+  int64_t left[kPasses + 1];     // [pass]: how many of the scores that share them have to go
+  bool search;                   // whether `cut` is still to be found
+  int64_t cut;                   // scores equal to the threshold go up to this row * kObsBlock + j
 };
 
 struct SelectBlock {
-  const float* T;  // [rows, kObsBlock]
-  const float* D;  // [kObsBlock]
+  float* T;        // [rows, kObsBlock]: E P, made T by the first pass
+  const void* W;   // [rows, cols] of obs.h
+  const float* D;  // [width]
   int64_t rows, cols, i1;
   int width;
-  int64_t k;      // how many go
+  int64_t k;      // how many go, at least 1
   bool all_ties;  // every score equal to the threshold goes, as published
-  int64_t* ties;  // [rows + 1]
   SelectState* state;
-  bool* mask;  // [rows, cols] true = kept; columns [i1, i1 + width) are written
 };
 
-__device__ inline uint32_t score_bits(const SelectBlock& s, int64_t row, int j) {
-  const float t = s.T[row * kObsBlock + j];
-  return __float_as_uint(t * t * s.D[j]);
+__device__ inline uint32_t score_bits(float t, float d) {
+  return __float_as_uint(t * t * d) & 0x7fffffffu;
 }
 
-__device__ inline int shift_of(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
-
-__device__ inline uint32_t settled_bits(int pass) {  // which bits earlier passes have fixed
-  return pass == 0 ? 0u : pass == 1 ? 0xffe00000u : 0xfffffc00u;
+// Whether score u at row * kObsBlock + j goes.
+__device__ inline bool goes(uint32_t u, int64_t index, uint32_t threshold, int64_t cut) {
+  return u < threshold || (u == threshold && index <= cut);
 }
 
-__global__ void start_select_kernel(SelectState* state, int64_t k) {
-  for (int i = threadIdx.x; i < kBins; i += blockDim.x) state->counts[i] = 0;
-  if (threadIdx.x == 0) state->prefix = 0, state->remaining = k;
+template <int pass>
+constexpr int kShift = 20 - 10 * pass;
+
+__global__ void __launch_bounds__(kSelectThreads) start_select_kernel(SelectState* state) {
+  for (int i = threadIdx.x; i < kBins; i += kSelectThreads) state->counts[i] = 0;
+  for (int i = threadIdx.x; i < kChunks; i += kSelectThreads) state->ties[i] = 0;
+  if (threadIdx.x == 0) state->ticket = 0;
 }
 
-__global__ void __launch_bounds__(256) histogram_kernel(const SelectBlock s, int pass) {
-  __shared__ unsigned local[kBins];  // integer counts: order cannot change them
-  for (int i = threadIdx.x; i < kBins; i += 256) local[i] = 0;
-  __syncthreads();
-  const uint32_t settled = settled_bits(pass), prefix = s.state->prefix;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * 256;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x; t < s.rows * s.width;
-       t += step) {
-    const uint32_t u = score_bits(s, t / s.width, static_cast<int>(t % s.width));
-    if ((u & settled) != prefix) continue;
-    const uint32_t bin = pass == 2 ? u & 1023u : u >> shift_of(pass) & 2047u;
-    atomicAdd(&local[bin], 1u);
+// Exclusive sum over the block's threads; part: [warps] of shared memory.
+__device__ inline Count sum_before(Count x, Count* part) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Count sum = x;
+  for (int d = 1; d < 32; d *= 2) {
+    const Count below = __shfl_up_sync(cuda::kFullWarp, sum, d);
+    if (lane >= d) sum += below;
   }
+  __syncthreads();  // part may still be read from the last call
+  if (lane == 31) part[warp] = sum;
   __syncthreads();
-  for (int i = threadIdx.x; i < kBins; i += 256)
-    if (local[i]) atomicAdd(&s.state->counts[i], static_cast<unsigned long long>(local[i]));
+  for (int w = 0; w < warp; ++w) sum += part[w];
+  return sum - x;
 }
 
-// Finds the bin that holds the last score to go, extends the prefix, clears the histogram.
-__global__ void advance_kernel(SelectState* state, int pass) {
-  if (threadIdx.x != 0) return;
-  int64_t remaining = state->remaining;
-  uint32_t bin = 0;
-  while (bin + 1 < kBins && static_cast<int64_t>(state->counts[bin]) < remaining)
-    remaining -= static_cast<int64_t>(state->counts[bin++]);
-  state->prefix |= bin << shift_of(pass);
-  state->remaining = remaining;
-  for (int i = 0; i < kBins; ++i) state->counts[i] = 0;
-}
-
-// ties[row + 1] = scores of the row equal to the threshold. One warp per row.
-__global__ void count_ties_kernel(const SelectBlock s) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= s.rows) return;
-  int count = 0;
-  for (int j = lane; j < s.width; j += 32) count += score_bits(s, row, j) == s.state->prefix;
-  count = cuda::warp_sum(count);
-  if (lane == 0) s.ties[row + 1] = count;
-}
-
-// In place: ties[row] = ties in rows before it. One block; each thread sums a run of rows.
-__global__ void __launch_bounds__(1024) scan_ties_kernel(int64_t* ties, int64_t rows) {
-  __shared__ int64_t before[1024];
-  const int64_t run = (rows + 1023) / 1024, first = threadIdx.x * run + 1;
-  const int64_t last = first + run < rows + 1 ? first + run : rows + 1;
-  int64_t sum = 0;
-  for (int64_t i = first; i < last; ++i) sum += ties[i];
-  before[threadIdx.x] = sum;
+// True in all threads of the block that is the last of the grid to get here.
+__device__ inline bool comes_last(SelectState* state) {
+  __shared__ bool last;
+  __threadfence();  // this thread's sums before the ticket
   __syncthreads();
   if (threadIdx.x == 0) {
-    int64_t total = 0;
-    for (int i = 0; i < 1024; ++i) {
-      const int64_t mine = before[i];
-      before[i] = total;
-      total += mine;
-    }
-    ties[0] = 0;
+    last = atomicAdd(&state->ticket, 1u) == gridDim.x - 1;
+    if (last) atomicExch(&state->ticket, 0u);
+    __threadfence();  // the others' sums after it
   }
   __syncthreads();
-  int64_t total = before[threadIdx.x];
-  for (int64_t i = first; i < last; ++i) ties[i] = total += ties[i];
+  return last;
 }
 
-// mask = true where kept. One warp per row, so that a tie's rank in its row is a ballot.
-__global__ void write_mask_kernel(const SelectBlock s) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= s.rows) return;
-  const uint32_t threshold = s.state->prefix;
-  int64_t rank = s.ties[row];
-  for (int base = 0; base < s.width; base += 32) {
-    const int j = base + lane;
-    const bool inside = j < s.width;
-    const uint32_t u = inside ? score_bits(s, row, j) : 0xffffffffu;
-    const bool tie = inside && u == threshold;
-    const unsigned tied = __ballot_sync(cuda::kFullWarp, tie);
-    const int64_t mine = rank + __popc(tied & ((1u << lane) - 1u));
-    const bool gone = u < threshold || (tie && (s.all_ties || mine < s.state->remaining));
-    if (inside) s.mask[row * s.cols + s.i1 + j] = !(gone && s.k > 0);
-    rank += __popc(tied);
+// The place of the `wanted`-th (from 1) of `total` runs of things: run i, `rest`-th in it. Called
+// by the whole block; the one thread that finds it calls found(i, rest, size of the run). Clears
+// the runs for their next use.
+template <class Found>
+__device__ inline void find_run(Count* runs, int total, Count wanted, const Found& found) {
+  __shared__ Count part[kSelectThreads / 32];
+  const int each = total / kSelectThreads, first = threadIdx.x * each;
+  Count mine[kBins / kSelectThreads], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kBins / kSelectThreads; ++i) {
+    mine[i] = i < each ? atomicExch(&runs[first + i], Count{0}) : 0;
+    sum += mine[i];
+  }
+  Count before = sum_before(sum, part);
+#pragma unroll
+  for (int i = 0; i < kBins / kSelectThreads; ++i) {
+    if (before < wanted && wanted <= before + mine[i]) found(first + i, wanted - before, mine[i]);
+    before += mine[i];
   }
 }
 
-inline void select_block(const SelectBlock& s, cudaStream_t stream) {
-  constexpr int kRowsPerBlock = 8;
-  const unsigned rows = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows, kRowsPerBlock));
-  cuda::launch(start_select_kernel, 1, 256, 0, stream, s.state, s.k);
-  const unsigned blocks = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows * s.width, 256), 1024);
-  for (int pass = 0; pass < 3; ++pass) {
-    cuda::launch(histogram_kernel, blocks, 256, 0, stream, s, pass);
-    cuda::launch(advance_kernel, 1, 32, 0, stream, s.state, pass);
+// The threshold's next digit. First pass: also T += W.
+template <int pass, class T>
+__global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectBlock s) {
+  constexpr int kRows = kSelectThreads / 32;  // a warp takes a row, a lane four columns of it
+  constexpr int kHere = pass == 0 ? kBins : kBins / 2, kBefore = pass ? pass - 1 : 0;
+  constexpr int kSettled = kShift<kBefore>;  // bits below those that earlier passes have fixed
+  __shared__ unsigned local[kHere];          // integer counts: order cannot change them
+  for (int i = threadIdx.x; i < kHere; i += kSelectThreads) local[i] = 0;
+  __syncthreads();
+  const uint32_t prefix = pass ? s.state->prefix[pass] : 0;
+  const int j = threadIdx.x % 32 * 4;
+  float d[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = j + i < s.width ? s.D[j + i] : 0.f;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32;
+  for (int64_t row = first; row < s.rows && j < s.width; row += gridDim.x * kRows) {
+    auto* at = reinterpret_cast<float4*>(s.T + row * kObsBlock + j);
+    float4 t = pass == 0 && s.i1 == 0 ? float4{} : *at;
+    float x[4] = {t.x, t.y, t.z, t.w};
+    if constexpr (pass == 0) {
+      const T* W = static_cast<const T*>(s.W) + row * s.cols + s.i1 + j;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = j + i < s.width ? x[i] + cuda::load_float(W + i) : 0.f;
+      *at = make_float4(x[0], x[1], x[2], x[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t u = score_bits(x[i], d[i]);
+      const bool counts = pass == 0 || u >> kSettled == prefix;
+      if (j + i < s.width && counts) atomicAdd(&local[u >> kShift<pass> & (kHere - 1)], 1u);
+    }
   }
-  cuda::launch(count_ties_kernel, rows, kRowsPerBlock * 32, 0, stream, s);
-  cuda::launch(scan_ties_kernel, 1, 1024, 0, stream, s.ties, s.rows);
-  cuda::launch(write_mask_kernel, rows, kRowsPerBlock * 32, 0, stream, s);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kHere; i += kSelectThreads)
+    if (local[i]) atomicAdd(&s.state->counts[i], static_cast<Count>(local[i]));
+  if (!comes_last(s.state)) return;
+  const int64_t left = pass ? s.state->left[pass] : s.k;
+  find_run(s.state->counts, kHere, static_cast<Count>(left), [&](int bin, Count rest, Count size) {
+    constexpr int kBits = pass == 0 ? 11 : 10;
+    s.state->prefix[pass + 1] = prefix << kBits | static_cast<uint32_t>(bin);
+    s.state->left[pass + 1] = static_cast<int64_t>(rest);
+    if (pass + 1 < kPasses) return;
+    s.state->search = !s.all_ties && rest < size;
+    s.state->cut = kAllTies;
+  });
+}
+
+// Finds the last tie that goes, where not all do: ties are counted by runs of rows, then the run
+// that holds it is walked in order.
+__global__ void __launch_bounds__(kSelectThreads) find_cut_kernel(const SelectBlock s) {
+  if (!s.state->search) return;
+  __shared__ Count part[kSelectThreads / 32];
+  __shared__ int64_t run, rest;
+  const uint32_t threshold = s.state->prefix[kPasses];
+  const int64_t height = cuda::ceil_div<int64_t>(s.rows, kChunks);
+  const int j = threadIdx.x % kObsBlock;
+  const float d = j < s.width ? s.D[j] : 0.f;
+  const auto tied = [&](int64_t row, int64_t last) {
+    return row < last && j < s.width && score_bits(s.T[row * kObsBlock + j], d) == threshold;
+  };
+  constexpr int kRows = kSelectThreads / static_cast<int>(kObsBlock);  // at a time
+  const int g = threadIdx.x / static_cast<int>(kObsBlock);
+  const auto end = [&](int64_t first) { return first + height < s.rows ? first + height : s.rows; };
+  const int64_t mine = blockIdx.x * height;
+  int count = 0;
+#pragma unroll 1  // more would spill on sm_120
+  for (int64_t row = mine; row < end(mine); row += kRows) count += tied(row + g, end(mine));
+  count = cuda::warp_sum(count);
+  if (threadIdx.x % 32 == 0 && count)
+    atomicAdd(&s.state->ties[blockIdx.x], static_cast<Count>(count));
+  if (!comes_last(s.state)) return;
+  find_run(s.state->ties, kChunks, static_cast<Count>(s.state->left[kPasses]),
+           [&](int at, Count left, Count) { run = at, rest = static_cast<int64_t>(left); });
+  __syncthreads();
+  const int64_t first = run * height, last = end(first), wanted = rest;
+  int64_t before = 0;  // ties of the run above `row`
+  for (int64_t row = first; row < last && before < wanted; row += kRows) {
+    const bool tie = tied(row + g, last);
+    const int64_t rank = before + static_cast<int64_t>(sum_before(tie, part)) + 1;
+    if (tie && rank == wanted) s.state->cut = (row + g) * kObsBlock + j;
+    for (int w = 0; w < kSelectThreads / 32; ++w) before += static_cast<int64_t>(part[w]);
+  }
+}
+
+// Afterwards the threshold is state->prefix[kPasses], and T is complete.
+template <class T>
+void select_block(const SelectBlock& s, cudaStream_t stream) {
+  const unsigned blocks = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows, 8), 512);
+  cuda::launch(histogram_kernel<0, T>, blocks, kSelectThreads, 0, stream, s);
+  cuda::launch(histogram_kernel<1, float>, blocks, kSelectThreads, 0, stream, s);
+  cuda::launch(histogram_kernel<2, float>, blocks, kSelectThreads, 0, stream, s);
+  const int64_t height = cuda::ceil_div<int64_t>(s.rows, kChunks);
+  cuda::launch(find_cut_kernel, cuda::grid_of(cuda::ceil_div(s.rows, height)), kSelectThreads, 0,
+               stream, s);
 }
 
 }  // namespace distaya

@@ -99,7 +99,7 @@ void write_tile(const pack::Pack& p, int64_t rt, int64_t ct, Tile& tile) {
   if (!take_codes(f, p.codes, rt, ct, tile)) report_code(p, rt, ct);
   Chunks chunks;
   uint8_t* record = p.data + number * f.record_bytes();
-  int each = 0, values = 0;
+  int each = 0, values = 0, crowded = -1;
   if (f.kind == Kind::int4_mask) {
     find_chunks(tile, width, chunks);
     values = chunks.values();
@@ -110,20 +110,20 @@ void write_tile(const pack::Pack& p, int64_t rt, int64_t ct, Tile& tile) {
   } else if (f.kind == Kind::int4_out) {
     find_chunks(tile, width, chunks);
     each = f.chunk_values();
-    const int at = crowded_rows(chunks, f.n, f.m);
-    if (at >= 0) return report_pattern(p, rt, ct, at);
+    crowded = crowded_rows(chunks, f.n, f.m);
   }
+  // First, so that a bad zero, which makes its whole group look kept, is reported as such.
   if (f.group) put_grid(p, rt, ct, tile, record, record + f.zeros_at());
+  if (crowded >= 0) return report_pattern(p, rt, ct, crowded);  // its codes would not fit in here
   auto* body = reinterpret_cast<uint32_t*>(record + f.body_at());
-  int at = -1;
   switch (f.kind) {
     case Kind::int4: write_int4(tile, body); break;
     case Kind::int3: write_int3(tile, body); break;
     case Kind::int8: write_int8(tile, body); break;
-    case Kind::int4_24: at = write_24(tile, width, body); break;
+    case Kind::int4_24: crowded = write_24(tile, width, body); break;
     default: write_chunks(tile, chunks, each, record + f.body_at());
   }
-  if (at >= 0) report_pattern(p, rt, ct, at);
+  if (crowded >= 0) report_pattern(p, rt, ct, crowded);
 }
 
 // The codes of rows [r0, r1) of a tile. Returns false when an int4_mask's record does not have the

@@ -14,8 +14,7 @@ struct Stage {
   uint8_t zero[4][kTileRows];
   uint64_t mask[kChunks];
   int starts[kChunks];
-  int values;   // bytes of kept codes
-  int crowded;  // a chunk of int4_out keeps too many
+  int values;  // bytes of kept codes
 };
 
 // Calls body(q, r, index): group q of the tile, row r, index into [rows, groups] or -1 for padding.
@@ -33,7 +32,6 @@ __device__ void over_grid(const Format& f, const Sizes& z, int64_t rt, int64_t c
 __device__ void stage_tile(const Format& f, const Sizes& z, const uint8_t* codes,
                            const uint8_t* zeros, int64_t rt, int64_t ct, int64_t* bad_code,
                            Stage& s) {
-  if (threadIdx.x == 0) s.crowded = 0;
   over_grid(f, z, rt, ct, [&](int q, int r, int64_t i) {
     s.zero[q][r] = zeros && i >= 0 ? zeros[i] : static_cast<uint8_t>(f.symmetric_zero());
   });
@@ -227,13 +225,11 @@ __device__ void pack_chunks(const Pack& p, const Sizes& z, int64_t rt, int64_t c
   const Format& f = p.f;
   const int chunk = threadIdx.x;
   const int each = z.chunk_values;
-  if (each && chunk < kChunks && most_of_rows(s.mask[chunk], f.m) > f.n) {
-    s.crowded = 1;
+  const bool crowded = each && chunk < kChunks && most_of_rows(s.mask[chunk], f.m) > f.n;
+  if (crowded)
     report_crowded(f, p.bad + kBadPattern, rt * kTileRows + chunk / 4 % 4 * 16,
                    ct * kTileCols + chunk / 16 * 16 + chunk % 4 * 4, s.mask[chunk]);
-  }
-  __syncthreads();
-  if (s.crowded) return;  // its codes would not fit in here
+  if (__syncthreads_or(crowded)) return;  // its codes would not fit in here
   uint8_t* body = record + z.body_at;
   if (chunk < kChunks) {
     reinterpret_cast<uint64_t*>(body)[chunk] = s.mask[chunk];

@@ -2,7 +2,9 @@
 
 What SparseGPT (arXiv 2301.00774, section 3) and GPTQ (arXiv 2210.17323, section 2) call the
 Hessian, without their factor 2, which changes no mask and no code. Only the upper triangle is
-computed. Sums are fp32, promoted every 256 tokens: csrc/hessian/hessian.h states the bound.
+computed. Sums are fp32, promoted every 256 tokens, every 32 for 16-bit X on CUDA, where tensor
+cores make them: csrc/hessian/hessian.h states the bounds. There a change of weight from one token
+to the next costs the time of up to 32 tokens, so keep tokens of one weight together.
 
 A token weight of 0 leaves the token out exactly, whatever it holds (padding). On the CPU weights
 must be finite and >= 0 or the call is refused; on CUDA a raw op does not look, since that would

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,9 @@ ROOT = HERE.parents[1]
 KEEP_DAYS = 14
 AT_ONCE = 2  # compilers at a time
 
-COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -pthread -ffp-contract=off".split()
-COMMON += "-Wall -Wextra -Werror -Wno-psabi -Wno-unknown-pragmas".split()
-COMMON += ["-DDISTAYA_CUDA=1", "-DDISTAYA_CUDA_SIM=1", '-DDISTAYA_CUDA_ARCHS="simulator"']
+COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -pthread -ffp-contract=off"
+COMMON += " -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
+COMMON += ' -DDISTAYA_CUDA=1 -DDISTAYA_CUDA_SIM=1 -DDISTAYA_CUDA_ARCHS="simulator"'
 # Kernels: every access of memory is announced (hooks.cpp). What would join or reorder accesses is
 # off, and so is what takes a function's own variables for unreachable by others.
 KERNEL = "-x c++ -O1 -g1 -fsanitize=thread,alignment --param tsan-instrument-func-entry-exit=0"
@@ -43,13 +44,17 @@ def cache_folder() -> Path:
     chosen = os.environ.get("DISTAYA_CUDA_SIM_CACHE")
     if chosen:
         return Path(chosen)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "distaya-cuda-sim"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "distaya-cuda-sim"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written
+        return Path(tempfile.gettempdir()) / f"distaya-cuda-sim-{os.getuid()}"
+    return folder
 
 
 def compiler() -> str:
     """g++, or a sentence on how to do without."""
-    found = shutil.which(os.environ.get("CXX_FOR_CUDA_SIM", "g++"))
+    found = shutil.which("g++")
     if not found:
         raise BuildError(
             "the CUDA simulator needs g++, which is not on PATH; install it, or set "
@@ -122,13 +127,13 @@ class Builder:
         self.gxx = compiler()
         self.includes = include_flags()
         self.replaced = replaced or {}
-        self.sources = sources() if extra is None else extra
+        self.sources = extra or sources()
         self.cache = cache_folder()
         self.version = _run([self.gxx, "--version"])
 
     def key(self) -> str:
         """Of the whole module: everything any of its sources could include."""
-        parts = [self.version, sys.version, str(self.includes), str(COMMON), repr(self.sources)]
+        parts = [self.version, sys.version, str(self.includes), COMMON, repr(self.sources)]
         parts.append(Path(__file__).read_bytes())
         for folder in (ROOT / "csrc", HERE):
             for path in sorted(folder.rglob("*")):
@@ -138,7 +143,7 @@ class Builder:
 
     def object(self, path: str, folder: Path) -> Path:
         """The compiled source, from the cache where its text after the preprocessor is known."""
-        flags = [*COMMON, *self.sources[path].split(), *self.includes]
+        flags = [*COMMON.split(), *self.sources[path].split(), *self.includes]
         kernel = self.sources[path] == KERNEL
         name = path.replace("/", "_")
         source = path
@@ -174,7 +179,7 @@ class Builder:
             text += f'void {name}() {{ throw std::runtime_error("{name} is not simulated"); }}\n'
         source, out = folder / "stubs.cpp", folder / "stubs.o"
         source.write_text(text + "}\n")
-        _run([self.gxx, *COMMON, "-fvisibility=default", "-c", str(source), "-o", str(out)])
+        _run([self.gxx, *COMMON.split(), "-fvisibility=default", "-c", str(source), "-o", str(out)])
         return out
 
     def module(self) -> Path:
@@ -220,6 +225,13 @@ def prune(cache: Path, but: Path) -> None:
 def build(replaced: dict[str, str] | None = None) -> Path:
     """The module's path, built if need be. replaced: other text for some sources, by their path."""
     return Builder(replaced).module()
+
+
+def build_with(*names: str) -> Path:
+    """A library of these kernels of this folder, with the engine and without the package."""
+    chosen = {str((HERE / name).relative_to(ROOT)): KERNEL for name in names}
+    engine = {path: flags for path, flags in sources().items() if flags == ENGINE}
+    return Builder(extra=chosen | engine).module()
 
 
 if __name__ == "__main__":

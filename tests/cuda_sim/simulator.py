@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from cuda_sim import build
 
 SCHEDULES = ("forward", "reverse", "random", "greedy", "greedy-reverse")
 
@@ -36,12 +39,17 @@ class Simulator:
 
     def __init__(self, path: Path):
         self.module = load(path)
-        self._set = ctypes.CDLL(str(path)).cuda_sim_schedule
+        self._library = ctypes.CDLL(str(path))
+        self._set = self._library.cuda_sim_schedule
         self._set(0)
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Inside, every room's op runs its CUDA kernels in the simulator, on CPU tensors."""
+        """Inside, every room's op runs its CUDA kernels in the simulator, on CPU tensors.
+
+        The device is idle at the beginning; inside, a kernel launched early runs beside the last.
+        """
+        self._library.cuda_sim_settle()
         rooms = [
             module
             for name, module in sys.modules.items()
@@ -65,6 +73,19 @@ class Simulator:
         finally:
             self._set(0)
 
+    def functions(self) -> set[str]:
+        """Names of all functions of the module, as complaints call kernels."""
+        return self._names("cuda_sim_functions")
+
+    def launched(self) -> set[str]:
+        """Names of the kernels that were launched so far."""
+        return self._names("cuda_sim_launched")
+
+    def _names(self, symbol: str) -> set[str]:
+        function = self._library[symbol]
+        function.restype = ctypes.c_char_p
+        return set(function().decode().splitlines())
+
     def same_always(self, op: Callable[[], Any]) -> Any:
         """op()'s result in the simulator, which must have the same bits under every schedule.
 
@@ -80,3 +101,13 @@ class Simulator:
                 first, kept = found, result
             assert found == first, f"the schedule '{name}' gives other bits than 'forward'"
         return kept
+
+
+def obtain() -> Simulator:
+    """The built simulator; without a compiler the test fails, unless it may be left out."""
+    if os.environ.get("DISTAYA_SKIP_CUDA_SIM") == "1":
+        pytest.skip("DISTAYA_SKIP_CUDA_SIM=1: the CUDA kernels are not run in the simulator")
+    try:
+        return Simulator(build.build())
+    except build.BuildError as error:
+        pytest.fail(str(error), pytrace=False)

@@ -71,7 +71,7 @@ Meeting* find_open(const char* what, unsigned mask, const Where& where) {
             where);
   for (Meeting* m : warp.open) {
     if (!(m->mask & mask)) continue;
-    if (m->mask != mask || std::strcmp(m->what, what) != 0) {
+    if (m->mask != mask || (m->what != what && std::strcmp(m->what, what) != 0)) {
       const int other = engine.current / 32 * 32 + std::countr_zero(m->arrived);
       violate(std::string("divergence: ") + what + " is called while thread " +
                   std::to_string(other) + " of the warp waits at " + waits_at(engine.thread[other]),
@@ -166,7 +166,8 @@ int block_count(bool mine, Place place) {
   Engine& e = engine;
   if (e.at_barrier == 0) {
     e.barrier = place, e.barrier_count = 0;
-  } else if (e.barrier.line != place.line || std::strcmp(e.barrier.file, place.file) != 0) {
+  } else if (e.barrier.line != place.line ||
+             (e.barrier.file != place.file && std::strcmp(e.barrier.file, place.file) != 0)) {
     violate("divergence: __syncthreads while other threads of the block wait at the one of " +
                 text_of(e.barrier),
             {place});

@@ -72,6 +72,9 @@ void __tsan_func_exit() {}
   type __tsan_atomic##bits##_fetch_or(volatile type* p, type x, int) {                             \
     return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST);                                              \
   }                                                                                                \
+  type __tsan_atomic##bits##_fetch_xor(volatile type* p, type x, int) {                            \
+    return __atomic_fetch_xor(p, x, __ATOMIC_SEQ_CST);                                             \
+  }                                                                                                \
   type __tsan_atomic##bits##_fetch_and(volatile type* p, type x, int) {                            \
     return __atomic_fetch_and(p, x, __ATOMIC_SEQ_CST);                                             \
   }                                                                                                \
@@ -87,6 +90,10 @@ ATOMIC(16, uint16_t)
 ATOMIC(32, uint32_t)
 ATOMIC(64, uint64_t)
 #undef ATOMIC
+
+void __tsan_atomic_thread_fence(int) {}
+
+void __tsan_atomic_signal_fence(int) {}
 
 // Layouts of GCC's calls: source place, type, logarithm of the alignment.
 struct SourcePlace {
@@ -105,6 +112,15 @@ void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t at) {
   cuda_sim::violate("misaligned: " + shadow.describe(at) + " is not at a multiple of " +
                         std::to_string(1u << data->log_alignment) + " bytes",
                     {{data->place.file, static_cast<int>(data->place.line)}});
+}
+
+// __builtin_assume_aligned: place of the call, of the function's declaration, type.
+void __ubsan_handle_alignment_assumption(const SourcePlace* place, uintptr_t at, uintptr_t multiple,
+                                         uintptr_t) {
+  if (!engine.inside) return;
+  cuda_sim::violate("misaligned: " + shadow.describe(at) + " is not at a multiple of " +
+                        std::to_string(multiple) + " bytes",
+                    {{place->file, static_cast<int>(place->line)}});
 }
 
 // Blocks of memory that the kernels' files move at once: build.py sends their calls here.

@@ -31,6 +31,20 @@ void remove_all(std::string& text, const std::string& part) {
   for (size_t at; (at = text.find(part)) != std::string::npos;) text.erase(at, part.size());
 }
 
+// Without what every name has, the result and the parameters.
+std::string plain_name(const std::string& mangled) {
+  std::string name = demangled(mangled);
+  remove_all(name, "(anonymous namespace)::");
+  remove_all(name, "distaya::");
+  if (name.starts_with("void ")) name.erase(0, 5);
+  int depth = 0;  // the parameters begin at the first parenthesis outside of <>
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
+}
+
 }  // namespace
 
 std::string short_path(const std::string& path) {
@@ -129,17 +143,15 @@ const Image::Function* Image::function_at(uintptr_t at) const {
 
 std::string Image::function(const void* address) const {
   const Function* found = function_at(reinterpret_cast<uintptr_t>(address));
-  if (!found) return "?";
-  std::string name = demangled(found->mangled);
-  remove_all(name, "(anonymous namespace)::");
-  remove_all(name, "distaya::");
-  if (name.starts_with("void ")) name.erase(0, 5);
-  int depth = 0;  // the parameters begin at the first parenthesis outside of <>
-  for (size_t i = 0; i < name.size(); ++i) {
-    depth += (name[i] == '<') - (name[i] == '>');
-    if (name[i] == '(' && depth == 0) return name.substr(0, i);
-  }
-  return name;
+  return found ? plain_name(found->mangled) : "?";
+}
+
+std::vector<std::string> Image::functions() const {
+  std::vector<std::string> out;
+  for (const Function& f : functions_)
+    if (f.mangled.find('.') == std::string::npos)  // no clones
+      out.push_back(plain_name(f.mangled));
+  return out;
 }
 
 size_t Image::static_shared(const void* kernel) const {

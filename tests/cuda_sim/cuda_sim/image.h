@@ -22,9 +22,10 @@ class Image {
 
   size_t shared_bytes() const { return thread_storage_; }
 
-  uint8_t* shared_base() const;                        // of the calling thread
-  bool holds(uintptr_t at) const;                      // constants and variables of the module
-  std::string function(const void* address) const;     // "mask::row_kernel"
+  uint8_t* shared_base() const;                     // of the calling thread
+  bool holds(uintptr_t at) const;                   // constants and variables of the module
+  std::string function(const void* address) const;  // "mask::row_kernel"
+  std::vector<std::string> functions() const;
   size_t static_shared(const void* kernel) const;      // bytes a kernel declares
   std::string source(uintptr_t return_address) const;  // "csrc/mask/mask_cuda.cu:51"
 

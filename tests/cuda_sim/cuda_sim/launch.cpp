@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 
@@ -19,6 +20,7 @@ namespace {
 std::mutex one_at_a_time;
 bool call_has_worked = false;  // the next admission begins another call
 int admitted = 0;
+std::set<const void*> launched;
 std::map<const void*, int> allowed_dynamic;  // by cudaFuncSetAttribute
 void (*kernel_call)(void*);
 void* kernel_arguments;
@@ -82,6 +84,7 @@ void enter(int t) {
   shadow.now.thread = static_cast<uint32_t>(t);
   shadow.now.sync = e.warp[t / 32].syncs;
   shadow.now.early = !e.thread[t].waited_for_earlier;
+  shadow.now.steps = 0;
   e.inside = true;
   e.thread[t].fiber.enter();
   e.inside = false;
@@ -145,6 +148,8 @@ void run_block(Order& order, bool early) {
   throw std::runtime_error(out.str());
 }
 
+void settle() { shadow.now.unsettled = shadow.now.launch = ++shadow.now.epoch; }
+
 cudaError_t check(const cudaLaunchConfig_t& c, const void* kernel) {
   const uint64_t threads = uint64_t{c.blockDim.x} * c.blockDim.y * c.blockDim.z;
   const auto bad = [](unsigned n, unsigned most) { return n == 0 || n > most; };
@@ -172,6 +177,7 @@ cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, void (*call)
   const std::lock_guard lock(one_at_a_time);
   if (const cudaError_t status = check(c, kernel); status != cudaSuccess) return status;
   call_has_worked = true;
+  launched.insert(kernel);
   Engine& e = engine;
   if (!e.thread) e.thread.reset(new Thread[kMostThreads]{});
   bool early = false;
@@ -203,7 +209,7 @@ void allow_dynamic(const void* kernel, int bytes) { allowed_dynamic[kernel] = by
 void host_work(const void* read, void* written, size_t bytes) {
   const std::lock_guard lock(one_at_a_time);
   call_has_worked = true;
-  shadow.now.unsettled = shadow.now.launch = ++shadow.now.epoch;  // launches do not overlap it
+  settle();  // launches do not overlap it
   if (read) shadow.touch_whole(false, read, bytes);
   shadow.touch_whole(true, written, bytes);
 }
@@ -244,6 +250,30 @@ void admit(distaya::Tensor& t) {
 
 }  // namespace cuda_sim
 
-extern "C" __attribute__((visibility("default"))) void cuda_sim_schedule(int schedule) {
+#define CUDA_SIM_EXPORT extern "C" __attribute__((visibility("default")))
+
+CUDA_SIM_EXPORT void cuda_sim_schedule(int schedule) {
   cuda_sim::engine.schedule = static_cast<cuda_sim::Schedule>(schedule);
+}
+
+// The host waits for the device: no launch is still running.
+CUDA_SIM_EXPORT void cuda_sim_settle() {
+  const std::lock_guard lock(cuda_sim::one_at_a_time);
+  cuda_sim::settle();
+}
+
+// Names, a line each: of all functions of the module, and of the kernels launched so far.
+CUDA_SIM_EXPORT const char* cuda_sim_functions() {
+  static std::string text;
+  if (text.empty())
+    for (const std::string& name : cuda_sim::Image::get().functions()) text += name + "\n";
+  return text.c_str();
+}
+
+CUDA_SIM_EXPORT const char* cuda_sim_launched() {
+  static std::string text;
+  text.clear();
+  for (const void* kernel : cuda_sim::launched)
+    text += cuda_sim::Image::get().function(kernel) + "\n";
+  return text.c_str();
 }

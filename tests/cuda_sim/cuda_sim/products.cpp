@@ -120,7 +120,8 @@ void deliver_one(const Product& p) {
   for (int i = 0; i < p.n / 8; ++i)
     for (int e = 0; e < 4; ++e) {
       const float part = dot(&p.a[e / 2 * k], p.b, 8 * i + 2 * c + e % 2, p.shape);
-      p.d[4 * i + e] = (p.addend.empty() ? 0.f : p.addend[4 * i + e]) + part;
+      const int at = 4 * i + e;
+      p.d[at] = (p.chained ? p.d[at] : p.addend.empty() ? 0.f : p.addend[at]) + part;
     }
   if (!p.holds_b) return;
   over_b(p, [](uint8_t* at) {
@@ -170,9 +171,10 @@ void product_issue(const Shape& shape, int n, float* d, const uint32_t* a, uint6
   ++mine.issued;
   uint32_t words[5] = {a[0], a[1], a[2], a[3], meta};
   Meeting& m = meet(shape.sparse ? "wgmma_sparse" : "wgmma", 0xffffffffu, words, 5, nullptr, place);
-  Product p{shape, n, d, {}, b, lane() == 0, rows_of_a(m, shape, where)};
+  Product p{shape, n, d, {}, false, b, lane() == 0, rows_of_a(m, shape, where)};
   part(m);
-  if (add) p.addend.assign(d, d + n / 2);
+  p.chained = add && std::ranges::any_of(mine.list, [&](const Product& o) { return o.d == d; });
+  if (add && !p.chained) p.addend.assign(d, d + n / 2);
   std::fill(d, d + n / 2, std::numeric_limits<float>::quiet_NaN());
   if (p.holds_b)
     over_b(p, [&](uint8_t* at) {

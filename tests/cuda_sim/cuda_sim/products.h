@@ -15,6 +15,7 @@ struct Product {
   int n;
   float* d;
   std::vector<float> addend;  // this thread's D before, empty where D is overwritten
+  bool chained;               // or what the product before leaves there
   uint64_t b;
   bool holds_b;          // this lane keeps the bytes of B reserved, for its warp
   std::vector<float> a;  // [2][k]: this lane's rows of A, dense

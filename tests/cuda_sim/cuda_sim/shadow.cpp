@@ -21,6 +21,8 @@ namespace {
 constexpr size_t kPage = 1024;       // bytes of global memory whose cells lie together
 constexpr size_t kMostPages = 8192;  // 256 MB of cells
 
+constexpr uint32_t kMostSteps = 1u << 25;  // about a second
+
 struct Page {
   Cell cells[kPage];
 };
@@ -173,7 +175,7 @@ Cell* Shadow::cells(const void* address, size_t bytes, const char* verb, const W
   return page(at);
 }
 
-bool Shadow::ordered(const Trace& t, uint32_t scope) const {
+inline bool Shadow::ordered(const Trace& t, uint32_t scope) const {
   if (t.epoch < scope) return true;
   if (t.epoch < now.block || t.blocks) return false;
   if (t.epoch < now.epoch) return true;
@@ -181,7 +183,7 @@ bool Shadow::ordered(const Trace& t, uint32_t scope) const {
   return t.sync < now.sync || (!t.lanes && t.thread == now.thread);
 }
 
-void Shadow::add(Trace& t, uint32_t scope) {
+inline void Shadow::add(Trace& t, uint32_t scope) {
   if (t.epoch != now.epoch) {
     const bool others = t.epoch >= scope && (t.epoch < now.block || t.blocks);
     t = {now.epoch, now.thread, now.sync, 0, 0, others};
@@ -192,6 +194,11 @@ void Shadow::add(Trace& t, uint32_t scope) {
   } else if (t.thread != now.thread) {
     t.lanes = 1;
   }
+}
+
+inline void Shadow::note_write_now(Cell& cell) {
+  cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
+  cell.event = ++now.event;
 }
 
 void Shadow::race(const char* does, const char* has, const Trace& t, uintptr_t at,
@@ -246,19 +253,20 @@ void Shadow::check(Cell& cell, uintptr_t at, bool shared, const Where& where) {
             where);
   if constexpr (access == Access::read) add(cell.read, scope);
   if constexpr (access == Access::atomic) add(cell.atomic, scope);
-  if constexpr (access == Access::write) note_write(cell);
+  if constexpr (access == Access::write) note_write_now(cell);
 }
 
-void Shadow::note_write(Cell& cell) {
-  cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
-  cell.event = ++now.event;
-}
+void Shadow::note_write(Cell& cell) { note_write_now(cell); }
 
 void Shadow::note_read(Cell& cell) { add(cell.read, now.block); }
 
 void Shadow::touch(Access access, const void* address, size_t bytes, const Where& where) {
   auto at = reinterpret_cast<uintptr_t>(address);
   if (on_stack(at) || bytes == 0) return;
+  if (++now.steps == kMostSteps)
+    violate("no end: " + std::to_string(kMostSteps) + " accesses in a row, the last of " +
+                describe(at) + "; blocks run one after another and cannot wait for each other",
+            where);
   const bool shared = in_shared(at);
   if (!shared) {
     // Constants of the module are nobody's tensor; nor are its variables.

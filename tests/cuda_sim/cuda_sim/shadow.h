@@ -42,7 +42,8 @@ struct Now {
   uint32_t block, launch;  // their first epochs
   uint32_t unsettled;      // first epoch of the launches that may still be running
   uint32_t event;
-  bool early;  // this thread runs beside them and has not waited
+  uint32_t steps;  // accesses of this thread since it last ran
+  bool early;      // this thread runs beside them and has not waited
 };
 
 // Where an access is made: a place, or a return address.
@@ -72,7 +73,6 @@ class Shadow {
 
   void note_write(Cell& cell);  // without a question
   void note_read(Cell& cell);
-  // Whether the last write was fenced by its writer and a barrier came since.
   std::string describe(uintptr_t at) const;
 
   void* dynamic() const { return dynamic_; }
@@ -102,6 +102,7 @@ class Shadow {
   void check(Cell& cell, uintptr_t at, bool shared, const Where& where);
   bool ordered(const Trace& t, uint32_t scope) const;
   void add(Trace& t, uint32_t scope);
+  void note_write_now(Cell& cell);
   [[noreturn]] void race(const char* does, const char* has, const Trace& t, uintptr_t at,
                          const Where& where);
 
