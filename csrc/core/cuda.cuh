@@ -52,6 +52,24 @@ inline int capability() {
   return 10 * major + minor;
 }
 
+// Whether this build's code on the current device has what early launches need (core/ptx.cuh). A
+// build without code for the device runs on it all the same where the driver can translate its PTX
+// for an older one, in which wait_for_earlier is nothing. All kernels are compiled for the same
+// architectures, so the first that asks answers for all.
+inline bool waits_for_earlier(const void* kernel) {
+  static std::atomic<int> known[64];
+  int device = 0;
+  check_cuda(cudaGetDevice(&device));
+  int version = device < 64 ? known[device].load() : 0;
+  if (!version) {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+    version = attributes.ptxVersion;
+    if (device < 64) known[device] = version;
+  }
+  return version >= 90;
+}
+
 inline cudaStream_t raw(Stream s) { return static_cast<cudaStream_t>(s); }
 
 template <class T>
@@ -60,8 +78,8 @@ DISTAYA_HD constexpr T ceil_div(T a, T b) {
 }
 
 // Every kernel is started here. `early`: it may begin while the kernel before it in the stream
-// still runs (programmatic dependent launch, sm_90 and later; elsewhere nothing changes), so it
-// must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
+// still runs (programmatic dependent launch, in code for sm_90 and later; else nothing changes), so
+// it must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
 // reads where this one writes.
 template <bool early = false, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream,
@@ -74,7 +92,8 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cu
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (early && capability() >= 90) config.attrs = &attribute, config.numAttrs = 1;
+  if (early && waits_for_earlier(reinterpret_cast<const void*>(kernel)))
+    config.attrs = &attribute, config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
 

@@ -25,7 +25,7 @@ void start(const Gemm& g, cudaStream_t stream) {
   const int64_t tiles_m = ceil_div<int64_t>(g.m, Shape::kRows),
                 tiles_n = ceil_div<int64_t>(g.n, Shape::kCols),
                 tiles = tiles_of(tiles_m, tiles_n, g.upper_only);
-  check(tiles < int64_t{1} << 31, "gemm of ", g.m, " x ", g.n, " exceeds the CUDA grid");
+  check(tiles <= int64_t{1} << 30, "gemm of ", g.m, " x ", g.n, " exceeds the CUDA grid");
   need_shared(kernel, kShared);
   launch(kernel, grid_of(tiles), kGemmThreads, kShared, stream, g, tiles_m, tiles_n);
 }

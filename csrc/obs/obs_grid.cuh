@@ -55,7 +55,8 @@ __device__ Fitted fit_range(const Grid& grid, float low, float high, const Error
 #pragma unroll 1
   for (int i = 1; i < 80; ++i) {
     const float shrink = static_cast<float>(100 - i) / 100.f;
-    const Fitted fit = grid_from_range(grid, shrink * low, shrink * high);
+    // Rounded before they are subtracted from each other, as on the CPU: no fused multiply-add.
+    const Fitted fit = grid_from_range(grid, __fmul_rn(shrink, low), __fmul_rn(shrink, high));
     const float error = error_of(fit);
     if (error < least) least = error, best = fit;
   }
