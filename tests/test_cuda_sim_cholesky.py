@@ -102,6 +102,30 @@ def test_floored_pivots_are_raised_and_counted(simulator):
     assert (here.floored, here.first_floored, here.dead) == (6, 260, 2)
 
 
+def test_a_pivot_at_the_floor_stays(simulator):
+    """Below it is what counts; and where all numbers are large, nothing beyond H's edge does."""
+    at_floor = torch.diag(torch.tensor([1.5, 0.5, 1.5, 0.5]))
+    at_floor[0, 1] = 0.25
+    large = 1e9 * torch.eye(130)
+    for H, floor in ((at_floor, 0.5), (large, 1e-6)):
+        here = room.cholesky(H, damp=0.0, floor=floor)
+        with simulator.use():
+            there = room.cholesky(H, damp=0.0, floor=floor)
+        assert (here.floored, there.floored) == (0, 0)
+        torch.testing.assert_close(there.R, here.R, rtol=1e-6, atol=0)
+
+
+def test_where_the_mean_is_of_no_use(simulator):
+    """Nothing on the diagonal, or so little that the floor underflows."""
+    for H, damp in ((torch.zeros(5, 5), 0.01), (torch.diag(torch.tensor([1e-37, 0.0])), 0.0)):
+        here = room.cholesky(H, damp)
+        with simulator.use():
+            there = room.cholesky(H, damp)
+            U = room.inverse_factor(there.R)
+        assert there.floored == here.floored and bool(U.isfinite().all())
+        torch.testing.assert_close(there.R, here.R, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("column", [1, 40, 150])
 def test_couplings_of_a_floored_column_are_dropped(simulator, column):
     """A zero pivot and yet a coupling, within a square, a block and across blocks."""

@@ -154,6 +154,25 @@ def test_lower_triangular_a(gemm_door, rows):
         product.check(product.run(gemm_door))
 
 
+def test_inf_on_the_diagonal_of_a_triangle(gemm_door):
+    """The last of the products that are not left out; what is right of it is not looked at."""
+    product = random_product(70, 70, 70, "mn", overwrite=True, alpha=1.0)
+    product.A.copy_(product.A.tril())
+    product.lower_a = True
+    product.A[[1, 69], [1, 69]] = float("inf")
+    C, sign = product.run(gemm_door), product.B.sign()
+    for row in (1, 69):
+        assert torch.equal(C[row], sign[row] * float("inf"))
+
+
+def test_single_products(gemm_door):
+    """2^-21 |a| |b| and one rounding, where nothing is summed and nothing cut off."""
+    product = random_product(300, 300, 1, "mn", overwrite=True, alpha=1.0)
+    exact = product.A.double() @ product.B.double()
+    error = (product.run(gemm_door).double() - exact).abs() / exact.abs()
+    assert float(error.max()) <= 9.01 * UNIT
+
+
 def test_all_schedules_give_the_same_bits(gemm_door):
     for orders in ("kk", "kn", "mn"):
         product = random_product(130, 70, 101, orders)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from cuda_sim import build
+from cuda_sim.simulator import Simulator
 from second_moment import bound, cuda_bound
 
 from distaya_ext.ops import hessian as room
@@ -76,12 +78,20 @@ def test_small_and_large_values(simulator, kind):
     check(simulator, torch.zeros(40, 40), X, some_weights(kind, len(X)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_promoted(simulator, dtype):
+    """Ones after a 2^24, each of which is lost in fp32: the bound allows for those of one run."""
+    X = torch.ones(1000, 1, dtype=dtype)
+    X[0] = 2.0**12
+    check(simulator, torch.zeros(1, 1), X, None)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_any_alignment_of_rows(simulator, dtype, offset):
-    """C a multiple of 8, X off 16 bytes; H off 8."""
-    X = rand(40 * 72 + offset).to(dtype)[offset:].view(40, 72)
-    H = torch.zeros(72 * 72 + 1)[1:].view(72, 72)
+    """C a multiple of 8, X off 16 bytes; H off 8, also where a warp's 64 x 64 are all there."""
+    X = rand(40 * 136 + offset).to(dtype)[offset:].view(40, 136)
+    H = torch.zeros(136 * 136 + 1)[1:].view(136, 136)
     check(simulator, H, X, some_weights("padded", len(X)))
 
 
@@ -94,6 +104,17 @@ def test_every_tile_once(simulator, dtype):
     with simulator.use():
         hessian_(H, X, torch.tensor([2.0]))
     assert torch.equal(H, 2 * torch.outer(X[0].float(), X[0].float()).triu())
+
+
+def test_more_tokens_than_a_launch_takes(simulator):
+    """2^30 of them are made 40: the rest begins with its own tokens and weights."""
+    path = "csrc/hessian/hessian_cuda.cu"
+    text = (build.ROOT / path).read_text()
+    assert text.count("kMost = 1 << 30;") == 1
+    split = Simulator(build.build({path: text.replace("kMost = 1 << 30;", "kMost = 40;")}))
+    X = rand(97, 24).half()
+    for kind in ("none", "mixed"):
+        check(split, rand(24, 24, seed=1), X, some_weights(kind, len(X)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -7,6 +7,8 @@ blocks, 300 columns are three blocks of the sweep, the last one ragged.
 
 import pytest
 import torch
+from cuda_sim import build
+from cuda_sim.simulator import Simulator
 from test_obs import (
     MODES,
     check_count,
@@ -50,6 +52,23 @@ def test_textbook(simulator, shape, mode):
 def test_one_row_and_several_blocks(simulator, shape, mode):
     with simulator.use():
         check_textbook(shape, mode)
+
+
+def test_panels_that_do_not_fit_at_once(simulator):
+    """64 MB of panels are all of them up to 4096 columns; here they hold two of three or four."""
+    path = "csrc/obs/obs_cuda.cu"
+    text = (build.ROOT / path).read_text()
+    plain = "(int64_t{1} << 24) / (cols * kB)"
+    assert text.count(plain) == 1
+    few = Simulator(build.build({path: text.replace(plain, "2 + 0 * cols")}))
+    for mode in ("half", "2:3", "2:4 int4"):
+        W0, H = problem(5, 400)
+        R, results = factor(damped(H)), []
+        for kernels in (simulator, few):
+            with kernels.use():
+                W = W0.clone()
+                results.append((W, *sweep_(W, R, **MODES[mode])))
+        assert all(x is y or torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1e-9, 0.31, 0.999])
