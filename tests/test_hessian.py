@@ -300,3 +300,19 @@ def test_more_than_2_31_elements():
     H = torch.zeros(columns, columns)
     hessian_(H, X, weights)  # weight 0: only the last two tokens are read
     assert torch.equal(H.triu(), torch.full((columns, columns), 18.0).triu())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [64, 65])
+def test_cuda_more_than_2_31_elements(columns, dtype):
+    """The last tokens lie beyond what 32 bits reach; those before them are not read."""
+    X = torch.zeros(2**31 // columns + 70, columns, dtype=dtype, device="cuda")
+    X[-2:] = 3.0
+    weights = torch.zeros(X.shape[0], device="cuda")
+    weights[-2:] = 2.0
+    s, H = torch.zeros(columns, device="cuda"), torch.zeros(columns, columns, device="cuda")
+    column_sq_(s, X, weights)
+    hessian_(H, X, weights)
+    assert torch.equal(s, torch.full_like(s, 36.0))
+    assert torch.equal(H, torch.full_like(H, 36.0).triu())

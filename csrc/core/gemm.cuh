@@ -45,7 +45,7 @@ struct Gemm {
   float* C;  // row-major
   int64_t ldc;
   bool upper_only = false;  // leave C's elements below its diagonal alone
-  bool overwrite = false;   // C = alpha A B: C is not read
+  bool overwrite = false;   // C = alpha A B: C is not read; but k = 0 leaves it alone
   bool lower_a = false;     // A[i, p] is 0 for p > i: such products are mostly left out
 };
 

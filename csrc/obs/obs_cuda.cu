@@ -57,20 +57,24 @@ Work lay_out(void* base, int64_t rows, int64_t cols) {
   return w;
 }
 
-// Warps per thread block of the sweep: as many as make one wave, since each block loads N_b, as
-// many as shared memory holds, and two where there are rows for them: they cost each other nothing.
-int sweep_warps(int64_t rows) {
-  int device = 0, processors = 1, room = 0;
-  check_cuda(cudaGetDevice(&device));
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check_cuda(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  int64_t most = kMostWarps;
-  while (most > 1 && sweep_shared(static_cast<int>(most)) > static_cast<size_t>(room)) --most;
-  const int64_t share = ceil_div<int64_t>(rows, 32 * static_cast<int64_t>(processors));
-  const int64_t waves = ceil_div(share, most);
-  const auto warps = static_cast<int>(ceil_div(share, waves));
-  return warps < 2 && most > 1 && rows > 32 ? 2 : warps;
-}
+// Warps per thread block of the sweep. most: as many as the device's shared memory holds. used: as
+// many as make one wave, since each block loads N_b, and two where there are rows for them: they
+// cost each other nothing.
+struct SweepWarps {
+  int most = kMostWarps, used;
+
+  explicit SweepWarps(int64_t rows) {
+    int device = 0, processors = 1, room = 0;
+    check_cuda(cudaGetDevice(&device));
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    check_cuda(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    while (most > 1 && sweep_shared(most) > static_cast<size_t>(room)) --most;
+    const int64_t share = ceil_div<int64_t>(rows, 32 * static_cast<int64_t>(processors));
+    const int64_t waves = ceil_div<int64_t>(share, most);
+    used = static_cast<int>(ceil_div(share, waves));
+    if (used < 2 && most > 1 && rows > 32) used = 2;
+  }
+};
 
 // P of blocks `first` and after it, as many as fit.
 void make_panels(const Factor& f, const Work& work, int64_t first, cudaStream_t stream) {
@@ -106,10 +110,12 @@ void run(const Obs& p, cudaStream_t stream) {
   const Work work = lay_out(p.work, p.rows, p.cols);
   const Factor f{p.R, p.cols, block_columns(p), work.N, work.D};
   const int64_t together = panels_together(p.cols);
-  const int warps = sweep_warps(p.rows);
+  const SweepWarps choice(p.rows);
+  const int warps = choice.used;
   const unsigned sweep_blocks = grid_of(ceil_div<int64_t>(p.rows, 32 * warps));
   need_shared(panel_kernel, kPanelShared);
-  need_shared(sweep_kernel<T>, static_cast<int>(sweep_shared(warps)));
+  // The most, not what is used: another thread of the host may be about to launch more than that.
+  need_shared(sweep_kernel<T>, static_cast<int>(sweep_shared(choice.most)));
   launch(invert_kernel, grid_of(ceil_div(p.cols, f.step)), kInvertThreads, 0, stream, f);
   if (p.select == Select::unstructured)
     launch(start_select_kernel, 1, kSelectThreads, 0, stream, work.state);
