@@ -34,6 +34,11 @@ HOT = (
     Hot(r"multiply_kernel<f16, .*, [01]>", (r"HMMA\.16816\.F32$", r"LDGSTS")),
     Hot(r"multiply_kernel<bf16, .*, 2>", (r"HMMA\.SP\.16832\.F32\.BF16", r"LDGSTS")),
     Hot(r"multiply_kernel<f16, .*, 2>", (r"HMMA\.SP\.16832\.F32$", r"LDGSTS")),
+    # pair_kernel<terms, 2:4, tokens>
+    Hot(r"pair_kernel<bf16, (0|false),", (r"HGMMA\.64x\d+x16\.F32\.BF16", r"LDGSTS"), "sm_90a"),
+    Hot(r"pair_kernel<f16, (0|false),", (r"HGMMA\.64x\d+x16\.F32$", r"LDGSTS"), "sm_90a"),
+    Hot(r"pair_kernel<bf16, (1|true),", (r"HGMMA\.SP\.64x\d+x32\.F32\.BF16", r"LDGSTS"), "sm_90a"),
+    Hot(r"pair_kernel<f16, (1|true),", (r"HGMMA\.SP\.64x\d+x32\.F32$", r"LDGSTS"), "sm_90a"),
 )
 
 
