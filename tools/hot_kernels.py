@@ -25,20 +25,30 @@ class Hot:
     never: tuple[str, ...] = ()
 
 
-# HMMA: mma.sync; .SP: its 2:4 form; HGMMA: wgmma, on Hopper alone; LDGSTS: cp.async.
+TF32 = r"HMMA\.1688\.F32\.TF32"
+
+# HMMA: mma.sync; .SP: its 2:4 form; HGMMA: wgmma, on Hopper alone; LDGSTS: cp.async; ACQBULK and
+# PREEXIT: early launches, on Hopper alone in what ships for it.
 HOT = (
-    # C += alpha A B in fp32 out of three tf32 products; cholesky and obs
-    Hot(r"gemm_kernel<", (r"HMMA\.1688\.F32\.TF32", r"LDGSTS")),
+    # Hessians of 16-bit X: <X, rows that start on 16 bytes>
+    Hot(r"syrk_kernel<bf16, ", (r"HMMA\.16816\.F32\.BF16", r"LDSM")),
+    Hot(r"syrk_kernel<f16, ", (r"HMMA\.16816\.F32$", r"LDSM")),
+    Hot(r"syrk_kernel<\w+, true>", (r"LDGSTS",)),
+    # C += alpha A B in fp32 out of three tf32 products; obs and the inverse use it as it is
+    Hot(r"gemm_kernel<", (TF32, r"LDGSTS")),
+    Hot(r"cholesky_cuda/(step_kernel<|panel_kernel)", (TF32, r"LDGSTS")),
+    Hot(r"inverse_cuda/finish_rows_kernel", (TF32, r"LDGSTS")),
     # multiply_kernel<terms, y, tiles of 8 tokens, parts, body>; body 0: int4, 1: int8, 2: 2:4
     Hot(r"multiply_kernel<bf16, .*, [01]>", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS")),
     Hot(r"multiply_kernel<f16, .*, [01]>", (r"HMMA\.16816\.F32$", r"LDGSTS")),
     Hot(r"multiply_kernel<bf16, .*, 2>", (r"HMMA\.SP\.16832\.F32\.BF16", r"LDGSTS")),
     Hot(r"multiply_kernel<f16, .*, 2>", (r"HMMA\.SP\.16832\.F32$", r"LDGSTS")),
-    # pair_kernel<terms, 2:4, tokens>
-    Hot(r"pair_kernel<bf16, (0|false),", (r"HGMMA\.64x\d+x16\.F32\.BF16", r"LDGSTS"), "sm_90a"),
-    Hot(r"pair_kernel<f16, (0|false),", (r"HGMMA\.64x\d+x16\.F32$", r"LDGSTS"), "sm_90a"),
-    Hot(r"pair_kernel<bf16, (1|true),", (r"HGMMA\.SP\.64x\d+x32\.F32\.BF16", r"LDGSTS"), "sm_90a"),
-    Hot(r"pair_kernel<f16, (1|true),", (r"HGMMA\.SP\.64x\d+x32\.F32$", r"LDGSTS"), "sm_90a"),
+    # pair_kernel<terms, 2:4, tokens>: many tokens, weights from registers
+    Hot(r"pair_kernel<bf16, false", (r"HGMMA\.64x\d+x16\.F32\.BF16", r"LDGSTS"), archs="sm_90a"),
+    Hot(r"pair_kernel<f16, false", (r"HGMMA\.64x\d+x16\.F32$", r"LDGSTS"), archs="sm_90a"),
+    Hot(r"pair_kernel<bf16, true", (r"HGMMA\.SP\.64x\d+x32\.F32\.BF16", r"LDGSTS"), archs="sm_90a"),
+    Hot(r"pair_kernel<f16, true", (r"HGMMA\.SP\.64x\d+x32\.F32$", r"LDGSTS"), archs="sm_90a"),
+    Hot(r"(multiply|pair|add_splits)_kernel", (r"ACQBULK", r"PREEXIT"), archs="sm_90a"),
 )
 
 

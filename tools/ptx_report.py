@@ -116,15 +116,19 @@ def installed() -> Path:
 
 
 def rows(uses: list[Use], spills: str) -> tuple[list[str], list[list[str]]]:
-    """One line per kernel: registers on each architecture, then the worst of the rest."""
+    """One line per kernel: registers and static shared bytes on each architecture, behind a + what
+    it spills there, then the worst of stack and spills."""
     archs = list(dict.fromkeys(u.arch for u in uses))
-    head = ["kernel", *archs, "static shared B", "stack B", spills]
+    head = ["kernel: registers / shared B", *archs, "stack B", spills]
     body = []
     for kernel in sorted({u.kernel for u in uses}):
-        mine = [u for u in uses if u.kernel == kernel]
-        registers = {u.arch: str(u.registers) for u in mine}
-        worst = [max(getattr(u, what) for u in mine) for what in ("shared", "stack", "spilled")]
-        body.append([kernel, *(registers.get(a, "-") for a in archs), *map(str, worst)])
+        mine = {u.arch: u for u in uses if u.kernel == kernel}
+        cells = [
+            f"{u.registers}/{u.shared}{f' +{u.spilled}' * bool(u.spilled)}" if u else "-"
+            for u in map(mine.get, archs)
+        ]
+        worst = [max(getattr(u, what) for u in mine.values()) for what in ("stack", "spilled")]
+        body.append([kernel, *cells, *map(str, worst)])
     return head, body
 
 

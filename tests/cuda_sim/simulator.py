@@ -50,11 +50,8 @@ class Simulator:
         The device is idle at the beginning; inside, a kernel launched early runs beside the last.
         """
         self._library.cuda_sim_settle()
-        rooms = [
-            module
-            for name, module in sys.modules.items()
-            if name.startswith("distaya_ext.ops.") and hasattr(module, "_C")
-        ]
+        loaded = vars(sys.modules["distaya_ext.ops"]).values()
+        rooms = [m for m in loaded if isinstance(m, ModuleType) and hasattr(m, "_C")]
         before = [(room, room._C) for room in rooms]
         for room in rooms:
             room._C = self.module

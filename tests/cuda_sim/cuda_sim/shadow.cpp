@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <sstream>
 #include <unordered_map>
@@ -34,8 +35,20 @@ struct Cached {
   Page* page;
 } cached[256];
 
-std::string amount(size_t bytes) {
-  return std::to_string(bytes) + (bytes == 1 ? " byte" : " bytes");
+// Where the calling thread of the host has its stack and its copy of the shared variables.
+struct Host {
+  uintptr_t shared, stack_begin, stack_end;
+};
+
+Host host_of_thread() {
+  pthread_attr_t attributes;
+  void* stack = nullptr;
+  size_t size = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &stack, &size);
+  pthread_attr_destroy(&attributes);
+  const auto begin = reinterpret_cast<uintptr_t>(stack);
+  return {reinterpret_cast<uintptr_t>(Image::get().shared_base()), begin, begin + size};
 }
 
 constexpr const char* verb_of(Access access) {
@@ -66,15 +79,10 @@ void Shadow::begin_launch(size_t dynamic_bytes) {
     }
   }
   dynamic_bytes_ = dynamic_bytes;
-  static_ = reinterpret_cast<uintptr_t>(image.shared_base());
-  pthread_attr_t attributes;
-  void* stack = nullptr;
-  size_t size = 0;
-  pthread_getattr_np(pthread_self(), &attributes);
-  pthread_attr_getstack(&attributes, &stack, &size);
-  pthread_attr_destroy(&attributes);
-  host_stack_begin_ = reinterpret_cast<uintptr_t>(stack);
-  host_stack_end_ = host_stack_begin_ + size;
+  thread_local const Host host = host_of_thread();  // asking reads the system's table of memory
+  static_ = host.shared;
+  host_stack_begin_ = host.stack_begin;
+  host_stack_end_ = host.stack_end;
   if (pages.size() > kMostPages && now.unsettled == now.launch) {
     pages.clear();
     std::fill(std::begin(cached), std::end(cached), Cached{});
@@ -94,48 +102,6 @@ Cell* Shadow::page(uintptr_t at) {
     slot = {number, page.get()};
   }
   return &slot.page->cells[at % kPage];
-}
-
-std::string Shadow::describe(uintptr_t at) const {
-  std::ostringstream out;
-  const uintptr_t dynamic = reinterpret_cast<uintptr_t>(dynamic_);
-  if (at - dynamic < kDynamicRoom) {
-    out << "byte " << at - dynamic << " of dynamic shared memory (" << amount(dynamic_bytes_)
-        << ")";
-    return out.str();
-  }
-  if (at - static_ < static_cells_.size()) {
-    const size_t offset = at - static_;
-    const Variable* before = nullptr;
-    for (const Variable& v : Image::get().shared())
-      if (v.offset <= offset) before = &v;
-    if (before && offset - before->offset < before->size)
-      out << "byte " << offset - before->offset << " of shared " << before->name << " ("
-          << amount(before->size) << ")";
-    else if (before)
-      out << amount(offset - before->offset - before->size) << " behind the end of shared "
-          << before->name << " (" << amount(before->size) << ")";
-    else
-      out << "shared memory of no variable";
-    return out.str();
-  }
-  const Range* nearest = nullptr;
-  uintptr_t distance = UINTPTR_MAX;
-  for (const Range& r : ranges_) {
-    const uintptr_t d = at < r.begin             ? r.begin - at
-                        : at - r.begin < r.bytes ? 0
-                                                 : at - r.begin - r.bytes + 1;
-    if (d < distance) nearest = &r, distance = d;
-  }
-  if (!nearest || distance > (1u << 20))
-    out << "address 0x" << std::hex << at << ", which is in no tensor of the call";
-  else if (distance == 0)
-    out << "byte " << at - nearest->begin << " of " << nearest->name;
-  else if (at < nearest->begin)
-    out << amount(distance) << " before " << nearest->name;
-  else
-    out << amount(distance - 1) << " behind the end of " << nearest->name;
-  return out.str();
 }
 
 Cell* Shadow::shared_cells(uintptr_t at, size_t bytes, const char* verb, const Where& where) {
@@ -198,7 +164,7 @@ inline void Shadow::add(Trace& t, uint32_t scope) {
 
 inline void Shadow::note_write_now(Cell& cell) {
   cell.write = {now.epoch, now.thread, now.sync, 0, 0, 0};
-  cell.event = ++now.event;
+  cell.event = now.event;
 }
 
 void Shadow::race(const char* does, const char* has, const Trace& t, uintptr_t at,
@@ -256,9 +222,25 @@ void Shadow::check(Cell& cell, uintptr_t at, bool shared, const Where& where) {
   if constexpr (access == Access::write) note_write_now(cell);
 }
 
-void Shadow::note_write(Cell& cell) { note_write_now(cell); }
+void Shadow::note_write(Cell& cell) {
+  ++now.event;
+  note_write_now(cell);
+}
 
 void Shadow::note_read(Cell& cell) { add(cell.read, now.block); }
+
+// Bytes of a word mostly have the same past: what follows for the first follows for them.
+template <Access access>
+void Shadow::check_all(Cell* cell, size_t bytes, uintptr_t at, bool shared, const Where& where) {
+  if (access != Access::read) ++now.event;
+  const Cell before = cell[0];
+  check<access>(cell[0], at, shared, where);
+  for (size_t i = 1; i < bytes; ++i)
+    if (std::memcmp(&cell[i], &before, sizeof before) == 0)
+      cell[i] = cell[0];
+    else
+      check<access>(cell[i], at + i, shared, where);
+}
 
 void Shadow::touch(Access access, const void* address, size_t bytes, const Where& where) {
   auto at = reinterpret_cast<uintptr_t>(address);
@@ -278,11 +260,10 @@ void Shadow::touch(Access access, const void* address, size_t bytes, const Where
   while (bytes) {
     const size_t part = shared ? bytes : std::min(bytes, kPage - at % kPage);
     Cell* cell = shared ? shared_cells(at, part, verb_of(access), where) : page(at);
-    for (size_t i = 0; i < part; ++i, ++at) {
-      if (access == Access::read) check<Access::read>(cell[i], at, shared, where);
-      if (access == Access::write) check<Access::write>(cell[i], at, shared, where);
-      if (access == Access::atomic) check<Access::atomic>(cell[i], at, shared, where);
-    }
+    if (access == Access::read) check_all<Access::read>(cell, part, at, shared, where);
+    if (access == Access::write) check_all<Access::write>(cell, part, at, shared, where);
+    if (access == Access::atomic) check_all<Access::atomic>(cell, part, at, shared, where);
+    at += part;
     bytes -= part;
   }
 }

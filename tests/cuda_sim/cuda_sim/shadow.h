@@ -52,6 +52,8 @@ struct Where {
   uintptr_t pc = 0;
 };
 
+std::string amount(size_t bytes);  // "1 byte", "4 bytes"
+
 class Shadow {
  public:
   Now now{};
@@ -100,6 +102,8 @@ class Shadow {
   void need_admitted(uintptr_t at, size_t bytes, const char* verb, const Where& where);
   template <Access access>
   void check(Cell& cell, uintptr_t at, bool shared, const Where& where);
+  template <Access access>
+  void check_all(Cell* cell, size_t bytes, uintptr_t at, bool shared, const Where& where);
   bool ordered(const Trace& t, uint32_t scope) const;
   void add(Trace& t, uint32_t scope);
   void note_write_now(Cell& cell);
