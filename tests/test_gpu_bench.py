@@ -263,6 +263,10 @@ def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
     with pytest.raises(RuntimeError, match="not while capturing"):
         clock.graph(broken, [("a",)])
     assert calls == ["begin", "end"]  # a capture that is left open would break all later ones
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        clock.graph(broken, [("a",)])
 
 
 class Graph:
@@ -276,6 +280,13 @@ class Graph:
 
     def replay(self):
         calls.append("replay")
+
+
+class BrokenGraph(Graph):
+    """What went wrong while capturing is told at its end once more, in words that say less."""
+
+    def capture_end(self):
+        raise RuntimeError("operation failed due to a previous error during capture")
 
 
 class Stream:
