@@ -35,8 +35,12 @@ _CPU_KERNELS = {
 }
 
 _CUDA_KERNELS = {
-    "hessian, cholesky, obs, mask, pack": "CUDA kernels",
-    "sqgemm (int4, int8, int3, masks)": "tensor cores, mma.sync on packed weights",
+    "hessian (bf16, fp16)": "tensor cores, mma, fp32 promotion",
+    "hessian (fp32)": "FMA",
+    "cholesky, obs": "tensor cores, an fp32 product as three of tf32",
+    "mask": "scores, radix select",
+    "pack": "reads and writes tiles",
+    "sqgemm (int4, int8, int3, masks)": "tensor cores, mma on packed weights",
     "sqgemm (2:4)": "sparse tensor cores, mma.sp with ordered metadata",
 }
 
