@@ -22,7 +22,7 @@ from products import (
 )
 
 from distaya_ext import _C, doctor
-from distaya_ext.ops import sqgemm
+from distaya_ext.ops import pack, sqgemm
 from distaya_ext.ops.pack import PackedWeight
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -145,6 +145,29 @@ def test_warpgroups_keep_what_is_not_finite_to_its_token(simulator):
     others = torch.tensor([token not in (3, 65) for token in range(66)])
     assert torch.equal(y[others], clean[others])
     assert not y[3].isfinite().any() and y[65].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wgmma"), [*((kind, True) for kind in WIDE), ("int4", False), ("int4-mask", False)]
+)
+def test_weights_of_the_launch_before(simulator, kind, wgmma):
+    """Packed on the device a moment ago: nothing of them is read before wait_for_earlier."""
+    codes, scales, zeros = pack.unpack(matrix(kind, 66, 130, 0, False))
+    x = rand(64 if wgmma else 3, 130).bfloat16()
+    with simulator.use(), sqgemm.force_wgmma(wgmma):
+        packed = pack.pack(codes, scales, zeros, kind=kind, group=0)
+        y = sqgemm.linear(x, packed)
+    s = bound(x, packed, None, wgmma)
+    check(y, s.value, rounded(s, x.dtype))
+
+
+@pytest.mark.parametrize("tokens", [5, 64])
+def test_activations_at_an_odd_address(simulator, tokens):
+    """Whole column tiles, which are read in place where x begins at a multiple of 16 bytes only."""
+    packed = matrix("int4", 66, 256)
+    x = rand(tokens * 256 + 1).bfloat16()[1:].view(tokens, 256)
+    assert x.data_ptr() % 16 == 2
+    product(simulator, x, packed, wgmma=tokens >= 64)
 
 
 def test_what_warpgroups_do_not_serve(simulator):
