@@ -253,7 +253,7 @@ def far_off(y: torch.Tensor, x: torch.Tensor, packed: P.PackedWeight) -> float:
 def test_kernels_stay_within_their_bound(kind, nm, dtype):
     for group, symmetric in ((32, False), (64, True), (128, True), (0, False)):
         packed = anything(kind, nm, 200, 1100, group, symmetric)
-        for count in (1, 7, 8, 9, 16, 17, 33, 64, 65, 130):
+        for count in (1, 7, 8, 9, 16, 17, 33, 64, 65, 100):
             x = (torch.randn(count, 1100, device="cuda") / 16).to(dtype)
             with sqgemm.force_wgmma(False):
                 y = sqgemm.linear(x, packed)
