@@ -170,6 +170,19 @@ def test_activations_at_an_odd_address(simulator, tokens):
     product(simulator, x, packed, wgmma=tokens >= 64)
 
 
+@pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
+def test_a_workspace_at_an_odd_address_is_refused(simulator, wgmma):
+    """Activations are copied from there 16 bytes at a time."""
+    packed, x = matrix("int4", 66, 130), rand(64, 130).bfloat16()
+    spec, y = packed.format.spec(), x.new_empty(64, 66)
+    with simulator.use():
+        size = sqgemm._C.sqgemm_work(x, spec, False, wgmma)
+        work = torch.empty(size + 1, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="work must begin at a multiple of 16 bytes"):
+            sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, wgmma, work[1:], y)
+        assert sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, wgmma, work[:-1], y)
+
+
 def test_what_warpgroups_do_not_serve(simulator):
     """Few tokens, other kinds, float32, scales of another dtype: the other kernels, exactly."""
     x = rand(64, 130).bfloat16()

@@ -64,6 +64,7 @@ Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact
   work->need_contiguous("work");
   same_device(*work, "work", x, "x");
   p.work = work->as<uint8_t>("work");
+  check(reinterpret_cast<uintptr_t>(p.work) % 16 == 0, "work must begin at a multiple of 16 bytes");
   p.work_bytes = bytes;
   return p;
 }
