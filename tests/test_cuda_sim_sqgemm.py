@@ -220,6 +220,11 @@ def test_warpgroups_agree_bit_for_bit(simulator, unchecked):
     assert torch.equal(y, product(simulator, x, packed, wgmma=True))
 
 
+def test_the_check_does_not_mind_the_default_device(simulator, unchecked):
+    with simulator.use(), torch.device("meta"):
+        assert sqgemm.wgmma_check(torch.device("cpu")).ok
+
+
 def test_warpgroups_that_disagree_are_not_used(simulator, unchecked, monkeypatch):
     """A device on which they err: one warning with numbers, and exact products from then on."""
     real = sqgemm._product
