@@ -82,6 +82,16 @@ def test_gated_units(simulator, tokens):
     gated(simulator, kind, 70, 200, tokens, torch.bfloat16, wgmma=False)
 
 
+def test_gated_units_split_columns(simulator):
+    """Partial sums of both matrices: the workspace holds them, and they are not mixed up."""
+    packed, x = matrix("int4", 20, 128 * 24, 64), rand(3, 128 * 24).bfloat16()
+    with simulator.use():
+        one, two = (sqgemm._C.sqgemm_work(x, packed.format.spec(), g, False) for g in (False, True))
+    assert two > one > 3 * 128 * 24 * 2  # more than the activations
+    for dtype in (torch.bfloat16, torch.float32):
+        gated(simulator, "int4", 20, 128 * 24, 3, dtype, wgmma=False)
+
+
 def gated(simulator, kind, rows, cols, tokens, dtype, wgmma: bool) -> None:
     gate, up = (matrix(kind, rows, cols, 64, False, dtype, seed=s) for s in (1, 2))
     biases = [rand(rows, seed=s).to(dtype) for s in (3, 4)]
@@ -170,6 +180,17 @@ def test_activations_at_an_odd_address(simulator, tokens):
     product(simulator, x, packed, wgmma=tokens >= 64)
 
 
+def test_results_at_an_odd_address(simulator):
+    """Rows are written by twos where y begins at an even place only."""
+    packed, x = matrix("int4", 66, 130), rand(64, 130).bfloat16()
+    y, spec = x.new_empty(64 * 66 + 1)[1:].view(64, 66), packed.format.spec()
+    with simulator.use():
+        work = torch.empty(sqgemm._C.sqgemm_work(x, spec, False, True), dtype=torch.uint8)
+        assert sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, True, work, y)
+    assert y.data_ptr() % 4 == 2
+    assert torch.equal(y, product(simulator, x, packed, wgmma=True))
+
+
 @pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
 def test_a_workspace_at_an_odd_address_is_refused(simulator, wgmma):
     """Activations are copied from there 16 bytes at a time."""
@@ -256,3 +277,12 @@ def test_doctor_tells_what_the_check_found(monkeypatch):
         for line in lines.values():
             assert line.endswith(found.report)
             assert line.startswith("wgmma") == found.ok
+
+
+def test_doctor_tells_of_a_check_that_failed(monkeypatch):
+    def check(device):
+        raise RuntimeError(f"CUDA error on {device}")
+
+    monkeypatch.setattr(sqgemm, "wgmma_check", check)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(doctor._warpgroups().values()) == ["failed: CUDA error on cuda:0"]
