@@ -274,6 +274,33 @@ def test_kernels_run_inside_a_graph():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [1, 20, 100])
+def test_early_launches_keep_their_order(tokens):
+    """A chain of products, each of the one before: the same with and without pauses, in a graph."""
+    packed = [anything(kind, None, 2048, 2048, 128, True) for kind in ("int4", "int4-2:4")]
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+
+    def chain(pause: bool) -> torch.Tensor:
+        y = x
+        for turn in range(12):
+            y = sqgemm.linear(y, packed[turn % 2])
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    expected = chain(pause=True)
+    assert expected.isfinite().all() and expected.any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(pause=False)
+    for _ in range(50):
+        assert torch.equal(chain(pause=False), expected)
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 def pair_product(words: list, zeros: list, x: np.ndarray, t: dict) -> np.ndarray:
     """[128, 8] of a pair of tiles, as a warpgroup multiplies them: two products of 64 rows.
 

@@ -52,6 +52,25 @@ inline int capability() {
   return 10 * major + minor;
 }
 
+// Whether kernels wait for those ahead of them (ptx::wait_for_earlier) on the current device: not
+// where it is newer than everything this was compiled for and runs the PTX of an older
+// architecture, in which that instruction does not exist. Asked of one kernel for all, once per
+// device.
+inline bool waits_for_earlier(const void* kernel) {
+  static std::atomic<int> known[64];  // 1 no, 2 yes
+  int device = 0;
+  check_cuda(cudaGetDevice(&device));
+  if (device < 64 && known[device]) return known[device] == 2;
+  bool waits = false;
+  if (capability() >= 90) {
+    cudaFuncAttributes code{};
+    check_cuda(cudaFuncGetAttributes(&code, kernel));
+    waits = code.ptxVersion >= 90;
+  }
+  if (device < 64) known[device] = waits ? 2 : 1;
+  return waits;
+}
+
 inline cudaStream_t raw(Stream s) { return static_cast<cudaStream_t>(s); }
 
 template <class T>
@@ -60,7 +79,7 @@ DISTAYA_HD constexpr T ceil_div(T a, T b) {
 }
 
 // Every kernel is started here. `early`: it may begin while the kernel before it in the stream
-// still runs (programmatic dependent launch, sm_90 and later; elsewhere nothing changes), so it
+// still runs (programmatic dependent launch, code for sm_90 and later; else nothing changes), so it
 // must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
 // reads where this one writes.
 template <bool early = false, class... P, class... A>
@@ -74,7 +93,8 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cu
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (early && capability() >= 90) config.attrs = &attribute, config.numAttrs = 1;
+  if (early && waits_for_earlier(reinterpret_cast<const void*>(kernel)))
+    config.attrs = &attribute, config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
 }
 
