@@ -17,7 +17,7 @@ repeats and says so.
 --build first runs pip install for the present device alone (needs nvcc); when that fails nothing
 else runs, because the figures would be those of an older build. `--device cpu --quick` tries the
 logic on tiny shapes where there is no GPU. Exit code 0: all well; 1: a section failed;
-2: wrong arguments; 3: there is no GPU to measure.
+2: wrong arguments; 3: there is no GPU to measure, or a package that this needs is not installed.
 """
 
 from __future__ import annotations
@@ -181,6 +181,8 @@ def run_section(
 
 def prepare(args: argparse.Namespace, report: Report) -> str:
     """Build if asked, then ask the package for its facts. Returns why nothing can be measured."""
+    if absent := gpu_sections.lacking(args.build):
+        return f"{' and '.join(absent)} must be installed first"
     share = budgets(args.minutes)
     arch = gpu_sections.device_arch() if args.build else ""
     if args.build:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.gpu_report import Section
-from bench.gpu_sections import ROOT, child, ending
+from bench.gpu_sections import ROOT, child, ending, tool
 
 # As `pytest` would be called by name: the working folder must not hide an installed package.
 PYTEST = "import sys; sys.path = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
@@ -50,11 +49,10 @@ def tests(section: Section, limit: float, env: dict[str, str]) -> None:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer of the CUDA toolkit (on PATH or beside nvcc), or of PyPI's wheel."""
-    places = [shutil.which("compute-sanitizer")]
-    if nvcc := shutil.which("nvcc"):
+    """compute-sanitizer of the CUDA toolkit (also beside nvcc), or of PyPI's wheel."""
+    places = [tool("compute-sanitizer")]
+    if nvcc := tool("nvcc"):
         places.append(str(Path(nvcc).resolve().parent / "compute-sanitizer"))
-    places.append("/usr/local/cuda/bin/compute-sanitizer")
     for folder in sys.path:
         wheels = Path(folder or ".").glob("nvidia/*/bin/compute-sanitizer")
         places += [str(path) for path in sorted(wheels)]
@@ -68,7 +66,7 @@ def sanitize(section: Section, limit: float, env: dict[str, str]) -> None:
         section.status = "failed"
         section.said = (
             "compute-sanitizer was not found; it comes with the CUDA toolkit or with "
-            "pip install nvidia-cuda-sanitizer-api"
+            "pip install nvidia-cuda-sanitizer-api-cu12"
         )
         return
     # Without torch's cache every tensor is an allocation of its own, and its ends are watched.

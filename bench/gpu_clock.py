@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -62,8 +63,11 @@ class Clock:
             try:
                 for arguments in [*inputs] * rounds:
                     call(*arguments)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it says no more than that it was broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         main.wait_stream(self.side)
         calls = rounds * len(inputs)
         return lambda _turn: self.seconds(graph.replay, ()) / calls

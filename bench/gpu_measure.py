@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -116,10 +118,23 @@ def sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def measure_all(table: dict[str, Callable], clock: Clock, until: float, tell: Callable) -> bool:
-    """Every case of a section, whatever happens to the others; True when all went well."""
+class Lost(Exception):
+    """A kernel took the device with it: this process can use it no more. told: rows so far."""
+
+    def __init__(self, told: int, name: str):
+        super().__init__(f"the device was lost in {name}")
+        self.told, self.name = told, name
+
+
+def measure_all(
+    table: dict[str, Callable], clock: Clock, until: float, tell: Callable, first: int = 0
+) -> bool:
+    """Every case of a section from the first-th on, whatever happens to the others; True when all
+    went well. Raises Lost behind the row that lost the device."""
     good = True
     for done, (name, build) in enumerate(table.items()):
+        if done < first:
+            continue
         share = max(0.0, until - time.time()) / (len(table) - done)
         mine = time.time() + share
         try:
@@ -131,9 +146,21 @@ def measure_all(table: dict[str, Callable], clock: Clock, until: float, tell: Ca
         if clock.cuda:
             import torch
 
-            with contextlib.suppress(RuntimeError):  # a lost device: every row says so by itself
-                torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise Lost(done + 1, name) from error
+            torch.cuda.empty_cache()
     return good
+
+
+def going_on(lost: Lost, argv: list[str]) -> list[str]:
+    """The arguments with which another process measures the rows behind the one that lost the
+    device: where that was a product for many tokens, without warpgroup products."""
+    tokens = re.search(r", (\d+)$", lost.name)
+    blamed = argv[0] == "sqgemm" and tokens and int(tokens[1]) >= 64
+    plain = [] if "--no-wgmma" in argv or not blamed else ["--no-wgmma"]
+    return [*argv, *plain, "--first", str(lost.told)]  # of several --first the last one counts
 
 
 def facts(device: str, quick: bool) -> dict:
@@ -168,7 +195,9 @@ def facts(device: str, quick: bool) -> dict:
     }
 
 
-def run(section: str, device: str, quick: bool, until: float, tell: Callable) -> bool:
+def run(args: argparse.Namespace, tell: Callable) -> bool:
+    """Measure a section; True when all went well."""
+    section, device, quick = args.section, args.device, args.quick
     if section == "facts":
         tell({"facts": facts(device, quick)})
         return True
@@ -186,8 +215,12 @@ def run(section: str, device: str, quick: bool, until: float, tell: Callable) ->
         tell({"ceilings": ceilings(clock, device, quick)})
         return True
     table = gpu_cases.cases(section, gpu_case.size(quick, device))
-    with torch.no_grad():
-        return measure_all(table, clock, until, tell)
+    with torch.no_grad(), contextlib.ExitStack() as without:
+        if args.no_wgmma:
+            from distaya_ext.ops import sqgemm
+
+            without.enter_context(sqgemm.force_wgmma(False))
+        return measure_all(table, clock, args.until, tell, args.first)
 
 
 def main() -> int:
@@ -197,9 +230,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--into", type=Path, required=True)
+    parser.add_argument("--first", type=int, default=0, help="rows that an earlier process told")
+    parser.add_argument("--no-wgmma", action="store_true", help="they lost the device before")
     args = parser.parse_args()
 
     def tell(record: dict) -> None:
+        if args.no_wgmma and "row" in record:
+            notes = (record["row"].get("note"), "without warpgroup products")
+            record["row"]["note"] = "; ".join(filter(None, notes))
         with args.into.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         row = record.get("row", {})
@@ -208,7 +246,11 @@ def main() -> int:
             print(f"  {row['name']:32} {told}{row.get('error', '')}", flush=True)
 
     try:
-        return 0 if run(args.section, args.device, args.quick, args.until, tell) else 1
+        return 0 if run(args, tell) and not args.first else 1
+    except Lost as lost:
+        print(f"  {lost}; going on in another process", flush=True)
+        subprocess.run([sys.executable, __file__, *going_on(lost, sys.argv[1:])], check=False)
+        return 1
     except Exception as error:
         tell({"error": sentence(error)})
         return 1

@@ -21,6 +21,7 @@ from bench.gpu_packed import GROUP, packed
 from distaya_ext.ops import pack, sqgemm
 
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048)
+MANY = 64  # tokens from which other kernels may serve
 MAIN = ("int4", "int4-2:4")
 TINYGEMM = 128  # tokens up to which torch's int4 is measured: above, it is no contender
 BF16 = "torch bf16"  # the ruler of the bars
@@ -132,14 +133,16 @@ def work(held: Weights, x: Tensor, rows: int, out: int) -> dict[str, float]:
 def cases(s: Size) -> dict[str, Callable[[], Case]]:
     """gate|up as a gated unit, [q|k|v|gate|up], [q|k|v], down, [o|down] and the head.
 
-    Every kind of layout once; int4 and 2:4 at every number of tokens.
+    Every kind of layout once; int4 and 2:4 at every number of tokens. Few tokens come first, so
+    that their figures are kept whatever the kernels for many do to the device.
     """
     d, ff, qkv, head = s.hidden, s.ff, s.qkv, 256000 * s.hidden // 4096
     linears = ((qkv + 2 * ff, d), (qkv, d), (d, ff), (d, d + ff))
-    found: dict[str, Callable[[], Case]] = {}
+    few: dict[str, Callable[[], Case]] = {}
+    many: dict[str, Callable[[], Case]] = {}
 
     def add(kind: str, rows: int, cols: int, tokens: int, glu: bool = False) -> None:
-        make = gated if glu else product
+        make, found = gated if glu else product, few if tokens < MANY else many
         found[f"{'glu' if glu else 'linear'} {rows}x{cols} {kind}, {tokens}"] = lambda: make(
             kind, rows, cols, tokens, s
         )
@@ -156,4 +159,4 @@ def cases(s: Size) -> dict[str, Callable[[], Case]]:
     for kind in ("int3", "int4-mask", "int4-out", "int8"):
         for tokens in (1, 16, 64):
             add(kind, *linears[0], tokens)
-    return found
+    return few | many

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from bench.gpu_report import Report, Section
@@ -127,6 +129,36 @@ def whole(device: str, quick: bool) -> list[str]:
     return [sys.executable, script, "--device", device, *(["--quick"] if quick else [])]
 
 
+def lacking(build: bool) -> list[str]:
+    """What pyproject.toml asks for and this Python has not, as requirements.
+
+    build: also what a build without isolation needs. Asked first, because a build takes minutes and
+    the package cannot be imported without what it depends on.
+    """
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(dependencies|requires) = \[(.*?)\]", text, re.M | re.S)
+    asked = [r for name, body in lists if build or name == "dependencies"
+             for r in re.findall(r'"(.+?)"', body)]  # fmt: skip
+    return [requirement for requirement in asked if not has(requirement)]
+
+
+def has(requirement: str) -> bool:
+    """Whether such a distribution is installed; versions are left to those who install."""
+    try:
+        metadata.distribution(re.split(r"[^\w.-]", requirement)[0])
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, of CUDA_HOME, or where toolkits are installed."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    homes += sorted(glob.glob("/usr/local/cuda-*"), reverse=True)
+    places = [os.path.join(home, "bin", name) for home in homes if home]
+    return shutil.which(name) or next((p for p in places if os.access(p, os.X_OK)), None)
+
+
 def device_arch() -> str:
     """The present GPU as CMake names it, e.g. 90a-real."""
     import torch
@@ -152,7 +184,7 @@ def build(section: Section, limit: float, arch: str) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     pip += ["--force-reinstall"]  # the version number may not have changed
     pip += [f"--config-settings=build-dir=build/gpu-{arch}"]
-    if nvcc := shutil.which("nvcc"):
+    if nvcc := tool("nvcc"):
         pip += [f"--config-settings=cmake.define.CMAKE_CUDA_COMPILER={nvcc}"]
     pip += ["."]
     env = environment(True) | {"CUDAARCHS": arch, "DISTAYA_CUDA": "ON"}

@@ -35,8 +35,12 @@ _CPU_KERNELS = {
 }
 
 _CUDA_KERNELS = {
-    "hessian, cholesky, obs, mask, pack": "CUDA kernels",
-    "sqgemm (int4, int8, int3, masks)": "tensor cores, mma.sync on packed weights",
+    "hessian (bf16, fp16)": "tensor cores, mma, fp32 promotion",
+    "hessian (fp32)": "FMA",
+    "cholesky, obs": "tensor cores, an fp32 product as three of tf32",
+    "mask": "scores, radix select",
+    "pack": "reads and writes tiles",
+    "sqgemm (int4, int8, int3, masks)": "tensor cores, mma on packed weights",
     "sqgemm (2:4)": "sparse tensor cores, mma.sp with ordered metadata",
 }
 
@@ -100,9 +104,14 @@ def _warpgroups() -> dict[str, str]:
     """What sqgemm's check of its warpgroup products says of each device."""
     out = {}
     for i in range(torch.cuda.device_count()):
-        check = sqgemm.wgmma_check(torch.device("cuda", i))
+        name = f"sqgemm (int4 and 2:4, 64 tokens or more) on cuda:{i}"
+        try:
+            check = sqgemm.wgmma_check(torch.device("cuda", i))
+        except RuntimeError as error:  # the rest of the report is needed then more than ever
+            out[name] = f"failed: {error}"
+            continue
         use = "wgmma, checked here" if check.ok else "mma or torch's dense products, not wgmma"
-        out[f"sqgemm (int4 and 2:4, 64 tokens or more) on cuda:{i}"] = f"{use}: {check.report}"
+        out[name] = f"{use}: {check.report}"
     return out
 
 

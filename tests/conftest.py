@@ -44,6 +44,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A kernel that takes the device with it would fail every test behind it in this process.
+
+    Under pytest-xdist the process ends instead, the test counts as failed, and another process
+    takes over.
+    """
+    if item.get_closest_marker("cuda") and os.environ.get("PYTEST_XDIST_WORKER"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def available_isas() -> list[str]:
     """Instruction sets this CPU can run, worst first."""
     return list(machine.ISAS[: machine.ISAS.index(machine.best_isa()) + 1])

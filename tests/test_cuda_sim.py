@@ -153,6 +153,7 @@ PRODUCT_BUGS = {
     3: r"^not fenced: a product begins without product_fence",
     4: r"^in use: writes byte \d+ of dynamic shared memory .*a product under way still reads",
     6: r"^divergence: the warps of a group issue different products",
+    7: r"^in use: register 2 of a product's operand A was written before .*planted_products.cu:\d+",
 }
 
 

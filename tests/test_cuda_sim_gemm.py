@@ -21,7 +21,7 @@ def build_door(replaced: dict[str, str] | None = None) -> ctypes.CDLL:
         if path.startswith("tests/") or path == "csrc/core/gemm_cuda.cu"
     }
     sources["tests/cuda_sim/doors/gemm.cpp"] = build.DOOR
-    door = ctypes.CDLL(str(build.Builder(replaced, sources).module()))
+    door = simulator.open_library(build.Builder(replaced, sources).module())
     door.gemm_door.restype = ctypes.c_char_p
     door.gemm_takes_large_tiles.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
     return door

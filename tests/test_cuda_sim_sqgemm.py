@@ -22,7 +22,7 @@ from products import (
 )
 
 from distaya_ext import _C, doctor
-from distaya_ext.ops import sqgemm
+from distaya_ext.ops import pack, sqgemm
 from distaya_ext.ops.pack import PackedWeight
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -65,7 +65,7 @@ def test_groups_and_zeros(simulator, kind, group, symmetric):
 @pytest.mark.parametrize("kind", ["int4", "int8", "int4-2:4", "int4-mask"])
 def test_columns_split_among_blocks(simulator, kind):
     """Same bits under every schedule: sums of warps and of splits are added in a fixed order."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES if kind == "int4" else (torch.bfloat16, torch.float32):
         packed, x = matrix(kind, 100, 2100, 64, False), rand(9, 2100).to(dtype)
         same_always(simulator, x, packed, wgmma=False)
 
@@ -80,6 +80,16 @@ def same_always(simulator, x, packed, wgmma: bool) -> None:
 def test_gated_units(simulator, tokens):
     kind = ("int4-2:4", "int4", "int8")[tokens % 3]
     gated(simulator, kind, 70, 200, tokens, torch.bfloat16, wgmma=False)
+
+
+def test_gated_units_split_columns(simulator):
+    """Partial sums of both matrices: the workspace holds them, and they are not mixed up."""
+    packed, x = matrix("int4", 20, 128 * 24, 64), rand(3, 128 * 24).bfloat16()
+    with simulator.use():
+        one, two = (sqgemm._C.sqgemm_work(x, packed.format.spec(), g, False) for g in (False, True))
+    assert two > one > 3 * 128 * 24 * 2  # more than the activations
+    for dtype in (torch.bfloat16, torch.float32):
+        gated(simulator, "int4", 20, 128 * 24, 3, dtype, wgmma=False)
 
 
 def gated(simulator, kind, rows, cols, tokens, dtype, wgmma: bool) -> None:
@@ -147,6 +157,53 @@ def test_warpgroups_keep_what_is_not_finite_to_its_token(simulator):
     assert not y[3].isfinite().any() and y[65].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "wgmma"), [*((kind, True) for kind in WIDE), ("int4", False), ("int4-mask", False)]
+)
+def test_weights_of_the_launch_before(simulator, kind, wgmma):
+    """Packed on the device a moment ago: nothing of them is read before wait_for_earlier."""
+    codes, scales, zeros = pack.unpack(matrix(kind, 66, 130, 0, False))
+    x = rand(64 if wgmma else 3, 130).bfloat16()
+    with simulator.use(), sqgemm.force_wgmma(wgmma):
+        packed = pack.pack(codes, scales, zeros, kind=kind, group=0)
+        y = sqgemm.linear(x, packed)
+    s = bound(x, packed, None, wgmma)
+    check(y, s.value, rounded(s, x.dtype))
+
+
+@pytest.mark.parametrize("tokens", [5, 64])
+def test_activations_at_an_odd_address(simulator, tokens):
+    """Whole column tiles, which are read in place where x begins at a multiple of 16 bytes only."""
+    packed = matrix("int4", 66, 256)
+    x = rand(tokens * 256 + 1).bfloat16()[1:].view(tokens, 256)
+    assert x.data_ptr() % 16 == 2
+    product(simulator, x, packed, wgmma=tokens >= 64)
+
+
+def test_results_at_an_odd_address(simulator):
+    """Rows are written by twos where y begins at an even place only."""
+    packed, x = matrix("int4", 66, 130), rand(64, 130).bfloat16()
+    y, spec = x.new_empty(64 * 66 + 1)[1:].view(64, 66), packed.format.spec()
+    with simulator.use():
+        work = torch.empty(sqgemm._C.sqgemm_work(x, spec, False, True), dtype=torch.uint8)
+        assert sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, True, work, y)
+    assert y.data_ptr() % 4 == 2
+    assert torch.equal(y, product(simulator, x, packed, wgmma=True))
+
+
+@pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
+def test_a_workspace_at_an_odd_address_is_refused(simulator, wgmma):
+    """Activations are copied from there 16 bytes at a time."""
+    packed, x = matrix("int4", 66, 130), rand(64, 130).bfloat16()
+    spec, y = packed.format.spec(), x.new_empty(64, 66)
+    with simulator.use():
+        size = sqgemm._C.sqgemm_work(x, spec, False, wgmma)
+        work = torch.empty(size + 1, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="work must begin at a multiple of 16 bytes"):
+            sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, wgmma, work[1:], y)
+        assert sqgemm._C.sqgemm_linear(x, packed.data, spec, None, False, wgmma, work[:-1], y)
+
+
 def test_what_warpgroups_do_not_serve(simulator):
     """Few tokens, other kinds, float32, scales of another dtype: the other kernels, exactly."""
     x = rand(64, 130).bfloat16()
@@ -184,6 +241,11 @@ def test_warpgroups_agree_bit_for_bit(simulator, unchecked):
     assert torch.equal(y, product(simulator, x, packed, wgmma=True))
 
 
+def test_the_check_does_not_mind_the_default_device(simulator, unchecked):
+    with simulator.use(), torch.device("meta"):
+        assert sqgemm.wgmma_check(torch.device("cpu")).ok
+
+
 def test_warpgroups_that_disagree_are_not_used(simulator, unchecked, monkeypatch):
     """A device on which they err: one warning with numbers, and exact products from then on."""
     real = sqgemm._product
@@ -215,3 +277,12 @@ def test_doctor_tells_what_the_check_found(monkeypatch):
         for line in lines.values():
             assert line.endswith(found.report)
             assert line.startswith("wgmma") == found.ok
+
+
+def test_doctor_tells_of_a_check_that_failed(monkeypatch):
+    def check(device):
+        raise RuntimeError(f"CUDA error on {device}")
+
+    monkeypatch.setattr(sqgemm, "wgmma_check", check)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(doctor._warpgroups().values()) == ["failed: CUDA error on cuda:0"]

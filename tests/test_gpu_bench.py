@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 # Appended, not inserted: an installed distaya_ext must win over the source folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import gpu, gpu_case, gpu_cases, gpu_clock, gpu_measure, gpu_report
+from bench import gpu, gpu_case, gpu_cases, gpu_clock, gpu_measure, gpu_report, gpu_sections
 
 ROOT = Path(gpu.__file__).resolve().parent.parent
 TINY = gpu_case.Size(hidden=128, ff=256, tokens=192, device="cpu")
@@ -209,6 +210,44 @@ def test_a_failing_case_leaves_the_others():
     assert "error" not in rows[1]
 
 
+def test_a_lost_device_is_left_to_another_process(monkeypatch):
+    def lost():
+        if rows and rows[-1]["name"] == "b, 64":
+            raise RuntimeError("an illegal memory access was encountered")
+
+    rows = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    clock = gpu_clock.Clock("cpu")
+    clock.cuda = True
+    monkeypatch.setattr(clock, "seconds", lambda call, arguments: 1.0)
+    table = {"a, 8": tiny_case, "b, 64": tiny_case, "c, 128": tiny_case}
+
+    def tell(record):
+        rows.append(record["row"])
+
+    with pytest.raises(gpu_measure.Lost, match="lost in b, 64") as error:
+        gpu_measure.measure_all(table, clock, FAR, tell)
+    argv = gpu_measure.going_on(error.value, ["sqgemm", "--until", "9"])
+    assert argv == ["sqgemm", "--until", "9", "--no-wgmma", "--first", "2"]
+    assert gpu_measure.going_on(error.value, ["pack"]) == ["pack", "--first", "2"]
+    few = gpu_measure.Lost(1, "a, 8")
+    assert gpu_measure.going_on(few, ["sqgemm"]) == ["sqgemm", "--first", "1"]
+    rows.clear()
+    assert gpu_measure.measure_all(table, clock, FAR, tell, first=2)
+    assert [row["name"] for row in rows] == ["c, 128"]
+
+
+def test_what_follows_a_lost_device_says_so(tmp_path):
+    """A real process that goes on behind the last row but one, on the CPU."""
+    into, last = tmp_path / "rows", len(gpu_cases.cases("sqgemm", gpu_case.size(True, "cpu"))) - 1
+    command = [*gpu_sections.measuring("sqgemm", "cpu", True), "--until", "0", "--into", str(into)]
+    more = ["--no-wgmma", "--first", str(last)]
+    assert subprocess.run([*command, *more], capture_output=True).returncode == 1
+    (row,) = (json.loads(line)["row"] for line in into.read_text().splitlines())
+    assert "ours" in row and row["note"].endswith("; without warpgroup products")
+
+
 class Event:
     """A CUDA event as far as Clock uses it; every call takes 2 ms."""
 
@@ -263,6 +302,10 @@ def test_gpu_calls_are_queued_behind_a_filler_and_timed_by_events(monkeypatch):
     with pytest.raises(RuntimeError, match="not while capturing"):
         clock.graph(broken, [("a",)])
     assert calls == ["begin", "end"]  # a capture that is left open would break all later ones
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        clock.graph(broken, [("a",)])
 
 
 class Graph:
@@ -276,6 +319,13 @@ class Graph:
 
     def replay(self):
         calls.append("replay")
+
+
+class BrokenGraph(Graph):
+    """What went wrong while capturing is told at its end once more, in words that say less."""
+
+    def capture_end(self):
+        raise RuntimeError("operation failed due to a previous error during capture")
 
 
 class Stream:

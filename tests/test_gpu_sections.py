@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,37 @@ def test_a_failed_build_ends_the_run(monkeypatch, capsys):
         section.status, section.said = "failed", f"exit code 1: no nvcc for {arch}"
 
     monkeypatch.setattr(gpu, "no_gpu", lambda: "")
+    monkeypatch.setattr(gpu_sections, "lacking", lambda build: [])
     monkeypatch.setattr(gpu_sections, "device_arch", lambda: "90a-real")
     monkeypatch.setattr(gpu_sections, "build", fail)
     assert gpu.main(["--build"]) == 1
     assert "build: exit code 1: no nvcc for 90a-real" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_told_before_a_build(monkeypatch, capsys):
+    def absent(name):
+        asked.append(name)
+        if name in ("pydantic", "pybind11"):
+            raise metadata.PackageNotFoundError(name)
+
+    asked = []
+    monkeypatch.setattr(gpu, "no_gpu", lambda: "")
+    monkeypatch.setattr(metadata, "distribution", absent)
+    monkeypatch.setattr(gpu_sections, "build", None)
+    assert gpu.main(["--build"]) == 3
+    said = "pybind11>=3 and pydantic>=2.7 must be installed first.\n"
+    assert capsys.readouterr().err == f"Nothing was measured: {said}"
+    assert {"torch", "transformers", "scikit-build-core", "huggingface_hub"} <= set(asked)
+    assert gpu_sections.lacking(build=False) == ["pydantic>=2.7"]
+
+
+def test_programs_of_the_toolkit_are_found_without_a_path(monkeypatch, tmp_path):
+    program = tmp_path / "bin" / "no-such-compiler"
+    program.parent.mkdir()
+    program.touch(0o755)
+    assert gpu_sections.tool(program.name) is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_sections.tool(program.name) == str(program)
 
 
 PIP = """  error: subprocess-exited-with-error
@@ -232,7 +260,7 @@ def test_a_missing_sanitizer_is_a_failed_section(monkeypatch):
     gpu_checks.sanitize(section, 30, {})
     assert section.failures == [
         "sanitize: compute-sanitizer was not found; it comes with the CUDA toolkit or with "
-        "pip install nvidia-cuda-sanitizer-api"
+        "pip install nvidia-cuda-sanitizer-api-cu12"
     ]
 
 

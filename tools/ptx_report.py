@@ -35,6 +35,8 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+# ptxas only mentions it when it runs asynchronous products (wgmma) one after the other.
+LOSS = r"\bwarning\b|potential performance loss"
 
 
 def default_archs() -> str:
@@ -100,7 +102,7 @@ def compiled(archs: str, jobs: int) -> tuple[list[Use], list[str]]:
     names = cubin.plain_names(use.kernel for use in uses)
     for use in uses:
         use.kernel = names[use.kernel]
-    return uses, [line for line in log.splitlines() if re.search(r"\bwarning\b", line, re.I)]
+    return uses, [line for line in log.splitlines() if re.search(LOSS, line, re.I)]
 
 
 def installed() -> Path:

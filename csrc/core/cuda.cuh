@@ -52,22 +52,23 @@ inline int capability() {
   return 10 * major + minor;
 }
 
-// Whether this build's code on the current device has what early launches need (core/ptx.cuh). A
-// build without code for the device runs on it all the same where the driver can translate its PTX
-// for an older one, in which wait_for_earlier is nothing. All kernels are compiled for the same
-// architectures, so the first that asks answers for all.
+// Whether kernels wait for those ahead of them (ptx::wait_for_earlier) on the current device: not
+// where it is newer than everything this was compiled for and runs the PTX of an older
+// architecture, in which that instruction does not exist. Asked of one kernel for all, once per
+// device.
 inline bool waits_for_earlier(const void* kernel) {
-  static std::atomic<int> known[64];
+  static std::atomic<int> known[64];  // 1 no, 2 yes
   int device = 0;
   check_cuda(cudaGetDevice(&device));
-  int version = device < 64 ? known[device].load() : 0;
-  if (!version) {
-    cudaFuncAttributes attributes{};
-    check_cuda(cudaFuncGetAttributes(&attributes, kernel));
-    version = attributes.ptxVersion;
-    if (device < 64) known[device] = version;
+  if (device < 64 && known[device]) return known[device] == 2;
+  bool waits = false;
+  if (capability() >= 90) {
+    cudaFuncAttributes code{};
+    check_cuda(cudaFuncGetAttributes(&code, kernel));
+    waits = code.ptxVersion >= 90;
   }
-  return version >= 90;
+  if (device < 64) known[device] = waits ? 2 : 1;
+  return waits;
 }
 
 inline cudaStream_t raw(Stream s) { return static_cast<cudaStream_t>(s); }
@@ -78,8 +79,8 @@ DISTAYA_HD constexpr T ceil_div(T a, T b) {
 }
 
 // Every kernel is started here. `early`: it may begin while the kernel before it in the stream
-// still runs (programmatic dependent launch, in code for sm_90 and later; else nothing changes), so
-// it must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
+// still runs (programmatic dependent launch, code for sm_90 and later; else nothing changes), so it
+// must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or
 // reads where this one writes.
 template <bool early = false, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream,

@@ -12,7 +12,10 @@ namespace distaya::sqgemm {
 
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = kWarps * 32;
-inline constexpr int kMostShared = 99 * 1024;  // of a block on sm_86, sm_89 and sm_120
+// Dynamic shared memory: sm_86, sm_89 and sm_120 have 99 KB a block, and the kernel's own variables
+// take the first of them, since dynamic memory begins at a multiple of 1024.
+inline constexpr int kOwnShared = 1024;
+inline constexpr int kMostShared = 99 * 1024 - kOwnShared;
 inline constexpr int kMostSplits = 16;
 inline constexpr int kPitch = 68;  // floats of a token in the sum of warps: 64 rows, then padding
 

@@ -1,5 +1,7 @@
 #include "sqgemm/sqgemm.h"
 
+#include <string_view>
+
 namespace distaya {
 namespace {
 
@@ -31,8 +33,12 @@ int64_t tokens_of(const Tensor& x, const Format& f, const char* name, int64_t la
   return tokens;
 }
 
+// The warpgroup kernels are code for sm_90a alone; a build for plain 90 has nothing in them.
+constexpr bool has_wgmma_code =
+    std::string_view(DISTAYA_CUDA_ARCHS).find("90a") != std::string_view::npos;
+
 bool wgmma_for(const Format& f, int64_t tokens, const Tensor& x) {
-  if constexpr (has_cuda)
+  if constexpr (has_cuda && has_wgmma_code)
     return x.on_cuda && sqgemm::wgmma_serves(f, tokens, x.dtype) && sqgemm::wgmma_device(x.device);
   return false;
 }
@@ -64,6 +70,7 @@ Problem problem_of(const Tensor& x, const std::vector<int64_t>& spec, bool exact
   work->need_contiguous("work");
   same_device(*work, "work", x, "x");
   p.work = work->as<uint8_t>("work");
+  check(reinterpret_cast<uintptr_t>(p.work) % 16 == 0, "work must begin at a multiple of 16 bytes");
   p.work_bytes = bytes;
   return p;
 }

@@ -65,16 +65,16 @@ int64_t wgmma_work_bytes(const pack::Format& format, int64_t tokens, bool glu);
 
 // The most tokens that run_cuda is meant for (run_wgmma, below, has no such limit); with more, to
 // dequantize W and multiply it with the dense product of the framework is faster. Counted for an
-// H100, not measured: that way moves b + 2 + 2 bytes a weight (b as packed), about 1.5 ps; a pass
-// of 64 tokens here takes about 1500 instructions of a warp for 8192 weights, 0.25 ps, and half as
-// many again where records are expanded first. They break even at six and at four such passes; a
-// third is left for what the count forgets, so 256 and 192 tokens. float32, whose dense product has
-// no tensor cores (0.03 ps a weight and token, against 0.02 here), always stays.
+// H100, not measured: that way moves b + 2 + 2 bytes a weight (b as packed), about 1.5 ps, and
+// multiplies, 0.5 ps for 200 tokens; a pass of 64 tokens here takes about 2400 instructions of a
+// warp for 8192 weights, 0.5 ps where three in five cycles issue one, and half as many again where
+// records are expanded first: they break even at about 250 and 150 tokens, rounded down to whole
+// passes. float32, whose dense product has no tensor cores, always stays.
 constexpr int64_t cuda_most_tokens(pack::Kind kind, Dtype dtype) {
   if (dtype == Dtype::f32) return INT64_MAX;
   const bool whole =
       kind == pack::Kind::int4 || kind == pack::Kind::int8 || kind == pack::Kind::int4_24;
-  return whole ? 256 : 192;
+  return whole ? 192 : 128;
 }
 
 // What the warpgroup kernels multiply, on a device that has them: enough tokens for them (fewer are

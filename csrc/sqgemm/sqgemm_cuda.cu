@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(n_tiles* parts, body
   constexpr int kActivations = parts * n_tiles * 8 * pack::kTileCols * 2;  // bytes, of one way
   __shared__ uint32_t selectors[16];
   __shared__ Task tasks[kWarps];
+  static_assert(sizeof selectors + sizeof tasks <= kOwnShared);
   ptx::let_later_start();
   const Plan& plan = p.plan;
   const int warp = threadIdx.x / 32;

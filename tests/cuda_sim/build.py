@@ -26,7 +26,7 @@ AT_ONCE = 2  # compilers at a time
 
 COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -pthread -ffp-contract=off"
 COMMON += " -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
-COMMON += ' -DDISTAYA_CUDA=1 -DDISTAYA_CUDA_SIM=1 -DDISTAYA_CUDA_ARCHS="simulator"'
+COMMON += ' -DDISTAYA_CUDA=1 -DDISTAYA_CUDA_SIM=1 -DDISTAYA_CUDA_ARCHS="90a-simulated"'
 # Kernels: every access of memory is announced (hooks.cpp). What would join or reorder accesses is
 # off, and so is what takes a function's own variables for unreachable by others.
 KERNEL = "-x c++ -O1 -g1 -fsanitize=thread,alignment --param tsan-instrument-func-entry-exit=0"

@@ -12,7 +12,16 @@ namespace {
 
 constexpr int kTokens = 16, kKept = 32;  // columns of D; stored columns of A
 
-enum Bug { none, no_fence, no_barrier, no_product_fence, overwrites, reads_early, warps_differ };
+enum Bug {
+  none,
+  no_fence,
+  no_barrier,
+  no_product_fence,
+  overwrites,
+  reads_early,
+  warps_differ,
+  writes_a
+};
 
 struct Given {
   const uint16_t* a;     // [64][32]
@@ -61,6 +70,7 @@ __global__ void product(Given p) {
   }
   ptx::product_commit();
   if (p.bug == overwrites) shared[16 * threadIdx.x] = 0;
+  if (p.bug == writes_a) a[1][2] ^= 1;
   float early = p.bug == reads_early ? d[0] : 0.f;
   ptx::product_wait<0>();
   const int t = threadIdx.x, g = t % 32 / 4, c = t % 4, row = t / 32 * 16 + g;

@@ -32,6 +32,21 @@ def bits(t: torch.Tensor) -> bytes:
     return t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+LIBRARIES: list[ctypes.CDLL] = []  # all that were opened
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    LIBRARIES.append(ctypes.CDLL(str(path)))
+    return LIBRARIES[-1]
+
+
+def names(library: ctypes.CDLL, symbol: str) -> set[str]:
+    """What a function of the engine lists."""
+    function = library[symbol]
+    function.restype = ctypes.c_char_p
+    return set(function().decode().splitlines())
+
+
 class Simulator:
     """A built module of simulated kernels."""
 
@@ -39,7 +54,7 @@ class Simulator:
 
     def __init__(self, path: Path):
         self.module = load(path)
-        self._library = ctypes.CDLL(str(path))
+        self._library = open_library(path)
         self._set = self._library.cuda_sim_schedule
         self._set(0)
 
@@ -72,16 +87,12 @@ class Simulator:
 
     def functions(self) -> set[str]:
         """Names of all functions of the module, as complaints call kernels."""
-        return self._names("cuda_sim_functions")
+        return names(self._library, "cuda_sim_functions")
 
-    def launched(self) -> set[str]:
-        """Names of the kernels that were launched so far."""
-        return self._names("cuda_sim_launched")
-
-    def _names(self, symbol: str) -> set[str]:
-        function = self._library[symbol]
-        function.restype = ctypes.c_char_p
-        return set(function().decode().splitlines())
+    @staticmethod
+    def launched() -> set[str]:
+        """Names of the kernels that were launched so far, by modules of patched sources too."""
+        return set().union(*(names(library, "cuda_sim_launched") for library in LIBRARIES))
 
     def same_always(self, op: Callable[[], Any]) -> Any:
         """op()'s result in the simulator, which must have the same bits under every schedule.

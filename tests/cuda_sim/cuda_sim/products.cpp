@@ -138,10 +138,19 @@ void release_b(const Product& p) {
   });
 }
 
+void need_same_a(const Product& p) {
+  for (int i = 0; i < 4; ++i)
+    if (p.a_at[i] != p.a_words[i])
+      violate("in use: register " + std::to_string(i) +
+                  " of a product's operand A was written before the product was waited for",
+              p.where);
+}
+
 }  // namespace
 
 // To D, or to the next product under way that has the same D.
 void Products::deliver(size_t count) {
+  for (size_t i = 0; i < count; ++i) need_same_a(list[i]);  // before any gives up its B
   for (size_t i = 0; i < count; ++i) {
     std::vector<float> value = value_of(list[i]);
     release_b(list[i]);
@@ -186,7 +195,8 @@ void product_issue(const Shape& shape, int n, float* d, const uint32_t* a, uint6
   ++mine.issued;
   uint32_t words[5] = {a[0], a[1], a[2], a[3], meta};
   Meeting& m = meet(shape.sparse ? "wgmma_sparse" : "wgmma", 0xffffffffu, words, 5, nullptr, place);
-  Product p{shape, n, d, add, {}, b, lane() == 0, rows_of_a(m, shape, where)};
+  Product p{shape, n, d, add, {}, b, lane() == 0, rows_of_a(m, shape, where), a, {}, where};
+  std::copy_n(a, 4, p.a_words.begin());
   part(m);
   if (add) p.addend.assign(d, d + n / 2);  // NaN where a product with this D is under way
   std::fill(d, d + n / 2, std::numeric_limits<float>::quiet_NaN());

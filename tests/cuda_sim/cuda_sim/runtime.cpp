@@ -67,7 +67,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
-  return out->ptxVersion = 90, cudaSuccess;
+  out->ptxVersion = 90;
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {

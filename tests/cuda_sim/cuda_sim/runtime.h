@@ -56,10 +56,6 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
-
 struct cudaDeviceProp {
   char name[256];
   size_t totalGlobalMem;
@@ -78,8 +74,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
