@@ -188,7 +188,7 @@ def test_the_same_bits_under_every_schedule_of_many_tiles(simulator, dtype):
 
 @pytest.mark.parametrize("kind", ["none", "sequences", "mixed"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (700, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (700, 40), (16500, 1)], ids=str)
 def test_column_squares(simulator, shape, dtype, kind):
     tokens, columns = shape
     X, weights = rand(tokens, columns).to(dtype), some_weights(kind, tokens)
