@@ -96,10 +96,9 @@ def test_the_same_is_refused(simulator, kind, nm):
         codes[64:80, 8:24] = (zeros[64:80, :1] + 1) % 16  # all of them kept: too many everywhere
         refuse_alike(simulator, codes, scales, zeros, kind, nm)
         # Then too many behind one that is full, in the same 16 x 4 of int4-out.
-        codes[64:80, 8:24] = zeros[64:80, :1]
-        codes[64:66, 8] = codes[68:71, 9] = (zeros[64, 0] + 1) % 16
-        codes[70, 8:11] = codes[68, 9]
-        zeros[64:80] = zeros[64, 0]
+        zero = int(zeros[64, 0])
+        zeros[64:80] = codes[64:80] = zero
+        codes[64:66, 8] = codes[68:71, 9] = codes[70, 8:11] = (zero + 1) % 16
         refuse_alike(simulator, codes, scales, zeros, kind, nm)
 
 
