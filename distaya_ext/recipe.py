@@ -15,13 +15,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import UsageError
 
-# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the
+# A recipe is a page of text, or some pages with a rule per matrix. The cap keeps a wrong file, or one made to exhaust memory, out of the
 # parser.
-MAX_YAML_BYTES = 1 << 16
+MAX_YAML_BYTES = 1 << 18
 _MAX_ALIASES = 16
 _MAX_DEPTH = 16
 
@@ -63,20 +71,103 @@ class CalibrationSpec(_Strict):
         return self
 
 
+class Rule(_Strict):
+    """What modules get instead of the recipe's own pattern, all of it.
+
+    match is a regular expression searched in full module names of the source model. sparsity or nm
+    with or without bits, or bits alone, as in Recipe; group None is the recipe's. What a rule
+    leaves out is not done: bits=4 in a recipe that prunes means quantised and not pruned. bits 16
+    are the model's own floats, so bits=16 alone, like dense=True, leaves the modules as they are.
+
+    A module with sparsity or nm is swept as by sparsegpt, one with bits alone as by gptq.
+    """
+
+    match: str
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    nm: str | None = None
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group: int | None = None
+    dense: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patterns(cls, fields: Any) -> Any:
+        fields = _one_pattern(fields)
+        if isinstance(fields, dict) and _is_16(fields.get("bits")):
+            alone = fields.get("sparsity") is None and fields.get("nm") is None
+            fields = fields | {"bits": None} | ({"dense": True} if alone else {})
+        return fields
+
+    @field_validator("match")
+    @classmethod
+    def _match(cls, value: str) -> str:
+        return _regular(value, "match")
+
+    @field_validator("nm")
+    @classmethod
+    def _nm(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_nm(value)
+        return value
+
+    @field_validator("group")
+    @classmethod
+    def _group(cls, value: int | None) -> int | None:
+        return value if value is None else _known_group(value)
+
+    @model_validator(mode="after")
+    def _together(self) -> Rule:
+        if self.sparsity is not None and self.nm is not None:
+            raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
+        numbers = ("sparsity", "nm", "bits", "group")
+        given = [name for name in numbers if getattr(self, name) is not None]
+        if self.dense and given:
+            raise ValueError(
+                f"dense: true leaves the modules as they are, so {' and '.join(given)} must be "
+                "left out"
+            )
+        if not self.dense and not {"sparsity", "nm", "bits"} & set(given):
+            raise ValueError("it says nothing: give sparsity, nm or bits, or dense: true")
+        if self.group is not None and self.bits is None:
+            raise ValueError(f"group {self.group} is for scales, so it needs bits")
+        return self
+
+    @model_serializer
+    def _said(self) -> dict[str, Any]:
+        """Only what is said: a recipe may hold hundreds of rules."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {n: value for n, value in fields.items() if value is not None and value is not False}
+
+    @property
+    def nm_pair(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern, or None."""
+        return None if self.nm is None else parse_nm(self.nm)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it removes weights."""
+        return self.sparsity is not None or self.nm is not None
+
+
 class Recipe(_Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
     sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
     inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). embed_bits 8 rounds
     embedding and output head to int8, one scale per row. skip holds regular expressions that are
-    searched in module names.
+    searched in module names. bits 16 are the model's own floats, the same as None.
+
+    modules are rules for some Linears; the first that matches one decides, and skip wins over all
+    of them. drop_layers are indices of decoder layers of the source model that the written one has
+    not; what stays is numbered anew there, while skip and modules mean the numbers of the source.
 
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
     transformers load no others as they are, and else asymmetric ones, which fit closer.
 
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
-    bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it.
+    bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
+    rules for modules "auto" takes distaya as soon as one of the matrices is smaller as a bitmask.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -94,19 +185,15 @@ class Recipe(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
     skip: list[str] = []
+    modules: list[Rule] = []
+    drop_layers: list[Annotated[int, Field(ge=0)]] = []
 
     @model_validator(mode="before")
     @classmethod
     def _patterns(cls, fields: Any) -> Any:
-        """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
-        if not isinstance(fields, dict):
-            return fields
-        fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
-        share = fields.get("sparsity")
-        if isinstance(share, str) and ":" in share:
-            if fields.get("nm") is not None:
-                raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
-            fields |= {"sparsity": None, "nm": share}
+        fields = _one_pattern(fields)
+        if isinstance(fields, dict) and _is_16(fields.get("bits")):
+            fields = fields | {"bits": None}
         return fields
 
     @field_validator("nm")
@@ -119,11 +206,7 @@ class Recipe(_Strict):
     @field_validator("group")
     @classmethod
     def _group(cls, value: int) -> int:
-        if value not in GROUPS:
-            raise ValueError(
-                f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
-            )
-        return value
+        return _known_group(value)
 
     @field_validator("max_ram")
     @classmethod
@@ -135,14 +218,15 @@ class Recipe(_Strict):
     @field_validator("skip")
     @classmethod
     def _skip(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"skip pattern {pattern!r} is not a regular expression ({error})"
-                ) from None
-        return value
+        return [_regular(pattern, "skip pattern") for pattern in value]
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _drop(cls, value: list[int]) -> list[int]:
+        for index in value:
+            if value.count(index) > 1:
+                raise ValueError(f"drop_layers names layer {index} twice")
+        return sorted(value)
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
@@ -169,8 +253,23 @@ class Recipe(_Strict):
             raise ValueError(
                 f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
             )
+        self._rules()
         self._storable()
         return self
+
+    def _rules(self) -> None:
+        """ValueError for rules that the method or the order has no sweep for."""
+        if self.modules and self.method not in SWEEPING:
+            raise ValueError(
+                f"modules (rules for some Linears) are for {' and '.join(SWEEPING)}, which sweep; "
+                f"method {self.method} does not"
+            )
+        for index, rule in enumerate(self.modules, 1):
+            if self.order == "activation" and rule.nm is not None:
+                raise ValueError(
+                    f"rule {index} of modules: order activation is not for an N:M pattern such as "
+                    f"{rule.nm}"
+                )
 
     def _storable(self) -> None:
         """ValueError when the format cannot hold what the recipe makes."""
@@ -180,13 +279,17 @@ class Recipe(_Strict):
             )
         packs = self.format in ("pack-quantized", "distaya") or self.embed_bits is not None
         allowed = STANDARD_BITS if self.format == "pack-quantized" else PACKED_BITS
-        if packs and self.bits is not None and self.bits not in allowed:
-            form = "distaya" if self.format == "auto" else self.format
-            raise ValueError(
-                f"{self.bits} bits cannot be packed: format {form} holds "
-                f"{', '.join(map(str, allowed))} bits; format dense holds any"
-            )
-        if self.format in ("pack-quantized", "distaya") and not (self.bits or self.embed_bits):
+        given = {"": self.bits}
+        given |= {f"rule {i} of modules: ": rule.bits for i, rule in enumerate(self.modules, 1)}
+        for where, bits in given.items():
+            if packs and bits is not None and bits not in allowed:
+                form = "distaya" if self.format == "auto" else self.format
+                raise ValueError(
+                    f"{where}{bits} bits cannot be packed: format {form} holds "
+                    f"{', '.join(map(str, allowed))} bits; format dense holds any"
+                )
+        rounds = any(given.values()) or self.embed_bits
+        if self.format in ("pack-quantized", "distaya") and not rounds:
             raise ValueError(f"format {self.format} is for quantised weights: say to how many bits")
 
     @property
@@ -314,6 +417,39 @@ def parse_sparsity(text: str) -> dict[str, Any]:
     return {"sparsity": share}
 
 
+def _one_pattern(fields: Any) -> Any:
+    """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
+    if not isinstance(fields, dict):
+        return fields
+    fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
+    share = fields.get("sparsity")
+    if isinstance(share, str) and ":" in share:
+        if fields.get("nm") is not None:
+            raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
+        fields |= {"sparsity": None, "nm": share}
+    return fields
+
+
+def _is_16(bits: Any) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and bits == 16
+
+
+def _known_group(value: int) -> int:
+    if value not in GROUPS:
+        raise ValueError(
+            f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
+        )
+    return value
+
+
+def _regular(pattern: str, what: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} {pattern!r} is not a regular expression ({error})") from None
+    return pattern
+
+
 def _from_base_60(value: Any) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
     return f"{value // 60}:{value % 60}" if whole else value
@@ -331,6 +467,8 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     """One sentence for the first thing wrong, with the closest known key where a key is unknown."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["loc"][:1] == ("modules",) and len(first["loc"]) > 1:
+        name = f"rule {int(first['loc'][1]) + 1} of modules"
     if first["type"] == "extra_forbidden":
         if model is Recipe and name in CalibrationSpec.model_fields:
             return f"unknown key {name!r}; it stands under calibration"
@@ -340,9 +478,10 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         )
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "missing":
-        return f"the recipe lacks {name!r}"
+        return f"{'the recipe' if model is Recipe else 'it'} lacks {name!r}"
     if first["type"] == "value_error":  # our own sentences
         inner = str(first["ctx"]["error"])
-        return f"calibration: {inner}" if name == "calibration" else inner
+        nested = name == "calibration" or name.startswith("rule ")
+        return f"{name}: {inner}" if nested else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"
