@@ -8,52 +8,53 @@ Every rule that joins two fields is checked here, so that a run which starts can
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from .errors import UsageError
+from .recipe_file import MAX_YAML_BYTES, read_fields
+from .recipe_parts import (
+    GROUPS,
+    Rule,
+    Strict,
+    is_16,
+    known_group,
+    one_pattern,
+    parse_nm,
+    parse_size,
+    parse_sparsity,
+    regular,
+)
 
-# A recipe is a page of text, or some pages with a rule per matrix. The cap keeps a wrong file, or one made to exhaust memory, out of the
-# parser.
-MAX_YAML_BYTES = 1 << 18
-_MAX_ALIASES = 16
-_MAX_DEPTH = 16
+__all__ = [
+    "GROUPS",
+    "MAX_YAML_BYTES",
+    "METHODS",
+    "PACKED_BITS",
+    "PRUNING",
+    "STANDARD_BITS",
+    "SWEEPING",
+    "CalibrationSpec",
+    "Recipe",
+    "Rule",
+    "parse_nm",
+    "parse_size",
+    "parse_sparsity",
+    "read_fields",
+]
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
 SWEEPING = ("sparsegpt", "gptq")
-GROUPS = (0, 32, 64, 128)
 PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
 STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    def __init__(self, /, **fields: Any):
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise UsageError(_sentence(type(self), error)) from None
-
-
-class CalibrationSpec(_Strict):
+class CalibrationSpec(Strict):
     """What the calibration statistics are gathered from.
 
     tokens is the total over all languages, window the tokens per sample (both counted with BOS).
@@ -71,85 +72,7 @@ class CalibrationSpec(_Strict):
         return self
 
 
-class Rule(_Strict):
-    """What modules get instead of the recipe's own pattern, all of it.
-
-    match is a regular expression searched in full module names of the source model. sparsity or nm
-    with or without bits, or bits alone, as in Recipe; group None is the recipe's. What a rule
-    leaves out is not done: bits=4 in a recipe that prunes means quantised and not pruned. bits 16
-    are the model's own floats, so bits=16 alone, like dense=True, leaves the modules as they are.
-
-    A module with sparsity or nm is swept as by sparsegpt, one with bits alone as by gptq.
-    """
-
-    match: str
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    nm: str | None = None
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group: int | None = None
-    dense: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _patterns(cls, fields: Any) -> Any:
-        fields = _one_pattern(fields)
-        if isinstance(fields, dict) and _is_16(fields.get("bits")):
-            alone = fields.get("sparsity") is None and fields.get("nm") is None
-            fields = fields | {"bits": None} | ({"dense": True} if alone else {})
-        return fields
-
-    @field_validator("match")
-    @classmethod
-    def _match(cls, value: str) -> str:
-        return _regular(value, "match")
-
-    @field_validator("nm")
-    @classmethod
-    def _nm(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_nm(value)
-        return value
-
-    @field_validator("group")
-    @classmethod
-    def _group(cls, value: int | None) -> int | None:
-        return value if value is None else _known_group(value)
-
-    @model_validator(mode="after")
-    def _together(self) -> Rule:
-        if self.sparsity is not None and self.nm is not None:
-            raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
-        numbers = ("sparsity", "nm", "bits", "group")
-        given = [name for name in numbers if getattr(self, name) is not None]
-        if self.dense and given:
-            raise ValueError(
-                f"dense: true leaves the modules as they are, so {' and '.join(given)} must be "
-                "left out"
-            )
-        if not self.dense and not {"sparsity", "nm", "bits"} & set(given):
-            raise ValueError("it says nothing: give sparsity, nm or bits, or dense: true")
-        if self.group is not None and self.bits is None:
-            raise ValueError(f"group {self.group} is for scales, so it needs bits")
-        return self
-
-    @model_serializer
-    def _said(self) -> dict[str, Any]:
-        """Only what is said: a recipe may hold hundreds of rules."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return {n: value for n, value in fields.items() if value is not None and value is not False}
-
-    @property
-    def nm_pair(self) -> tuple[int, int] | None:
-        """(N, M) of the pattern, or None."""
-        return None if self.nm is None else parse_nm(self.nm)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether it removes weights."""
-        return self.sparsity is not None or self.nm is not None
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
     sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
@@ -184,15 +107,15 @@ class Recipe(_Strict):
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
-    skip: list[str] = []
-    modules: list[Rule] = []
-    drop_layers: list[Annotated[int, Field(ge=0)]] = []
+    skip: list[str] = Field(default=[])
+    modules: list[Rule] = Field(default=[])
+    drop_layers: list[Annotated[int, Field(ge=0)]] = Field(default=[])
 
     @model_validator(mode="before")
     @classmethod
     def _patterns(cls, fields: Any) -> Any:
-        fields = _one_pattern(fields)
-        if isinstance(fields, dict) and _is_16(fields.get("bits")):
+        fields = one_pattern(fields)
+        if isinstance(fields, dict) and is_16(fields.get("bits")):
             fields = fields | {"bits": None}
         return fields
 
@@ -206,7 +129,7 @@ class Recipe(_Strict):
     @field_validator("group")
     @classmethod
     def _group(cls, value: int) -> int:
-        return _known_group(value)
+        return known_group(value)
 
     @field_validator("max_ram")
     @classmethod
@@ -218,7 +141,7 @@ class Recipe(_Strict):
     @field_validator("skip")
     @classmethod
     def _skip(cls, value: list[str]) -> list[str]:
-        return [_regular(pattern, "skip pattern") for pattern in value]
+        return [regular(pattern, "skip pattern") for pattern in value]
 
     @field_validator("drop_layers")
     @classmethod
@@ -320,168 +243,3 @@ class Recipe(_Strict):
             return cls(**fields)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-
-
-def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a recipe file, not yet checked against the fields (flags may be added)."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {path} is not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_YAML_BYTES:
-        raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
-    try:
-        _check_shape(text, path)
-        fields = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
-        raise UsageError(f"recipe {path} holds a value that is none: {error}") from None
-    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise UsageError(
-            f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}"
-        )
-    return fields
-
-
-class _Loader(yaml.SafeLoader):
-    """safe_load that refuses a key given twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _check_shape(text: str, path: str | os.PathLike) -> None:
-    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth)."""
-    depth = aliases = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        aliases += isinstance(event, yaml.AliasEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
-        if depth > _MAX_DEPTH:
-            raise UsageError(
-                f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is"
-            )
-        if aliases > _MAX_ALIASES:
-            raise UsageError(
-                f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs"
-            )
-
-
-def parse_nm(text: str) -> tuple[int, int]:
-    """(N, M) of "N:M", N kept of every M. UsageError unless 0 < N < M <= 32."""
-    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
-    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < n < m <= 32:
-        raise UsageError(f"pattern {text!r} is not N:M with 0 < N < M <= 32, such as 2:4")
-    return n, m
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" and the like. UsageError without a unit or with nothing left."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")
-    unit = found[2].upper()
-    size = int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
-    if size < 1:
-        raise UsageError(f"memory size {text!r} leaves no memory at all")
-    return size
-
-
-def parse_sparsity(text: str) -> dict[str, Any]:
-    """What --sparsity takes: "2:4" gives {"nm": "2:4"}, "0.5" or "50%" gives {"sparsity": 0.5}."""
-    if ":" in text:
-        parse_nm(text)
-        return {"nm": text}
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise UsageError(
-            f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4"
-        ) from None
-    if not 0.0 <= share < 1.0:
-        raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
-    return {"sparsity": share}
-
-
-def _one_pattern(fields: Any) -> Any:
-    """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
-    if not isinstance(fields, dict):
-        return fields
-    fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
-    share = fields.get("sparsity")
-    if isinstance(share, str) and ":" in share:
-        if fields.get("nm") is not None:
-            raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
-        fields |= {"sparsity": None, "nm": share}
-    return fields
-
-
-def _is_16(bits: Any) -> bool:
-    return isinstance(bits, int) and not isinstance(bits, bool) and bits == 16
-
-
-def _known_group(value: int) -> int:
-    if value not in GROUPS:
-        raise ValueError(
-            f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
-        )
-    return value
-
-
-def _regular(pattern: str, what: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{what} {pattern!r} is not a regular expression ({error})") from None
-    return pattern
-
-
-def _from_base_60(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
-    return f"{value // 60}:{value % 60}" if whole else value
-
-
-def _place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not understood"
-    return (
-        f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
-    )
-
-
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    """One sentence for the first thing wrong, with the closest known key where a key is unknown."""
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"]) or "recipe"
-    if first["loc"][:1] == ("modules",) and len(first["loc"]) > 1:
-        name = f"rule {int(first['loc'][1]) + 1} of modules"
-    if first["type"] == "extra_forbidden":
-        if model is Recipe and name in CalibrationSpec.model_fields:
-            return f"unknown key {name!r}; it stands under calibration"
-        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
-        )
-        return f"unknown key {name!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{'the recipe' if model is Recipe else 'it'} lacks {name!r}"
-    if first["type"] == "value_error":  # our own sentences
-        inner = str(first["ctx"]["error"])
-        nested = name == "calibration" or name.startswith("rule ")
-        return f"{name}: {inner}" if nested else inner
-    reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"
