@@ -10,6 +10,7 @@
 #include "mask/mask.h"
 #include "obs/obs.h"
 #include "pack/pack.h"
+#include "refit/refit.h"
 #include "sqgemm/fragments.h"
 #include "sqgemm/sqgemm.h"
 
@@ -105,6 +106,15 @@ PYBIND11_MODULE(_C, m) {
         "loss"_a, "work"_a, "options"_a, release_gil());
   m.def("obs_work", &obs_work, "W"_a);
   m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
+
+  // --- refit -------------------------------------------------------------------------------------
+  m.def("refit", &refit, "target"_a, "mask"_a, "H"_a, "start"_a, "damp"_a, "iterations"_a, "out"_a,
+        "before"_a, "after"_a, "work"_a, "Least squares for the kept weights, by conjugate gradients",
+        release_gil());
+  m.def("refit_work", &refit_work, "out"_a);
+  m.def("admm", &admm, "G"_a, "X"_a, "mask"_a, "Y"_a, "inverse"_a, "rho"_a, "ratio"_a,
+        release_gil());
+  m.def("multiply", &multiply, "C"_a, "X"_a, "B"_a, "C += X B", release_gil());
 
   // --- pack --------------------------------------------------------------------------------------
   m.def(
