@@ -24,25 +24,30 @@ class Aim:
     def __init__(self, rows: int, columns: int, device: torch.device, *, outputs: bool):
         self.outputs = outputs
         self.tokens = 0
-        self._moment = CrossMoment(rows if outputs else columns, columns, device)
+        self._moment: CrossMoment | torch.Tensor | None = CrossMoment(
+            rows if outputs else columns, columns, device
+        )
 
     def add(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens: y [T, rows] wanted or x_d [T, columns]; x [T, columns]; weights fp32 [T]."""
         self.tokens += x.shape[0]
         self._moment.add(y, x, weights)
 
-    def weights(self, W: torch.Tensor, H: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T). Gives up what
-        was gathered.
+    def weights(
+        self, W: torch.Tensor, H: torch.Tensor, R: torch.Tensor, *, last: bool = True
+    ) -> torch.Tensor:
+        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T). last: what was
+        gathered is given up.
         """
-        moment, self._moment = self._moment.finish(), None
         share = shrink(self.tokens, W.shape[1])
         if not share:
             return W.float()
-        if self.outputs:
-            shift = moment.sub_(W.float() @ H)
-        else:
-            shift = W.float() @ moment.sub_(H)
+        if isinstance(self._moment, CrossMoment):
+            self._moment = self._moment.finish()
+        moment = self._moment
+        if last:
+            self._moment = None
+        shift = moment - W.float() @ H if self.outputs else W.float() @ (moment - H)
         solve_(shift, R)
         return shift.mul_(share).add_(W)
 

@@ -26,15 +26,26 @@ _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see
 class Statistic:
     """What is gathered from the inputs of one stage: a Hessian or only the column norms.
 
-    aim: what its Linears should give is gathered as well.
+    aim: what its Linears should give is gathered as well. readers: how many stacks will be solved
+    with it, each of which takes the matrix once.
     """
 
-    def __init__(self, kind: str, columns: int, device: torch.device, aim: Aim | None = None):
+    def __init__(
+        self,
+        kind: str,
+        columns: int,
+        device: torch.device,
+        *,
+        aim: Aim | None = None,
+        readers: int = 1,
+    ):
         self.kind = kind
         self.aim = aim
+        self.readers = readers
         self.columns = columns
         self.tokens = 0
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
+        self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
@@ -48,13 +59,23 @@ class Statistic:
             column_sq_(self._squares, x)
 
     def matrix(self) -> torch.Tensor:
-        """Mean of x x^T, fp32 [columns, columns], symmetric. The running sum is given up."""
-        hessian, self._hessian = self._hessian, None
-        return hessian.finish()
+        """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
+
+        The running sum is given up, and with the last reader the matrix, too.
+        """
+        if self._hessian is not None:
+            self._matrix, self._hessian = self._hessian.finish(), None
+        self.readers -= 1
+        if self.readers > 0:
+            return self._matrix.clone()
+        H, self._matrix = self._matrix, None
+        return H
 
     def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
         """The weights to compress towards, fp32: W itself where nothing is aimed at."""
-        return W.float() if self.aim is None else self.aim.weights(W, H, factor.R)
+        if self.aim is None:
+            return W.float()
+        return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
         """Root mean square of each input column, fp32 [columns]."""
@@ -81,13 +102,14 @@ class Figures:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
+    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
     not neighbouring columns.
     """
 
     W: torch.Tensor
     figures: Figures
     grid: Grid | None = None
+    mask: torch.Tensor | None = None
 
 
 def solve(
@@ -166,7 +188,8 @@ def _sweep(
     figures.loss, grid = found.loss, None
     if found.codes is not None and (found.perm is None or settings.static or not settings.group):
         grid = _grid(found.codes, found.scales, found.zeros, settings)
-    return Solution(found.W, figures, grid)
+    prunes = settings.sparsity is not None or settings.nm is not None
+    return Solution(found.W, figures, grid, found.mask if prunes else None)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
