@@ -37,7 +37,7 @@ STANDARD = [
 
 
 def mixed(rules, **more):
-    fields = {"bits": 4, "group": 32, **more}
+    fields = {"bits": 4, "group": 32, "quality": "plain", **more}
     return Recipe(model="tiny", method="gptq", modules=rules, **fields)
 
 
@@ -241,10 +241,12 @@ def test_every_stack_sees_the_whole_hessian(tmp_path, family, monkeypatch):
             assert int(zeros.reshape(module.rows, -1, m).sum(dim=2).min()) >= m - n
 
 
-def test_rules_that_repeat_the_recipe_change_no_bit(tmp_path):
+@pytest.mark.parametrize("quality", ["plain", "default"])
+def test_rules_that_repeat_the_recipe_change_no_bit(tmp_path, quality):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["cohere2"])
-    plain = tiny.recipe("sparsegpt", nm="2:4", bits=4, group=32, format="distaya")
-    ruled = mixed([{"match": "proj", "nm": "2:4", "bits": 4}], bits=3, format="distaya")
+    same = {"group": 32, "format": "distaya", "quality": quality}
+    plain = tiny.recipe("sparsegpt", nm="2:4", bits=4, **same)
+    ruled = mixed([{"match": "proj", "nm": "2:4", "bits": 4}], bits=3, **same)
     reports = [
         compress(source, tmp_path / name, recipe, tiny.windows())
         for name, recipe in (("plain", plain), ("ruled", ruled))
@@ -312,3 +314,27 @@ def test_no_layer_waits_and_every_file_is_the_same(tmp_path, fields, monkeypatch
     compress(source, tmp_path / "late", recipe, tiny.windows())
     assert len(found) >= 2 and not any(found), "a layer read a value"
     assert files(tmp_path / "late") == files(tmp_path / "now")
+
+
+def test_stacks_share_what_they_aim_at(tmp_path):
+    """Quality default: splitting a stage into stacks of the same pattern moves no gptq weight.
+
+    gptq rows do not touch one another, so the only way to differ is another Hessian or aim.
+    """
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
+    fields = {"quality": "default", "format": "dense", "group": 32}
+    whole = compress(source, tmp_path / "a", mixed([], **fields), tiny.windows())
+    # k_proj of the last layer at 8 bits instead of 4: nothing else of its stage may change.
+    split = mixed([{"match": r"layers\.2\..*k_proj", "bits": 8}], **fields)
+    ruled = compress(source, tmp_path / "b", split, tiny.windows())
+    before, after = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    for name in ("q_proj", "v_proj"):
+        key = f"model.layers.2.self_attn.{name}.weight"
+        assert torch.equal(before[key], after[key]), name
+    key = "model.layers.2.self_attn.k_proj.weight"
+    assert not torch.equal(before[key], after[key])
+    loss = [
+        next(m for m in report.modules if m.module == key.removesuffix(".weight")).loss
+        for report in (whole, ruled)
+    ]
+    assert loss[1] < loss[0] / 10
