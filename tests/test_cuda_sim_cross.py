@@ -41,6 +41,14 @@ def test_weights(simulator, dtype, kind, columns):
     check(simulator, rand(columns, columns, seed=1), Y, X, some_weights(kind, len(X)))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("columns", [264, 259])
+def test_tokens_left_out_where_rows_lie_right_of_columns(simulator, dtype, columns):
+    """Y's third panel, of 8 or 3 columns, against X's first: NaN in padding must not get in."""
+    Y, X = rand(60, columns, seed=2).to(dtype), rand(60, columns).to(dtype)
+    check(simulator, torch.zeros(columns, columns), Y, X, some_weights("sequences", 60))
+
+
 @pytest.mark.parametrize(
     ("columns", "tokens", "kind"), [(136, 40, "none"), (137, 55, "sequences"), (72, 33, "mixed")]
 )
