@@ -184,6 +184,8 @@ def admm(
         raise InputError(f"H of shape {list(H.shape)} does not fit T of shape {list(T.shape)}")
     if start is not None and start.shape != T.shape:
         raise InputError(f"start of {list(start.shape)} does not fit T of {list(T.shape)}")
+    if not (math.isfinite(damp) and damp >= 0):
+        raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
     project = _selection(T.shape, sparsity, nm, along)
     schedule = _schedule(rho, iterations)
     A, d, inverse_d = unit_columns(H)
