@@ -149,7 +149,7 @@ def unit_columns(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     has d = 1 / d = 0, so that its weights are the first to go."""
     d = H.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(d > 0, 1 / d, 0.0)
-    A = (H * inverse).mul_(inverse[:, None])
+    A = (H.contiguous() * inverse).mul_(inverse[:, None])
     A.diagonal().fill_(1.0)
     return A, d, inverse
 
