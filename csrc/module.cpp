@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   // --- hessian -----------------------------------------------------------------------------------
   m.def("hessian", &hessian, "H"_a, "X"_a, "weights"_a, "Upper triangle of H += sum w x x^T",
         release_gil());
+  m.def("cross", &cross, "G"_a, "Y"_a, "X"_a, "weights"_a, "G += sum w y x^T", release_gil());
   m.def("column_sq", &column_sq, "s"_a, "X"_a, "weights"_a, "s += sum w x^2", release_gil());
   m.def("symmetrize", &symmetrize, "H"_a, "Copies the upper triangle of H onto the lower",
         release_gil());
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
         release_gil());
   m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
   m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
+  m.def("solve_", &solve_, "B"_a, "R"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
   m.def("mask_keep_work", &mask::keep_work, "scores"_a, "along"_a);
