@@ -6,8 +6,11 @@ import torch
 from test_obs import damped, problem
 from test_refit_admm import power_law
 
+from distaya_ext.compress.refine import refined
+from distaya_ext.compress.settings import Settings
 from distaya_ext.errors import InputError
 from distaya_ext.ops import obs as room
+from distaya_ext.ops.cholesky import cholesky_late
 from distaya_ext.ops.obs import Quant, obs
 from distaya_ext.ops.order import permutation
 
@@ -109,6 +112,23 @@ def test_a_given_mask_may_follow_the_order_of_an_earlier_sweep():
     first = obs(W, H.float(), nm=(2, 4), order="group")
     again = obs(W, H.float(), mask=first.mask, order=first.perm)
     assert torch.equal(again.W, first.W) and torch.equal(again.mask, first.mask)
+
+
+@pytest.mark.parametrize("quality", ["default", "high"])
+@pytest.mark.parametrize("way", ["group", "block"])
+def test_both_sweeps_of_a_refined_matrix_follow_it(way, quality):
+    """Pruned, refitted and rounded with grids of the dense columns, as packed formats want them."""
+    W, H = problem(10, 260)
+    H = H.float()
+    pattern = {"sparsity": None, "nm": None} | WAYS[way]
+    how = {"bits": 4, "group": 32, "symmetric": False, "scale": "minmax", "static": True}
+    settings = Settings("sparsegpt", **pattern, **how, order=way, damp=0.01, quality=quality)
+    got = refined(W, W, H, cholesky_late(H, 0.01), settings)
+    assert torch.equal(got.perm, permutation(way, W, H, settings.nm, settings.sparsity))
+    scale, zero = (x.repeat_interleave(32, 1)[:, :260] for x in (got.scales, got.zeros))
+    assert torch.equal(got.W, scale * (got.codes.float() - zero)) and not got.W[~got.mask].any()
+    plain = obs(W, H, quant=Quant(4, 32, static=True), **WAYS[way])
+    assert got.loss.sum() < plain.loss.sum()
 
 
 def test_the_same_for_any_number_of_threads(threads):
