@@ -57,7 +57,7 @@ def test_as_on_the_cpu(simulator):
 
 def test_special_matrices(simulator):
     with simulator.use():
-        refits.check_target_and_start()
+        refits.check_target_and_start(20, 40)
         refits.check_dead_columns()
         refits.check_nan()
         refits.check_dtypes(3, 37)

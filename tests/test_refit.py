@@ -188,31 +188,31 @@ def test_any_scale(scale):
 
 def check_dead_columns() -> None:
     """An input that never fired: its weight is the target's if damped, the start's if not."""
-    T, mask, H = problem(12, 60)[0], masked(12, 60, "half"), hessian(60)
-    for j in (0, 7, 59):
+    T, mask, H = problem(8, 40)[0], masked(8, 40, "half"), hessian(40)
+    for j in (0, 7, 39):
         H[j] = H[:, j] = 0
         mask[:, j] = True
     start = T + 1
-    damped, plain = (refit(T, mask, H, start=start, damp=d, iterations=80) for d in (0.01, 0.0))
-    assert torch.equal(plain[:, [0, 7, 59]], start[:, [0, 7, 59]])
-    torch.testing.assert_close(damped[:, [0, 7, 59]], T[:, [0, 7, 59]], rtol=1e-3, atol=1e-3)
+    damped, plain = (refit(T, mask, H, start=start, damp=d, iterations=60) for d in (0.01, 0.0))
+    assert torch.equal(plain[:, [0, 7, 39]], start[:, [0, 7, 39]])
+    torch.testing.assert_close(damped[:, [0, 7, 39]], T[:, [0, 7, 39]], rtol=1e-3, atol=1e-3)
     assert damped.isfinite().all() and plain.isfinite().all()
     for zeros in (refit(T, mask, 0 * H), refit(T, mask, 0 * H, damp=0.0)):
         assert torch.equal(zeros, T * mask)
-    assert torch.equal(refit(T, mask, -torch.eye(60)), T * mask)  # no step is one down
+    assert torch.equal(refit(T, mask, -torch.eye(40)), T * mask)  # no step is one down
 
 
 def test_dead_columns(isa):
     check_dead_columns()
 
 
-def check_target_and_start() -> None:
+def check_target_and_start(cols: int = 60, iterations: int = 150) -> None:
     """T is the target where one is given; where the search starts does not decide where it ends."""
-    W, target = problem(12, 60)[0], problem(12, 60, seed=3)[0]
-    mask, H = masked(12, 60, "mixed"), hessian(60)
-    free = refit(W, mask, H, target=target, iterations=150)
-    assert torch.equal(free, refit(target, mask, H, iterations=150))
-    other = refit(W, mask, H, target=target, start=10 * W, iterations=150)
+    W, target = problem(12, cols)[0], problem(12, cols, seed=3)[0]
+    mask, H = masked(12, cols, "mixed"), hessian(cols)
+    free = refit(W, mask, H, target=target, iterations=iterations)
+    assert torch.equal(free, refit(target, mask, H, iterations=iterations))
+    other = refit(W, mask, H, target=target, start=10 * W, iterations=iterations)
     far = loss(10 * W * mask, target, H)
     assert bool(((loss(other, target, H) - loss(free, target, H)).abs() <= 1e-8 * far).all())
     assert float(far.max()) > 1
@@ -354,3 +354,16 @@ def test_refused(index):
         call()
     assert len(wrong_calls()) == 17
     assert issubclass(UsageError, ValueError) and issubclass(InputError, ValueError)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(1, 1), (3, 129), (130, 300), (700, 512)], ids=str)
+def test_cuda_twin(shape):
+    """The CPU's gain within 1e-4 of it, and nothing pruned comes back."""
+    T, mask, H = problem(*shape)[0], masked(*shape, "half"), hessian(shape[1])
+    here = refitted(T, mask, H)
+    there = refitted(T.cuda(), mask.cuda(), H.cuda())
+    assert not there.W[~mask.cuda()].any()
+    gain = here.before - here.after
+    least = loss(here.W, T, H)
+    assert bool(((loss(there.W.cpu(), T, H) - least).abs() <= 1e-4 * gain + 1e-12).all())

@@ -136,7 +136,7 @@ __device__ double curvature(const float* p, const float* y, float damp, int64_t 
 
 // One step, given y = p H, and the next direction.
 __global__ void __launch_bounds__(kThreads)
-    step_kernel(const Refit p, const Work w, int64_t first, int64_t rows, double unit) {
+    advance_kernel(const Refit p, const Work w, int64_t first, int64_t rows, double unit) {
   __shared__ double part[kThreads / 32];
   const float damp = *w.damp;
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
@@ -241,7 +241,7 @@ void refit_run(const Refit& p, const Work& w, int64_t first, int64_t rows, cudaS
   launch(first_kernel, grid, kThreads, 0, s, p, w, first, rows, unit);
   for (int64_t t = 0; t < p.iterations; ++t) {
     product(rows, p.cols, w.pitch, w.p, p.H, w.y, false, s);
-    if (t + 1 < p.iterations) launch(step_kernel, grid, kThreads, 0, s, p, w, first, rows, unit);
+    if (t + 1 < p.iterations) launch(advance_kernel, grid, kThreads, 0, s, p, w, first, rows, unit);
   }
   dispatch<float, bf16, f16>(p.dtype, "W", [&]<class T>() {
     launch(finish_kernel<T>, grid, kThreads, 0, s, p, w, first, rows, p.iterations > 0);
