@@ -93,6 +93,20 @@ def test_run(way, iterations):
     check_run(40, 160, way, iterations)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_rho_rises_in_geometric_steps(levels):
+    """Earlier values have an iteration more where they do not divide."""
+    T, H = weights(12, 40), hessian(40)
+    D, mask = admm(T, H, nm=(2, 4), iterations=5, rho=(0.1, 1.6), levels=levels)
+    D64, mask64 = room.reference_admm(T, H, nm=(2, 4), iterations=5, rho=(0.1, 1.6), levels=levels)
+    assert torch.equal(mask, mask64)
+    torch.testing.assert_close(D, D64.float(), rtol=1e-3, atol=1e-4)
+    values = {1: [0.1], 2: [0.1, 1.6], 5: [0.1, 0.2, 0.4, 0.8, 1.6]}[levels]
+    got = room._schedule((0.1, 1.6), 5, levels)
+    assert [value for value, _ in got] == pytest.approx(values)
+    assert [n for _, n in got] == {1: [5], 2: [3, 2], 5: [1] * 5}[levels]
+
+
 def test_counts(isa):
     check_counts()
 
@@ -171,6 +185,7 @@ REFUSALS = {
     "4:4": ({"nm": (4, 4)}, "N:M is 4:4"),
     "rho falls": ({"nm": (2, 4), "rho": (3.0, 0.03)}, "rho must rise .* not 3.0 to 0.03"),
     "rho 0": ({"nm": (2, 4), "rho": (0.0, 1.0)}, "rho must rise"),
+    "levels": ({"nm": (2, 4), "levels": 0}, "levels must be at least 1, not 0"),
     "iterations": ({"nm": (2, 4), "iterations": -2}, "at least 0, not -2"),
     "damp": ({"nm": (2, 4), "damp": -1.0}, "damp must be a finite number >= 0 but is -1"),
     "damp nan": ({"nm": (2, 4), "damp": float("nan")}, "damp must be .* nan"),
