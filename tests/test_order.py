@@ -2,6 +2,7 @@
 that the error falls on the spectra it is for."""
 
 import pytest
+import syncs
 import torch
 from test_obs import damped, problem
 from test_refit_admm import power_law
@@ -138,6 +139,16 @@ def test_the_same_for_any_number_of_threads(threads):
     torch.set_num_threads(threads)
     here = [permutation(o, W, H.float(), (2, 4), 0.5) for o in ("group", "block")]
     assert all(torch.equal(a, b) for a, b in zip(here, other, strict=True))
+
+
+def test_nothing_waits_for_the_device():
+    W, H = problem(9, 260)
+    H = H.float()
+    with syncs.Recorder() as recorder:
+        for order in ("group", torch.arange(260)):
+            obs(W, H, nm=(2, 4), order=order, later=lambda factor: None)
+        obs(W, H, sparsity=0.5, order="block", later=lambda factor: None)
+    assert recorder.found == []
 
 
 def test_edges():
