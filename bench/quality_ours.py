@@ -45,12 +45,14 @@ def missing(row: Row) -> str | None:
         return f"distaya_ext does not import ({error})"
     if row.kind == "search":
         try:
-            from distaya_ext.search import search  # noqa: F401
+            from distaya_ext.search import Options, search  # noqa: F401
         except ImportError as error:
             return f"no search in distaya_ext ({error})"
         return None
     if row.kind not in recipe.METHODS:
         return f"no method {row.kind} in distaya_ext"
+    if row.update and "dass" not in recipe.Recipe.model_fields:
+        return "recipes have no field dass"
     if row.quality in ("default", "high") and "quality" not in recipe.Recipe.model_fields:
         return "recipes have no field quality"
     return None
@@ -71,6 +73,8 @@ def recipe_of(row: Row, options: Options):
         fields["format"] = "distaya"
     if row.quality and "quality" in Recipe.model_fields:
         fields["quality"] = row.quality
+    if row.update:
+        fields["dass"] = {"update": True}
     if row.mlp_only:
         fields["skip"] = ["self_attn"]
     return Recipe(**fields)
@@ -87,11 +91,17 @@ def compress_once(row: Row, drawn: Drawn, options: Options, out: Path) -> tuple[
 
 
 def searched(row: Row, drawn: Drawn, options: Options):
-    """The recipe that a search finds for the bytes of the row's uniform pattern."""
+    """The recipe that a search finds for the bytes of the row's uniform pattern.
+
+    It sees the calibration windows of the other rows and no text beyond them: those that weigh its
+    choices are taken out of them.
+    """
+    from distaya_ext.search import Options as Wanted
     from distaya_ext.search import search
 
     bits = row.pattern.nominal(options.group, options.symmetric)
-    return search(options.model, drawn, bits_per_weight=bits).recipe
+    wanted = Wanted(bits_per_weight=bits, group=options.group, symmetric=options.symmetric)
+    return search(options.model, drawn, wanted).recipe
 
 
 def make(row: Row, drawn: Drawn, options: Options) -> Made:

@@ -94,7 +94,9 @@ def _worst(f: Figures) -> str:
     return f"{f.worst_language} {f.worst:+.3f} {_interval(f.worst_interval, 3)}"
 
 
-def _interval(bounds: Interval, digits: int) -> str:
+def _interval(bounds: Interval | None, digits: int) -> str:
+    if bounds is None:  # of a ratio whose denominator is not clearly above zero
+        return "[not bounded]"
     return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 

@@ -51,7 +51,8 @@ class Row:
     """A method at a pattern.
 
     side: "textbook" (bench/plain.py, no extension) or "ours" (distaya_ext). kind: the method of
-    either side, or "search". quality: ours alone. seeded: whether calibration texts matter.
+    either side, or "search". quality, update (of method dass): ours alone. seeded: whether
+    calibration texts matter.
     mlp_only: attention stays dense (so it is compared with rows of the same kind alone).
     """
 
@@ -61,6 +62,7 @@ class Row:
     kind: str
     pattern: Pattern
     quality: str | None = None
+    update: bool = False
     mlp_only: bool = False
     seeded: bool = True
 
@@ -102,7 +104,13 @@ def _rows(p: Pattern) -> list[Row]:
         mlp = {"mlp_only": True}
         add("dass", "DaSS (MLP only)", "textbook", "dass", **mlp)
         add("sparsegpt-mlp", "SparseGPT (MLP only)", "textbook", "sparsegpt", **mlp)
+        add(
+            "ours-default-mlp", "ours, default (MLP only)", "ours", solver, quality="default", **mlp
+        )
         add("ours-dass", "ours, DaSS (MLP only)", "ours", "dass", **mlp)
+        add(
+            "ours-dass-update", "ours, DaSS + update (MLP only)", "ours", "dass", update=True, **mlp
+        )
     return found
 
 

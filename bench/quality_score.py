@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-LOGIT_BYTES = 64 << 20  # float32 logits of one model held at once
+LOGIT_BYTES = 32 << 20  # float32 logits of one model held at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Base:
         self.test = test
         self.vocabulary = model.config.vocab_size
         self._model = model
-        self._hidden: dict[tuple[str, int], Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}
         self.nll: dict[str, Tensor] = {}
         seen: list[Tensor] = []
         hook = model.model.register_forward_hook(
@@ -70,11 +70,17 @@ class Base:
         each: dict[str, list[Tensor]] = {lang: [] for lang in test}
         for lang, start, ids in self.batches():
             logits = model(input_ids=ids, use_cache=False).logits
-            self._hidden[lang, start] = seen.pop()
+            self._keep(lang, start, seen.pop())
             each[lang] += [_nll(row, w) for row, w in zip(logits, ids, strict=True)]
         hook.remove()
         model.model = _Remembered()
         self.nll = {lang: torch.stack(rows) for lang, rows in each.items()}
+
+    def _keep(self, lang: str, start: int, hidden: Tensor) -> None:
+        """Into one block a language: kept one by one they hold the heap around them too."""
+        if lang not in self._hidden:
+            self._hidden[lang] = hidden.new_empty(len(self.test[lang]), *hidden.shape[1:])
+        self._hidden[lang][start : start + len(hidden)] = hidden
 
     def batches(self) -> Iterator[tuple[str, int, Tensor]]:
         """(language, first window, ids [n, length]), as many windows as the logits leave room."""
@@ -85,7 +91,7 @@ class Base:
 
     def logits(self, lang: str, start: int, ids: Tensor) -> Tensor:
         """What the whole base model gave for this batch, [n, length, vocabulary]."""
-        self._model.model.hidden = self._hidden[lang, start]
+        self._model.model.hidden = self._hidden[lang][start : start + len(ids)]
         return self._model(input_ids=ids, use_cache=False).logits
 
 

@@ -137,8 +137,9 @@ def _ratio(own: dict, other: dict, draws: Draws) -> tuple[float | None, Interval
     if not mine or not theirs:
         return None, None
     top, bottom = draws.mean(pooled(mine)), draws.mean(pooled(theirs))
-    point = _mean(mine) / _mean(theirs)
-    return point, interval(top / bottom)
+    if _mean(theirs) <= 0:  # it lost nothing, so there is nothing to be a share of
+        return None, None
+    return _mean(mine) / _mean(theirs), interval(top / bottom) if bottom.min() > 0 else None
 
 
 def _mean(records: Sequence[Record]) -> float:

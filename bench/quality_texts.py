@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,17 @@ class Shared:
 
 def shared(calibration: Path, test: Path) -> Shared:
     """Compare the documents of two folders of texts, language by language and by "doc" key."""
-    seen, lines, keys = set(), set(), set()
+    seen: set[int] = set()  # of hashes: calibration texts may be gigabytes
+    lines: set[int] = set()
+    keys: set[str | None] = set()
     for text, key in _documents(calibration):
-        seen.add(_normal(text))
+        seen.add(hash(_normal(text)))
         lines.update(_long(text))
         keys.add(key)
     found: list[str] = []
     paragraphs = of = 0
     for text, key in _documents(test):
-        if _normal(text) in seen or (key is not None and key in keys):
+        if hash(_normal(text)) in seen or (key is not None and key in keys):
             found.append(key or text[:60])
         here = _long(text)
         of += len(here)
@@ -85,16 +87,14 @@ def test_windows(folder: Path, tokenizer, length: int, count: int | None) -> dic
     return found
 
 
-def _documents(folder: Path) -> Iterable[tuple[str, str | None]]:
+def _documents(folder: Path) -> Iterator[tuple[str, str | None]]:
     """(text, "doc" key or None) of every document of a folder."""
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".txt", ".jsonl"):
             continue
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if path.suffix == ".txt" and line.strip():
-                yield line, None
-            elif line.strip():
-                record = json.loads(line)
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in filter(str.strip, file):
+                record = {"text": line} if path.suffix == ".txt" else json.loads(line)
                 yield record["text"], record.get("doc")
 
 
@@ -102,5 +102,6 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _long(text: str) -> set[str]:
-    return {line for part in text.split("\n") if len(line := _normal(part)) >= _LONG}
+def _long(text: str) -> set[int]:
+    """Hashes of the paragraphs that are long enough to tell."""
+    return {hash(line) for part in text.split("\n") if len(line := _normal(part)) >= _LONG}
