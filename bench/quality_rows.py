@@ -98,8 +98,8 @@ def _rows(p: Pattern) -> list[Row]:
     add(solver, "SparseGPT" if p.prunes else "GPTQ", "textbook", solver)
     for quality in ("plain", "default", "high"):
         add(f"ours-{quality}", f"ours, {quality}", "ours", solver, quality=quality)
-    if p.bits:
-        add("ours-search", "ours, search", "ours", "search")
+    if not p.prunes:  # int3 takes the bits of 2:4 + int4 and 50 % + int4: one search is for all
+        add("ours-search", "ours, search of this size", "ours", "search")
     if p.prunes and not p.bits:
         mlp = {"mlp_only": True}
         add("dass", "DaSS (MLP only)", "textbook", "dass", **mlp)
