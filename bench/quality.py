@@ -40,7 +40,7 @@ from bench import (  # noqa: E402
     quality_timing,
 )
 from bench.plain import Drawn, Method, drawn, read_folder, textbook_compress  # noqa: E402
-from bench.quality_rows import Row, rows, select  # noqa: E402
+from bench.quality_rows import Row, select  # noqa: E402
 from bench.quality_score import Base, Scores, score  # noqa: E402
 
 _TEXTS = ("*.txt", "*.jsonl")
@@ -197,17 +197,17 @@ def run(args: argparse.Namespace, chosen: list[Row], say: Say) -> tuple[quality_
     here = Run(args, say)
     splits = here.store.settings
     say(f"calibrates on {splits['calibration']}, judged on {splits['test']}")
-    fine = True
-    for row in chosen:
-        if here.missing(row):
-            continue
-        for seed in args.seeds if row.seeded else [None]:
-            if here.store.has(row.key, seed, here.code(row)):
-                say(f"{row.key:28} seed {'any' if seed is None else seed}  kept")
+    fine, able = True, [row for row in chosen if not here.missing(row)]
+    for first, seed in enumerate(args.seeds):  # a whole table of one seed before the next seed
+        for row in able:
+            which = seed if row.seeded else None
+            if which is None and first > 0:
+                continue
+            if here.store.has(row.key, which, here.code(row)):
+                say(f"{row.key:28} seed {'any' if which is None else which}  kept")
             else:
-                fine &= here.row(row, seed)
+                fine &= here.row(row, which)
     if args.timing:
-        able = [r for r in chosen if ours.missing(r) is None]
         quality_timing.add(
             here.store, able, here.calibration(args.seeds[0]), here.options, args, say
         )
@@ -254,8 +254,7 @@ def main(words: list[str] | None = None) -> int:
         if common.documents and args.split_check:
             return 1
         store, fine = run(args, chosen, lambda line: print(line, flush=True))
-    known = {key for key, _ in store.records} | set(store.missing)
-    chosen = [row for row in rows() if row.key in known]
+    chosen = quality_stats.rows_in(store)
     found = quality_stats.figures(store, chosen)
     text = quality_report.text(store, chosen, found)
     print(text)

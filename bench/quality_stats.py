@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.quality_rows import Row
+from bench.quality_rows import Row, rows
 from bench.quality_store import Record, Store
 
 RESAMPLES = 2000
@@ -77,9 +77,15 @@ def interval(values: np.ndarray, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
-def figures(store: Store, rows: Sequence[Row]) -> list[Figures]:
-    """Figures of the rows that have records, in their order."""
-    made = [row for row in rows if store.seeds(row.key)]
+def rows_in(store: Store) -> list[Row]:
+    """The rows that have records or are known to be missing, in the order of the table."""
+    known = {key for key, _ in store.records} | set(store.missing)
+    return [row for row in rows() if row.key in known]
+
+
+def figures(store: Store, chosen: Sequence[Row]) -> list[Figures]:
+    """Figures of those of the chosen rows that have records, in their order."""
+    made = [row for row in chosen if store.seeds(row.key)]
     if not made:
         return []
     some = next(iter(store.records.values()))

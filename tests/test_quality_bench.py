@@ -1,16 +1,16 @@
 """bench/quality.py on a tiny model: every kind of row, intervals, resuming, what is missing."""
 
 import json
-import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import quality_case
 import torch
-from speaking import SENTENCES, save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from quality_case import PATTERNS, SEEDS
+from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import (
@@ -23,50 +23,17 @@ from bench import (
     quality_stats,
     quality_store,
     quality_texts,
-    quality_timing,
 )
 
-PATTERNS = ("2:4", "2:4 + int4", "int3")
 ROWS = (
     "magnitude", "wanda", "ria", "rtn", "sparsegpt", "gptq", "dass", "sparsegpt-mlp", "ours-plain",
     "ours-search",
 )  # fmt: skip
-SEEDS = (0, 1)
-
-
-def save_texts(folder: Path, seed: int, documents: int = 6) -> Path:
-    """Documents of shuffled sentences, so that two seeds share none."""
-    folder.mkdir(parents=True)
-    for lang, lines in SENTENCES.items():
-        rng = random.Random(f"{seed}{lang}")
-        each = [" ".join(rng.choices(lines, k=8)) + f" {seed}{n}" for n in range(documents)]
-        (folder / f"{lang}.txt").write_text("\n".join(each) + "\n", encoding="utf-8")
-    return folder
-
-
-def train(folder: Path, texts: Path) -> None:
-    """Teach the model the sentences a little: of a random one compression may lower the loss."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = plain.drawn(plain.read_folder(texts), tokenizer, 12, 32, 0).ids
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(40):
-        optimiser.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimiser.step()
-    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
-    """Arguments of every call: model (bf16, as scales are), texts, few windows, small groups."""
-    root = tmp_path_factory.mktemp("bench")
-    calibration = save_texts(root / "texts" / "train", 1)
-    train(save_model(root / "tiny"), calibration)
-    test = save_texts(root / "texts" / "test", 2)
-    found = ["--model", root / "tiny", "--calibration", calibration, "--test", test]
-    sizes = ["--windows", 8, "--window", 32, "--test-windows", 3, "--group", 32, "--seeds", *SEEDS]
-    return [str(word) for word in (*found, *sizes, "--patterns", *PATTERNS)]
+    return quality_case.arguments(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +44,6 @@ def done(words, tmp_path_factory) -> Path:
         patch.setitem(sys.modules, "distaya_ext.search", None)
         assert quality.main([*words, "--rows", *ROWS, "--json", str(out)]) == 0
     return out
-
-
-def rows_of(store: quality_store.Store) -> list[quality_rows.Row]:
-    known = {key for key, _ in store.records} | set(store.missing)
-    return [row for row in quality_rows.rows() if row.key in known]
 
 
 # ---- rows ----
@@ -210,7 +172,7 @@ def test_a_row_that_fails_is_told_and_the_exit_code_says_so(words, tmp_path, mon
 
 def test_intervals_are_sane(done):
     store = quality_store.read(done)
-    found = quality_stats.figures(store, rows_of(store))
+    found = quality_stats.figures(store, quality_stats.rows_in(store))
     assert len(found) == len({key for key, _ in store.records})
     for f in found:
         low, high = f.delta_interval
@@ -220,42 +182,6 @@ def test_intervals_are_sane(done):
         assert (f.ratio is None) == (f.row.key == f.row.reference)
         if f.ratio is not None:
             assert f.ratio_interval[0] <= f.ratio <= f.ratio_interval[1]
-
-
-def made_up(deltas: dict[str, dict[int | None, dict[str, list[float]]]]) -> quality_store.Store:
-    store = quality_store.Store({}, {})
-    for key, by_seed in deltas.items():
-        for seed, windows in by_seed.items():
-            record = {"row": key, "seed": seed, "code": "", "seconds": 1.0, "bits": 3.0, "kl": 0.1}
-            record |= {"kl_p99": 1.0, "agreement": 0.5, "windows": windows}
-            record["delta"] = float(np.mean([np.mean(v) for v in windows.values()]))
-            store.put(record)
-    return store
-
-
-def test_seeds_are_pooled_and_ratios_are_paired():
-    rng = np.random.default_rng(0)
-    base = {s: {"en": rng.random(9) + 1, "fr": rng.random(4) + 3} for s in (0, 1)}
-    half = {s: {lang: v / 2 for lang, v in each.items()} for s, each in base.items()}
-    half[2] = {lang: np.full(len(v), 99.0) for lang, v in base[0].items()}  # no partner
-    store = made_up({"2:4 | sparsegpt": base, "2:4 | ours-plain": half})
-    found = {f.row.id: f for f in quality_stats.figures(store, rows_of(store))}
-    assert found["ours-plain"].ratio == pytest.approx(0.5)
-    assert found["ours-plain"].ratio_interval == pytest.approx((0.5, 0.5))
-    ruler = found["sparsegpt"]
-    assert ruler.worst_language == "fr" and ruler.seeds == 2
-    assert ruler.delta == pytest.approx(
-        np.mean([np.mean([base[0][lang], base[1][lang]]) for lang in ("en", "fr")])
-    )
-
-
-def test_the_interval_narrows_as_it_should():
-    """Of 400 windows of one language: 1.96 standard errors to either side."""
-    values = np.random.default_rng(1).normal(5, 1, 400)
-    store = made_up({"int3 | gptq": {0: {"en": values}}})
-    (found,) = quality_stats.figures(store, rows_of(store))
-    low, high = found.delta_interval
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
 
 # ---- resuming and reporting ----
@@ -326,78 +252,3 @@ def test_no_path_of_the_machine_is_kept(done, words):
 def test_pictures_of_nothing_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="no row"):
         quality_picture.draw([], tmp_path / "x.png")
-
-
-# ---- texts ----
-
-
-def test_the_split_check_sees_shared_documents(words, tmp_path, capsys):
-    train, test = save_texts(tmp_path / "a", 1), save_texts(tmp_path / "b", 2)
-    assert quality_texts.shared(train, test).documents == []
-    line = (train / "en.txt").read_text().splitlines()[3]
-    with open(test / "en.txt", "a", encoding="utf-8") as file:
-        file.write(f"  {line.replace(' ', '  ').upper()}\n")
-    found = quality_texts.shared(train, test)
-    assert len(found.documents) == 1
-    call = [*words, "--split-check", "--calibration", str(train), "--test", str(test)]
-    assert quality.main(call) == 1
-    assert "1 documents" in capsys.readouterr().out
-
-
-def test_the_split_check_knows_translations_by_their_key(tmp_path):
-    for folder, lang, text in (("a", "en", "one"), ("b", "fr", "un")):
-        (tmp_path / folder).mkdir()
-        record = {"text": text, "doc": "guide-7"}
-        (tmp_path / folder / f"{lang}.jsonl").write_text(json.dumps(record) + "\n")
-    assert quality_texts.shared(tmp_path / "a", tmp_path / "b").documents == ["guide-7"]
-
-
-def test_calibration_windows_by_seed(words):
-    args = quality.arguments(words)
-    run = quality.Run(args, print)
-    first, second = (run.calibration(seed) for seed in (0, 1))
-    assert first.ids.shape == second.ids.shape == (8, 32)
-    assert not torch.equal(first.ids, second.ids)
-    assert torch.equal(first.ids, quality.Run(args, print).calibration(0).ids)
-    for one in (first, second):
-        assert one.languages[:3] == one.languages[3:6] and sorted(one.languages[:3]) == [*SENTENCES]
-        assert one.languages[6:] == one.languages[:2]
-
-
-def test_test_windows_come_from_the_whole_file(words):
-    args = quality.arguments(words)
-    tokenizer = quality.Run(args, print).tokenizer
-    few = quality_texts.test_windows(args.test, tokenizer, 16, 4)["en"]
-    every = quality_texts.test_windows(args.test, tokenizer, 16, None)["en"]
-    assert torch.equal(few, every[[len(every) * i // 4 for i in range(4)]])
-    with pytest.raises(SystemExit, match="999 are needed"):
-        quality_texts.test_windows(args.test, tokenizer, 16, 999)
-
-
-# ---- time ----
-
-
-def test_rounds_take_turns(words, tmp_path, monkeypatch):
-    order: list[str] = []
-    spent = {"ours-plain": 2.0, "ours-default": 3.0, "ours-high": 8.0}
-
-    def clocked(row, drawn, options, out):
-        order.append(row.id)
-        return spent[row.id] + 0.1 * len(order), None
-
-    monkeypatch.setattr(quality_ours, "compress_once", clocked)
-    args = quality.arguments([*words, "--timing", "3"])
-    store = quality_store.Store({}, {}, path=tmp_path / "t.json")
-    chosen = quality_rows.select(list(spent), ["2:4"])
-    quality_timing.add(store, chosen, None, None, args, print)
-    names = list(spent)
-    assert order == [*names, *reversed(names), *names]
-    kept = quality_store.read(tmp_path / "t.json").timing
-    assert kept["rounds"] == 3 and len(kept["rows"]["2:4 | ours-high"]) == 3
-    row = next(r for r in chosen if r.id == "ours-high")
-    record = {"windows": {"en": [1.0, 2.0]}, "seconds": 99.0, "delta": 1.5, "bits": 16.0}
-    record |= {"row": row.key, "seed": 0, "code": "", "kl": 0.0, "kl_p99": 0.0, "agreement": 1.0}
-    store.put(record)
-    (found,) = quality_stats.figures(store, [row])
-    assert found.timed and found.seconds == pytest.approx(8.4)
-    assert found.slower == pytest.approx(8.4 / 2.6)
