@@ -56,6 +56,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, say: Say):
         from transformers import AutoTokenizer
 
+        if not args.model.is_dir():
+            raise SystemExit(f"{args.model} is no folder; the model must be there as a whole")
         self.args, self.say = args, say
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.options = ours.Options(str(args.model), args.group, not args.asymmetric)
@@ -245,6 +247,8 @@ def main(words: list[str] | None = None) -> int:
     args = arguments(words)
     torch.set_num_threads(args.threads)
     chosen, fine = select(args.rows, args.patterns), True
+    if args.picture:
+        quality_picture.need()  # before the hours, not after them
     if args.source:
         store = quality_store.read(args.source)
     else:

@@ -12,18 +12,23 @@ _COLOURS = {"textbook": "#7a7a7a", "ours": "#c8451b"}
 _COLUMNS = (("50 %", "4:8", "2:4"), ("2:4 + int4", "50 % + int4", "int4", "int3"))
 
 
-def draw(found: Sequence[Figures], path: Path) -> list[Path]:
-    """Write the dot plot to `path` and, with two sizes or more, the other to <stem>-size.
-
-    Needs matplotlib (the extra "bench"); SystemExit says so. Returns what was written.
-    """
-    if not found:
-        raise SystemExit("there is no row to draw")
+def need() -> None:
+    """SystemExit where matplotlib (the extra "bench") is not installed."""
     try:
         import matplotlib
     except ImportError as error:
         raise SystemExit("pictures need matplotlib: pip install 'distaya-ext[bench]'") from error
     matplotlib.use("Agg")
+
+
+def draw(found: Sequence[Figures], path: Path) -> list[Path]:
+    """Write the dot plot to `path` and, with two sizes or more, the other to <stem>-size.
+
+    Returns what was written. SystemExit when there is nothing to draw, or nothing to draw with.
+    """
+    if not found:
+        raise SystemExit("there is no row to draw")
+    need()
     written = [_dots(found, path)]
     packed = [f for f in found if f.row.pattern.bits]
     if len({round(f.bits, 1) for f in packed}) > 1:

@@ -56,8 +56,10 @@ class Store:
 
 
 def read(path: Path) -> Store:
-    """The store in a file, as save() wrote it."""
+    """The store in a file, as save() wrote it; SystemExit for a file of another kind."""
     body = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(body, dict) or "records" not in body:
+        raise SystemExit(f"{path.name} holds no records of this bench")
     records = {(r["row"], r["seed"]): r for r in body.pop("records")}
     return Store(**body, records=records, path=path)
 

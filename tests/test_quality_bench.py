@@ -249,6 +249,19 @@ def test_no_path_of_the_machine_is_kept(done, words):
     assert json.loads(text)["settings"]["test"] == "texts/test"
 
 
+def test_what_cannot_work_is_said_first(words, tmp_path, monkeypatch):
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(SystemExit, match=r"other.json holds no records"):
+        quality.main(["--from", str(other)])
+    with pytest.raises(SystemExit, match="is no folder"):
+        quality.main([*words, "--model", str(tmp_path / "absent")])
+    monkeypatch.setattr(quality, "run", None)  # would fail when called
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="need matplotlib"):
+        quality.main([*words, "--picture", str(tmp_path / "x.png")])
+
+
 def test_pictures_of_nothing_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="no row"):
         quality_picture.draw([], tmp_path / "x.png")
