@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +47,8 @@ from bench.quality_score import Base, Scores, score  # noqa: E402
 _TEXTS = ("*.txt", "*.jsonl")
 _RULER = ("plain.py", "textbook.py", "textbook_masks.py")
 _DIGITS = 6  # of what is kept in JSON
+
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^/\s]+/)+")
 
 Say = Callable[[str], None]
 
@@ -118,10 +121,14 @@ class Run:
         """Whether this build cannot make the row; the store and the reader are told why."""
         why = ours.missing(row) if row.side == "ours" else None
         if why is not None:
-            self.store.missing[row.key] = why
-            self.store.save()
-            self.say(f"{row.key:28} missing: {why}")
+            self.tell(row, f"missing: {why}", why)
         return why is not None
+
+    def tell(self, row: Row, line: str, why: str) -> None:
+        """Keep why there is no row, without the folders of this machine."""
+        self.store.missing[row.key] = _FOLDERS.sub("", why)
+        self.store.save()
+        self.say(f"{row.key:28} {line}")
 
     def code(self, row: Row) -> str:
         if row.side not in self.codes:
@@ -139,9 +146,7 @@ class Run:
                 else self._ruler(row, windows)
             )
         except ValueError as error:  # our own sentences
-            self.store.missing[row.key] = f"failed: {error}"
-            self.store.save()
-            self.say(f"{row.key:28} FAILED: {error}")
+            self.tell(row, f"FAILED: {error}", f"failed: {error}")
             return False
         found = score(made.model, self.base)
         self.store.put(_record(row, seed, self.code(row), made, found))

@@ -157,14 +157,15 @@ def test_a_build_without_a_feature_says_so(monkeypatch):
 
 def test_a_row_that_fails_is_told_and_the_exit_code_says_so(words, tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise ValueError("nothing fits")
+        raise ValueError(f"nothing fits in {tmp_path}/weights.bin")
 
     monkeypatch.setattr(quality_ours, "compress_once", refuse)
     out = tmp_path / "q.json"
     call = [*words, "--json", str(out), "--rows", "ours-plain", "rtn", "--seeds", "0"]
     assert quality.main([*call[: call.index("--patterns")], *call[call.index("--json") :]]) == 1
-    assert "missing: failed: nothing fits" in capsys.readouterr().out
+    assert "| missing: failed: nothing fits in weights.bin |" in capsys.readouterr().out
     assert "int3 | ours-plain" in quality_store.read(out).missing
+    assert str(tmp_path) not in out.read_text()
 
 
 # ---- figures ----
