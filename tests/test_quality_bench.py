@@ -233,6 +233,7 @@ def test_table_and_pictures_from_json_alone(done, tmp_path, monkeypatch, capsys)
     assert len({line.count("|") for line in told.split("\n\n")[0].splitlines()}) == 1
     assert "missing: no search" in told and "no ratio of seconds is claimed" in told
     assert "bits per weight:" in told and "seeds 0, 1" in told
+    assert "a standard deviation of at most" in told
     from matplotlib import image
 
     for path in (picture, tmp_path / "quality-size.png"):
