@@ -140,11 +140,10 @@ class Run:
         windows = self.calibration(self.args.seeds[0] if seed is None else seed)
         self.base  # noqa: B018  (scored before the clock starts)
         try:
-            made = (
-                ours.make(row, windows, self.options)
-                if row.side == "ours"
-                else self._ruler(row, windows)
-            )
+            if row.side == "ours":
+                made = ours.make(row, windows, self.options, self._budget(row))
+            else:
+                made = self._ruler(row, windows)
         except ValueError as error:  # our own sentences
             self.tell(row, f"FAILED: {error}", f"failed: {error}")
             return False
@@ -155,6 +154,15 @@ class Run:
             f"  KL {found.mean('kl'):.4f}  {made.bits:.3f} bits  {made.seconds:.1f} s"
         )
         return True
+
+    def _budget(self, row: Row) -> float | None:
+        """Of a search: what the files of the uniform pattern took. ValueError while unknown."""
+        if row.kind != "search":
+            return None
+        uniform = self.store.seeds(f"{row.pattern.name} | ours-plain").values()
+        if not uniform:
+            raise ValueError(f"run ours-plain at {row.pattern.name} too: it tells the size")
+        return max(record["bits"] for record in uniform) + 1e-4  # they are rounded there
 
     def _ruler(self, row: Row, windows: Drawn) -> ours.Made:
         p, args = row.pattern, self.args

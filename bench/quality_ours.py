@@ -80,18 +80,23 @@ def recipe_of(row: Row, options: Options):
     return Recipe(**fields)
 
 
-def compress_once(row: Row, drawn: Drawn, options: Options, out: Path) -> tuple[float, Any]:
-    """Make the folder `out`: the seconds it took (a search with its own), and the report."""
+def compress_once(
+    row: Row, drawn: Drawn, options: Options, out: Path, bits: float | None = None
+) -> tuple[float, Any]:
+    """Make the folder `out`: the seconds it took (a search with its own), and the report.
+
+    bits: per weight, the budget of a search.
+    """
     from distaya_ext import compress
 
     began = time.perf_counter()
-    made = searched(row, drawn, options) if row.kind == "search" else recipe_of(row, options)
+    made = searched(drawn, options, bits) if row.kind == "search" else recipe_of(row, options)
     report = compress(options.model, out, made, texts=drawn)
     return time.perf_counter() - began, report
 
 
-def searched(row: Row, drawn: Drawn, options: Options):
-    """The recipe that a search finds for the bytes of the row's uniform pattern.
+def searched(drawn: Drawn, options: Options, bits: float):
+    """The recipe that a search finds for so many bits per weight.
 
     It sees the calibration windows of the other rows and no text beyond them: those that weigh its
     choices are taken out of them.
@@ -99,20 +104,22 @@ def searched(row: Row, drawn: Drawn, options: Options):
     from distaya_ext.search import Options as Wanted
     from distaya_ext.search import search
 
-    bits = row.pattern.nominal(options.group, options.symmetric)
     wanted = Wanted(bits_per_weight=bits, group=options.group, symmetric=options.symmetric)
     return search(options.model, drawn, wanted).recipe
 
 
-def make(row: Row, drawn: Drawn, options: Options) -> Made:
-    """Compress through the extension's driver and load what it wrote, activations exact."""
+def make(row: Row, drawn: Drawn, options: Options, bits: float | None = None) -> Made:
+    """Compress through the extension's driver and load what it wrote, activations exact.
+
+    bits: see compress_once.
+    """
     import torch
 
     from distaya_ext import load
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "compressed"
-        seconds, report = compress_once(row, drawn, options, out)
+        seconds, report = compress_once(row, drawn, options, out, bits)
         model = load(out, dtype=torch.float32, exact=True)
     return Made(model, seconds, report.bits_per_weight)
 

@@ -12,6 +12,8 @@ import torch
 from quality_case import PATTERNS, SEEDS
 from transformers import AutoModelForCausalLM
 
+from distaya_ext import Recipe
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import (
     plain,
@@ -166,6 +168,30 @@ def test_a_row_that_fails_is_told_and_the_exit_code_says_so(words, tmp_path, mon
     assert "| missing: failed: nothing fits in weights.bin |" in capsys.readouterr().out
     assert "int3 | ours-plain" in quality_store.read(out).missing
     assert str(tmp_path) not in out.read_text()
+
+
+def test_a_search_gets_the_size_of_the_uniform_row(done, words, tmp_path, monkeypatch, capsys):
+    """A stand-in for the search: the recipe of int3 itself, for the budget it is asked."""
+    asked = []
+
+    def search(model, windows, options):
+        asked.append((options.bits_per_weight, len(windows.ids)))
+        found = Recipe(model=model, method="gptq", bits=3, group=32, symmetric=True)
+        return SimpleNamespace(recipe=found)
+
+    package = SimpleNamespace(Options=SimpleNamespace, search=search)
+    monkeypatch.setitem(sys.modules, "distaya_ext.search", package)
+    lone = [*words, "--rows", "ours-search", "--json", str(tmp_path / "lone.json")]
+    assert quality.main(lone) == 1
+    assert "run ours-plain at int3 too" in capsys.readouterr().out and not asked
+    out = tmp_path / "q.json"
+    out.write_text(done.read_text())
+    assert quality.main([*words, "--rows", "ours-search", "--json", str(out), "--resume"]) == 0
+    store = quality_store.read(out)
+    plain_bits = store.records["int3 | ours-plain", 0]["bits"]
+    assert asked == [(pytest.approx(plain_bits + 1e-4), 8)] * len(SEEDS)
+    assert store.records["int3 | ours-search", 1]["bits"] == plain_bits
+    assert "int3 | ours-search" not in store.missing
 
 
 # ---- figures ----
