@@ -46,9 +46,9 @@ def test_rectangles(simulator, shape, dtype):
         check(simulator, rand(rows, columns, seed=1), Y, X, some_weights(kind, tokens))
 
 
-@pytest.mark.parametrize("kind", ["none", "sequences", "mixed"])
+@pytest.mark.parametrize("kind", ["none", "sequences"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 64, 150])
+@pytest.mark.parametrize("rows", [1, 150])
 def test_of_two_parts_of_an_input_is_a_part_of_its_hessian_to_the_bit(simulator, rows, dtype, kind):
     Z, weights = rand(55, 200).to(dtype), some_weights(kind, 55)
     H, G = torch.zeros(200, 200), torch.zeros(rows, 200 - rows)
