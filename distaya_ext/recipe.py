@@ -25,8 +25,8 @@ MAX_YAML_BYTES = 1 << 16
 _MAX_ALIASES = 16
 _MAX_DEPTH = 16
 
-METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
-PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
+METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense")
+PRUNING = ("sparsegpt", "wanda", "magnitude", "ria", "dass")
 SWEEPING = ("sparsegpt", "gptq")
 GROUPS = (0, 32, 64, 128)
 PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
@@ -63,6 +63,33 @@ class CalibrationSpec(_Strict):
         return self
 
 
+class DassSpec(_Strict):
+    """How method dass prunes gated MLPs.
+
+    alpha: power of a neuron's activation norm in the scores of gate and up. direction: what the
+    patterns of gate and up run along, "outputs" (neurons, as published) or "inputs" (as sparse
+    tensor cores read them). update: the kept weights make up for the pruned ones in a sweep.
+    permute: neurons change places (the model stays the same function) so that N:M groups are
+    balanced and dense neurons stand at the end. dense_neurons: share of the neurons whose rows of
+    gate and up and columns of down stay dense.
+    """
+
+    alpha: Annotated[float, Field(ge=0.0, le=4.0)] = 0.5
+    direction: Literal["outputs", "inputs"] = "outputs"
+    update: bool = False
+    dense_neurons: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    permute: bool = False
+
+    @model_validator(mode="after")
+    def _contiguous(self) -> DassSpec:
+        if self.dense_neurons and not self.permute:
+            raise ValueError(
+                f"dense_neurons ({self.dense_neurons:g}) stand together at the end of the MLP, so "
+                "they need permute: true"
+            )
+        return self
+
+
 class Recipe(_Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
@@ -80,7 +107,9 @@ class Recipe(_Strict):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    method: Literal["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense"] = "sparsegpt"
+    method: Literal["sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense"] = (
+        "sparsegpt"
+    )
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     nm: str | None = None
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
@@ -91,6 +120,7 @@ class Recipe(_Strict):
     scale: Literal["minmax", "mse"] = "minmax"
     order: Literal["natural", "activation"] = "natural"
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    dass: DassSpec | None = None
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
     skip: list[str] = []
@@ -107,6 +137,8 @@ class Recipe(_Strict):
             if fields.get("nm") is not None:
                 raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
             fields |= {"sparsity": None, "nm": share}
+        if fields.get("method") == "dass" and fields.get("dass") is None:
+            fields |= {"dass": {}}
         return fields
 
     @field_validator("nm")
@@ -164,6 +196,7 @@ class Recipe(_Strict):
             raise ValueError(
                 f"method dense changes nothing, so bits ({self.bits}) must be left out"
             )
+        self._dass_fits()
         if self.order == "activation" and (self.method not in SWEEPING or self.nm is not None):
             why = f"pattern {self.nm} is one" if self.nm else f"method {self.method} has no sweep"
             raise ValueError(
@@ -171,6 +204,18 @@ class Recipe(_Strict):
             )
         self._storable()
         return self
+
+    def _dass_fits(self) -> None:
+        """ValueError when the options of dass do not go with the rest."""
+        if self.dass is None:
+            return
+        if self.method != "dass":
+            raise ValueError(f"the options under dass are for method dass, not {self.method}")
+        if self.dass.permute and self.nm is None and not self.dass.dense_neurons:
+            raise ValueError(
+                "permute balances the groups of an N:M pattern and gathers dense_neurons; with a "
+                "share and no dense neurons there is nothing to permute"
+            )
 
     def _storable(self) -> None:
         """ValueError when the format cannot hold what the recipe makes."""
@@ -343,6 +388,6 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         return f"the recipe lacks {name!r}"
     if first["type"] == "value_error":  # our own sentences
         inner = str(first["ctx"]["error"])
-        return f"calibration: {inner}" if name == "calibration" else inner
+        return f"{name}: {inner}" if name in ("calibration", "dass") else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
-from . import events
+from . import events, glu
 from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
@@ -112,6 +112,8 @@ class _Run:
         self.layers = checkpoint.config.num_hidden_layers
         self.budget = Budget(checkpoint, recipe.max_ram_bytes)
         self.skip = skipped(recipe.skip, self._modules())
+        if settings.method == "dass":
+            self.skip |= glu.prepare(recipe, checkpoint, self.skip)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
         self.away = False  # activations wait in the host's memory, not on the device
@@ -141,6 +143,8 @@ class _Run:
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
+        if self.settings.method == "dass":
+            self._notice(glu.notice(self.recipe))
         for message in self.packing.notices:
             self._notice(message)
         if self.calibration is not None:

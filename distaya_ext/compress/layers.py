@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint, ShardWriter
 from ..errors import InputError
 from ..formats import Grid
 from ..models import Stage
-from . import events, ferry
+from . import events, ferry, glu
 from .calibrate import Calibration, check_activations
 from .capture import Calls, fill_layer, read_layer
 from .packing import Packing
@@ -54,6 +54,7 @@ class Layers:
         self.skip, self.report, self.on_event = skip, report, on_event
         self.architecture = checkpoint.architecture
         self.count = checkpoint.config.num_hidden_layers
+        self.mlp: glu.GatedMLP | None = None  # of the layer at hand, for method dass
 
     def run(
         self, layers: nn.ModuleList, replay: Replay | None, way: ferry.Ferry, writer: ShardWriter
@@ -87,6 +88,7 @@ class Layers:
         self._tell(way, lambda: events.LayerStart(index, self.count))
         prefix = f"{self.architecture.layers}.{index}"
         checks = ferry.Checks(way.late)
+        self.mlp = glu.of(layer, self.settings, checks)
         walk = None
         if replay is not None:
             calls = [replay.calls.of(index, chunk) for chunk in range(len(replay.calls))]
@@ -102,6 +104,7 @@ class Layers:
         way.do(lambda: self._write(prefix, changed, writer))
         if walk is not None:
             walk.finish()
+        self.mlp = None
         end = way.mark()
         rest = way.home(checks.take())
 
@@ -116,7 +119,10 @@ class Layers:
     ) -> None:
         """What the layer holds, unchanged tensors first, in the dtype they were stored in."""
         for name in self.checkpoint.entries:
-            if name.startswith(prefix + ".") and name.removesuffix(".weight") not in changed:
+            module, _, suffix = name.rpartition(".")
+            new = changed.get(module, {})  # a quantised weight goes by other suffixes
+            replaced = suffix in new or (suffix == "weight" and module in changed)
+            if name.startswith(prefix + ".") and not replaced:
                 writer.add(name, self.checkpoint.read([name])[name])
         while changed:
             name = next(iter(changed))
@@ -145,10 +151,14 @@ class Layers:
         statistic = None
         if given is not None:
             statistic = self._gather(*given, stage, where, checks, way.device, weights[0].shape[1])
-        solution = solve(weights, self.settings, statistic, checks)
-        del weights, statistic
+        masks = None
+        if self.mlp is not None:
+            weights, masks = self.mlp.masks(names, statistic)
+        solution = solve(weights, self.settings, statistic, checks, masks)
+        del weights, masks, statistic
         checks.finite(solution.W, partial(_not_finite, where))
         parts: dict[str, Any] = {}
+        moved: dict[str, dict[str, torch.Tensor]] = {}
         row = 0
         for name, rows in zip(
             names, solution.W.split([shape[0] for shape in shapes.values()]), strict=True
@@ -159,17 +169,21 @@ class Layers:
             if full in self.packing.planned:
                 grid = solution.grid.part(row, row + len(rows))
                 parts[full] = self.packing.start(full, grid) if way.late else grid
+            if self.mlp is not None:
+                moved[full] = self.mlp.moved(name)
             row += len(rows)
         end = way.mark()
-        come = way.home((parts, vars(solution.figures), checks.take()))
-        del parts, solution
+        come = way.home((parts, moved, vars(solution.figures), checks.take()))
+        del parts, moved, solution
 
         def settle() -> tuple[Figures, float, list[int]]:
-            parts, figures, kept = come()
+            parts, moved, figures, kept = come()
             ferry.judge(kept)
             for name, part in parts.items():
                 changed[name] = self._stored(name, shapes[name[len(prefix) + 1 :]], part)
             sizes = [sum(t.nbytes for t in changed[name].values()) for name in parts]
+            for name, others in moved.items():
+                changed[name] |= others
             return Figures(**figures), way.seconds(begin, end), sizes
 
         def account(told: tuple[Figures, float, list[int]]) -> None:
@@ -192,6 +206,8 @@ class Layers:
         def sink(chunk: int, x: torch.Tensor) -> None:
             check_activations(x, chunk, where, calibration, checks)
             statistic.add(x.reshape(-1, x.shape[-1]))
+            if self.mlp is not None:
+                self.mlp.see(stage, x)
 
         walk.gather(stage, sink)
         return statistic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -187,11 +188,15 @@ class Packing:
         return mask if sizes[0] < sizes[1] else dense
 
     def _kept(self, rows: int, cols: int) -> int:
-        """Weights that pruning leaves; rounding may turn some more of them into zeros."""
+        """Weights that pruning leaves at most; rounding may turn some of them into zeros."""
+        whole = 0  # in dense neurons
+        if self.settings.dass is not None:
+            whole = math.ceil(rows * cols * self.settings.dass.dense_neurons)
+        rest = rows * cols - whole
         if self.settings.nm is not None:
             n, m = self.settings.nm
-            return rows * cols * n // m
-        return rows * cols - int(rows * cols * (self.settings.sparsity or 0.0))
+            return whole + -(-rest * n // m)
+        return whole + rest - int(rest * (self.settings.sparsity or 0.0))
 
     def _ends(self) -> list[str]:
         """The embedding, and the head where it is another matrix."""

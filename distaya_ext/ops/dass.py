@@ -107,9 +107,9 @@ def masks(
     scores = (gate_up(gate, a_norm, alpha), gate_up(up, a_norm, alpha))
     parts = [choose(S, sparsity, nm, direction) for S in scores]
     parts.append(choose(mask_op.wanda(down, a_norm), sparsity, nm, "inputs"))
-    for (mask, bad), W in zip(parts, (gate, up, down), strict=True):
-        mask_op.need_ranked(bad, W.shape)
-    return Masks(*(mask for mask, _ in parts))
+    for part, W in zip(parts, (gate, up, down), strict=True):
+        mask_op.need_ranked(part[1], W.shape)
+    return Masks(*(part[0] for part in parts))
 
 
 def choose(
