@@ -68,7 +68,8 @@ class DassSpec(_Strict):
 
     alpha: power of a neuron's activation norm in the scores of gate and up. direction: what the
     patterns of gate and up run along, "outputs" (neurons, as published) or "inputs" (as sparse
-    tensor cores read them). update: the kept weights make up for the pruned ones in a sweep.
+    tensor cores read them). update: the kept weights make up for the pruned ones in a sweep, which
+    along inputs also chooses them (a factor per row changes nothing there).
     permute: neurons change places (the model stays the same function) so that N:M groups are
     balanced and dense neurons stand at the end. dense_neurons: share of the neurons whose rows of
     gate and up and columns of down stay dense.

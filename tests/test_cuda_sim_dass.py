@@ -57,7 +57,7 @@ def test_a_token_of_weight_0_may_hold_anything(simulator):
         dass.moments_(s, gate, gate, "silu", (torch.arange(9) == 4).float())
         return s
 
-    torch.testing.assert_close(simulator.same_always(run), run())
+    torch.testing.assert_close(simulator.same_always(run), run(), rtol=1e-5, atol=0)
     assert bool(run().isfinite().all())
 
 

@@ -9,6 +9,7 @@ from distaya_ext.recipe import (
     MAX_YAML_BYTES,
     PRUNING,
     CalibrationSpec,
+    DassSpec,
     Recipe,
     parse_nm,
     parse_size,
@@ -26,8 +27,21 @@ def refused(call, *words):
 
 
 @st.composite
+def dass_options(draw, groups):
+    share = draw(st.floats(0.0, 1.0, exclude_max=True))
+    options = {
+        "alpha": draw(st.floats(0.0, 4.0)),
+        "direction": draw(st.sampled_from(["outputs", "inputs"])),
+        "update": draw(st.booleans()),
+        "permute": (groups or share > 0) and draw(st.booleans()),
+    }
+    return options | {"dense_neurons": share if options["permute"] else 0.0}
+
+
+@st.composite
 def recipes(draw):
-    method = draw(st.sampled_from(["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn"]))
+    methods = ["sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn"]
+    method = draw(st.sampled_from(methods))
     fields = {"model": draw(st.text(min_size=1, max_size=20)), "method": method}
     if method in PRUNING:
         if draw(st.booleans()):
@@ -36,6 +50,8 @@ def recipes(draw):
             m = draw(st.integers(2, 32))
             fields["nm"] = f"{draw(st.integers(1, m - 1))}:{m}"
         fields["bits"] = draw(st.none() | st.integers(2, 8))
+        if method == "dass":
+            fields["dass"] = draw(dass_options("nm" in fields))
     else:
         fields["bits"] = draw(st.integers(2, 8))
     fields["group"] = draw(st.sampled_from([0, 32, 64, 128]))
@@ -171,3 +187,34 @@ def test_sparsity_flag():
     assert parse_nm("31:32") == (31, 32)
     for text in ("half", "1", "-0.5", "3:2", "nan"):
         refused(lambda text=text: parse_sparsity(text), text)
+
+
+def test_dass_has_options_of_its_own():
+    assert Recipe(model="m", method="dass", nm="2:4").dass == DassSpec()
+    assert Recipe(model="m", nm="2:4").dass is None
+    recipe = Recipe(model="m", method="dass", nm="2:4", dass={"update": True, "permute": True})
+    assert (recipe.dass.direction, recipe.dass.update, recipe.dass.permute) == (
+        "outputs",
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "dass"}, ["dass prunes: say how much"]),
+        ({"nm": "2:4", "dass": {}}, ["for method dass, not sparsegpt"]),
+        ({"dass": {"dense_neurons": 0.1}}, ["dass: dense_neurons (0.1)", "permute: true"]),
+        ({"dass": {"dense_neurons": 1.0, "permute": True}}, ["dense_neurons", "less than 1"]),
+        ({"dass": {"dense_neurons": -0.1}}, ["dense_neurons", "greater than or equal to 0"]),
+        ({"dass": {"direction": "rows"}}, ["direction", "'outputs' or 'inputs'"]),
+        ({"dass": {"alpha": -1}}, ["alpha -1", "greater than or equal to 0"]),
+        ({"dass": {"updat": True}}, ["updat", "did you mean 'update'?"]),
+        ({"nm": None, "sparsity": 0.5, "dass": {"permute": True}}, ["nothing to permute"]),
+    ],
+)
+def test_dass_options_that_cannot_run(fields, words):
+    method = {} if "nm" in fields and fields.get("nm") else {"method": "dass"}
+    pattern = {} if fields == {"method": "dass"} else {"nm": "2:4"}
+    refused(lambda: Recipe(**({"model": "m"} | method | pattern | fields)), *words)

@@ -17,6 +17,7 @@ from ..errors import InputError, UsageError
 from ..models import Architecture, Stage
 from ..ops import dass
 from ..ops import mask as mask_op
+from ..ops import obs as obs_op
 from ..ops.hessian import column_sq_
 from ..recipe import Recipe
 from ..runtime.glu import activation
@@ -51,16 +52,20 @@ def prepare(recipe: Recipe, checkpoint: Checkpoint, skip: set[str]) -> set[str]:
                 f"permute moves rows of gate and up with columns of down, so skip must take all "
                 f"three of a layer or none, but it takes {', '.join(skipped)} alone"
             )
-        if recipe.nm_pair is not None and GATE not in skipped:
-            _whole_groups(recipe, names[0], checkpoint.entries[f"{names[0]}.weight"].shape[0])
+        if recipe.nm_pair is not None and len(skipped) < len(names):
+            _whole_groups(recipe, names[0], *checkpoint.entries[f"{names[0]}.weight"].shape)
     return {f"{prefix}.{name}" for prefix in prefixes for name in left}
 
 
-def _whole_groups(recipe: Recipe, name: str, neurons: int) -> None:
-    if neurons % recipe.nm_pair[1] and (recipe.dass.direction == "outputs" or recipe.dass.permute):
+def _whole_groups(recipe: Recipe, name: str, neurons: int, columns: int) -> None:
+    unit = recipe.nm_pair[1]
+    if neurons % unit:
         raise UsageError(
-            f"pattern {recipe.nm} along neurons needs a multiple of {recipe.nm_pair[1]} of them; "
-            f"{name} has {neurons}"
+            f"pattern {recipe.nm} along neurons needs a multiple of {unit}; {name} has {neurons}"
+        )
+    if recipe.dass.direction == "inputs" and columns % unit:
+        raise UsageError(
+            f"pattern {recipe.nm} along inputs needs a multiple of {unit}; {name} has {columns}"
         )
 
 
@@ -116,11 +121,15 @@ class GatedMLP:
 
     def masks(
         self, names: list[str], statistic: Statistic
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Weights of the Linears, in the order the neurons have now, and what of them is kept."""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Weights of the Linears, in the order the neurons have now, and what of them is kept; None
+        where the sweep chooses.
+        """
         if self.options.permute and self.order is None and GATE in names:
             self._permute()
         weights = [self.modules[name].weight.data for name in names]
+        if self.options.update and self.options.direction == "inputs":
+            return weights, self._swept(names, weights, statistic) if self.dense else None
         return weights, [
             self._mask(name, W, statistic) for name, W in zip(names, weights, strict=True)
         ]
@@ -156,6 +165,32 @@ class GatedMLP:
             parts += [dass.gate_up(W, norm, self.options.alpha) for W in (gate, up)]
             parts = [S / S.mean() for S in parts]
         return torch.cat(parts, dim=1).contiguous()
+
+    def _swept(
+        self, names: list[str], weights: list[torch.Tensor], statistic: Statistic
+    ) -> list[torch.Tensor]:
+        """What a sweep along the inputs chooses, and all of the dense neurons.
+
+        Along inputs a neuron's norm is a factor of the whole row of gate or up, which changes
+        neither an N:M choice nor an update, so the sweep's own choice is the better one.
+        """
+        live = self.neurons - self.dense
+        parts = [W if name == DOWN else W[:live] for name, W in zip(names, weights, strict=True)]
+        chosen = obs_op.obs(
+            torch.cat(parts),
+            statistic.matrix(keep=True),
+            sparsity=self.settings.sparsity,
+            nm=self.settings.nm,
+            damp=self.settings.damp,
+            later=lambda factor: None,  # the sweep that follows has the same one judged
+        ).mask.split([len(part) for part in parts])
+        masks = [torch.ones_like(W, dtype=torch.bool) for W in weights]
+        for name, mask, choice in zip(names, masks, chosen, strict=True):
+            if name == DOWN:
+                mask[:, :live] = choice[:, :live]
+            else:
+                mask[:live] = choice
+        return masks
 
     def _mask(self, name: str, W: torch.Tensor, statistic: Statistic) -> torch.Tensor:
         """Kept weights of one matrix [rows, cols]; the dense neurons at its end are kept whole."""

@@ -39,9 +39,11 @@ class Statistic:
         else:
             column_sq_(self._squares, x)
 
-    def matrix(self) -> torch.Tensor:
-        """Mean of x x^T, fp32 [columns, columns], symmetric. The running sum is given up."""
-        hessian, self._hessian = self._hessian, None
+    def matrix(self, keep: bool = False) -> torch.Tensor:
+        """Mean of x x^T, fp32 [columns, columns], symmetric. It is given up unless it is kept, to
+        be asked for again.
+        """
+        hessian, self._hessian = self._hessian, self._hessian if keep else None
         return hessian.finish()
 
     def norms(self) -> torch.Tensor:
