@@ -208,7 +208,7 @@ def test_balancing_prunes_less(tmp_path, family, direction):
 )
 def test_with_bits_and_packed(tmp_path, options):
     """Rounded beside the mask or in the same sweep; the folder loads and gives its own logits."""
-    before, after, report = run(tmp_path, "cohere", options, nm="2:4", bits=4, group=32)
+    before, _, report = run(tmp_path, "cohere", options, nm="2:4", bits=4, group=32)
     assert report.format == "pack-quantized"
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert any("self_attn" in name for name in config["ignore"])
