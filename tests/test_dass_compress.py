@@ -153,7 +153,7 @@ def test_an_update_makes_up_for_what_the_same_masks_cost(tmp_path):
 
 def test_along_inputs_the_sweep_of_sparsegpt_chooses(tmp_path):
     _, ours, _ = run(tmp_path, "llama", {"direction": "inputs", "update": True}, nm="2:4")
-    recipe = tiny.recipe("sparsegpt", nm="2:4", skip=["self_attn"])
+    recipe = tiny.recipe("sparsegpt", nm="2:4", skip=["self_attn"], quality="plain")
     compress(tmp_path / "source", tmp_path / "gpt", recipe, tiny.windows())
     theirs = weights_of(tmp_path / "gpt")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -166,7 +166,8 @@ def test_balancing_prunes_less(tmp_path, family, direction):
     model = AutoModelForCausalLM.from_config(tiny.FAMILIES[family])
     layer, options = model.model.layers[0], {"permute": True, "direction": direction}
     settings = from_recipe(tiny.recipe("dass", nm="2:4", dass=options))
-    mlp = glu.of(layer, settings, Checks(late=False))
+    plan = {f"layer.{name}": settings for name in glu.PARTS}
+    mlp = glu.of("layer", layer, plan, Checks(late=False))
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(1))
     before = [layer.get_submodule(name).weight.data.clone() for name in glu.PARTS]
     with torch.no_grad():
@@ -290,9 +291,8 @@ def test_one_matrix_may_be_skipped(tmp_path, name):
 def test_a_layer_without_a_gated_mlp_is_refused():
     plain = Architecture("plain", (Stage(("self_attn.q_proj",)), Stage(("mlp.down_proj",))))
     with pytest.raises(UsageError, match=r"layers of plain have no mlp.gate_proj, mlp.up_proj"):
-        glu.others(plain)
-    rest = glu.others(describe(tiny.FAMILIES["llama"]))
-    assert rest == tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
+        glu.linears(plain)
+    assert glu.linears(describe(tiny.FAMILIES["llama"])) == glu.PARTS
 
 
 def test_an_activation_without_a_kernel_is_refused(tmp_path):

@@ -8,6 +8,8 @@ without forming it. Then the neurons may change places, which changes no output:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,25 +30,22 @@ from .solve import Statistic
 GATE, UP, DOWN = PARTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def others(architecture: Architecture) -> tuple[str, ...]:
-    """Linears of a layer that method dass leaves alone. UsageError where no MLP is gated."""
+def linears(architecture: Architecture) -> tuple[str, ...]:
+    """Linears of a layer that method dass prunes. UsageError where no MLP is gated."""
     names = architecture.linears()
     if missing := [name for name in PARTS if name not in names]:
         raise UsageError(
             f"method dass prunes gated MLPs; layers of {architecture.model_type} have no "
             f"{', '.join(missing)}"
         )
-    return tuple(name for name in names if name not in PARTS)
+    return tuple(name for name in names if name in PARTS)
 
 
-def prepare(recipe: Recipe, checkpoint: Checkpoint, skip: set[str]) -> set[str]:
-    """The Linears that method dass skips besides `skip`, after a look at whether it can work."""
-    architecture = checkpoint.architecture
-    prefixes = [f"{architecture.layers}.{i}" for i in range(checkpoint.config.num_hidden_layers)]
-    left = others(architecture)
-    for prefix in prefixes:
-        names = [f"{prefix}.{name}" for name in PARTS]
-        skipped = [name for name in names if name in skip]
+def check(plan: Mapping[str, Settings], recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """UsageError where a pattern does not fit or half an MLP would change places."""
+    for index in range(checkpoint.config.num_hidden_layers):
+        names = [f"{checkpoint.architecture.layers}.{index}.{name}" for name in PARTS]
+        skipped = [name for name in names if name not in plan]
         if recipe.dass.permute and 0 < len(skipped) < len(names):
             raise UsageError(
                 f"permute moves rows of gate and up with columns of down, so skip must take all "
@@ -54,7 +53,6 @@ def prepare(recipe: Recipe, checkpoint: Checkpoint, skip: set[str]) -> set[str]:
             )
         if recipe.nm_pair is not None and len(skipped) < len(names):
             _whole_groups(recipe, names[0], *checkpoint.entries[f"{names[0]}.weight"].shape)
-    return {f"{prefix}.{name}" for prefix in prefixes for name in left}
 
 
 def _whole_groups(recipe: Recipe, name: str, neurons: int, columns: int) -> None:
@@ -69,20 +67,28 @@ def _whole_groups(recipe: Recipe, name: str, neurons: int, columns: int) -> None
         )
 
 
-def notice(recipe: Recipe) -> str:
-    """What the user should know of method dass."""
+def notices(recipe: Recipe) -> list[str]:
+    """What the user should know of method dass; nothing of the others."""
+    if recipe.method != "dass":
+        return []
     text = "method dass prunes gate_proj, up_proj and down_proj; all other Linears stay dense"
     if recipe.nm is not None and recipe.dass.direction == "outputs":
         text += (
             f"; {recipe.nm} of gate_proj and up_proj runs along their outputs, which sparse tensor "
             "cores do not read (direction: inputs does)"
         )
-    return text
+    return [text]
 
 
-def of(layer: nn.Module, settings: Settings, checks: Checks) -> GatedMLP | None:
-    """The gated MLP of a living layer; None when the method is another one."""
-    return GatedMLP(layer, settings, checks) if settings.method == "dass" else None
+def of(
+    prefix: str, layer: nn.Module, plan: Mapping[str, Settings], checks: Checks
+) -> GatedMLP | None:
+    """The gated MLP of a living layer; None unless method dass prunes some of it."""
+    for name in PARTS:
+        settings = plan.get(f"{prefix}.{name}")
+        if settings is not None and settings.method == "dass":
+            return GatedMLP(layer, settings, checks)
+    return None
 
 
 class GatedMLP:
@@ -105,6 +111,9 @@ class GatedMLP:
         self._squares = torch.zeros(columns, dtype=torch.float32, device=weight.device)
         unit = settings.nm[1] if settings.nm is not None else 1
         self.dense = int(self.neurons * self.options.dense_neurons) // unit * unit
+        swept = self.options.update and self.options.direction == "inputs"
+        self._chosen_by_sweep = swept
+        self.sweeps_twice = swept and self.dense > 0  # first for what is kept
 
     def see(self, stage: Stage, x: torch.Tensor) -> None:
         """Tokens x [..., columns] on their way into gate and up (of other stages: nothing)."""
@@ -119,20 +128,16 @@ class GatedMLP:
         column_sq_(self._squares, flat)
         self.tokens += flat.shape[0]
 
-    def masks(
-        self, names: list[str], statistic: Statistic
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Weights of the Linears, in the order the neurons have now, and what of them is kept; None
-        where the sweep chooses.
+    def masks(self, names: list[str], statistic: Statistic) -> list[torch.Tensor] | None:
+        """What is kept of the Linears, None where the sweep chooses. The first call gives the
+        neurons their order.
         """
         if self.options.permute and self.order is None and GATE in names:
             self._permute()
         weights = [self.modules[name].weight.data for name in names]
-        if self.options.update and self.options.direction == "inputs":
-            return weights, self._swept(names, weights, statistic) if self.dense else None
-        return weights, [
-            self._mask(name, W, statistic) for name, W in zip(names, weights, strict=True)
-        ]
+        if self._chosen_by_sweep:
+            return self._swept(names, weights, statistic) if self.sweeps_twice else None
+        return [self._mask(name, W, statistic) for name, W in zip(names, weights, strict=True)]
 
     def moved(self, name: str) -> dict[str, torch.Tensor]:
         """What else of a Linear changed with the order of the neurons, by suffix: its bias."""
@@ -178,7 +183,7 @@ class GatedMLP:
         parts = [W if name == DOWN else W[:live] for name, W in zip(names, weights, strict=True)]
         chosen = obs_op.obs(
             torch.cat(parts),
-            statistic.matrix(keep=True),
+            statistic.matrix(),
             sparsity=self.settings.sparsity,
             nm=self.settings.nm,
             damp=self.settings.damp,

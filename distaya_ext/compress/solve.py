@@ -12,42 +12,73 @@ from ..errors import UsageError
 from ..formats import Grid
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
-from ..ops.cholesky import LateFactor
+from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_
+from .aim import Aim
 from .ferry import Checks
+from .refine import pattern, refined, rounding
 from .settings import Settings
 
 _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
 
 
 class Statistic:
-    """What is gathered from the inputs of one stage: a Hessian or only the column norms."""
+    """What is gathered from the inputs of one stage: a Hessian or only the column norms.
 
-    def __init__(self, kind: str, columns: int, device: torch.device):
+    aim: what its Linears should give is gathered as well. readers: how many stacks will be solved
+    with it, each of which takes the matrix once.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        columns: int,
+        device: torch.device,
+        *,
+        aim: Aim | None = None,
+        readers: int = 1,
+    ):
         self.kind = kind
+        self.aim = aim
+        self.readers = readers
         self.columns = columns
         self.tokens = 0
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
+        self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add tokens x [T, columns], bf16, fp16 or fp32."""
+    def add(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them."""
         self.tokens += x.shape[0]
+        if self.aim is not None:
+            self.aim.add(wanted, x)
         if self._hessian is not None:
             self._hessian.add(x)
         else:
             column_sq_(self._squares, x)
 
-    def matrix(self, keep: bool = False) -> torch.Tensor:
-        """Mean of x x^T, fp32 [columns, columns], symmetric. It is given up unless it is kept, to
-        be asked for again.
+    def matrix(self) -> torch.Tensor:
+        """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
+
+        The running sum is given up, and with the last reader the matrix, too.
         """
-        hessian, self._hessian = self._hessian, self._hessian if keep else None
-        return hessian.finish()
+        if self._hessian is not None:
+            self._matrix, self._hessian = self._hessian.finish(), None
+        self.readers -= 1
+        if self.readers > 0:
+            return self._matrix.clone()
+        H, self._matrix = self._matrix, None
+        return H
+
+    def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
+        """The weights to compress towards, fp32: W itself where nothing is aimed at."""
+        if self.aim is None:
+            return W.float()
+        return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
-        """Root mean square of each input column, fp32 [columns]."""
+        """Root mean square of each input column, fp32 [columns]; before matrix() is called."""
         if self._hessian is not None:
             return self._hessian.column_norms()
         return (self._squares / max(1, self.tokens)).sqrt_()
@@ -73,13 +104,14 @@ class Figures:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
+    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
     not neighbouring columns.
     """
 
     W: torch.Tensor
     figures: Figures
     grid: Grid | None = None
+    mask: torch.Tensor | None = None
 
 
 def solve(
@@ -100,7 +132,7 @@ def solve(
     if settings.statistic == "hessian":
         sizes = [len(W) for W in weights]
         mask = None if masks is None else torch.cat(masks)
-        solution = _sweep(torch.cat(weights), settings, statistic.matrix(), sizes, checks, mask)
+        solution = _sweep(torch.cat(weights), settings, statistic, sizes, checks, mask)
     elif settings.method == "dense":
         solution = Solution(torch.cat(weights), Figures())
     else:
@@ -114,7 +146,7 @@ def _by_matrix(
     settings: Settings,
     statistic: Statistic | None,
     checks: Checks,
-    masks: list[torch.Tensor] | None = None,
+    masks: list[torch.Tensor] | None,
 ) -> Solution:
     norms = statistic.norms() if statistic is not None else None
     keeps = masks or [_keep(W, settings, norms, checks) for W in weights]
@@ -124,20 +156,6 @@ def _by_matrix(
     if settings.bits is not None:
         grid = _grid(*(torch.cat(x) for x in zip(*(p[1:] for p in parts), strict=True)), settings)
     return Solution(torch.cat([p[0] for p in parts]), figures, grid)
-
-
-def quantiser(settings: Settings) -> obs_op.Quant | None:
-    """The grid of the settings, or None when nothing is quantised."""
-    if settings.bits is None:
-        return None
-    return obs_op.Quant(
-        bits=settings.bits,
-        group=settings.group,
-        symmetric=settings.symmetric,
-        scale=settings.scale,
-        scale_dtype=settings.scale_dtype,
-        static=settings.static,
-    )
 
 
 def _grid(
@@ -152,17 +170,17 @@ def _grid(
 def _sweep(
     W: torch.Tensor,
     settings: Settings,
-    H: torch.Tensor,
+    statistic: Statistic,
     sizes: list[int],
     checks: Checks,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None,
 ) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first. mask: what
-    is kept, None: the sweep chooses.
+    is kept; None: the sweep chooses.
     """
     if mask is None:
         _check_pattern(W, settings)
-    shape = W.shape
+    shape, H = W.shape, statistic.matrix()
     if checks.late:
         checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
     else:
@@ -174,22 +192,18 @@ def _sweep(
         size, damp = len(factor.R), factor.damp  # not the factor itself, which is large
         checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
 
-    result = obs_op.obs(
-        W,
-        H,
-        sparsity=settings.sparsity if mask is None else None,
-        nm=settings.nm if mask is None else None,
-        mask=mask,
-        quant=quantiser(settings),
-        order=settings.order,
-        damp=settings.damp,
-        overwrite_H=True,
-        later=judge,
-    )
-    figures.loss, grid = result.loss, None
-    if result.codes is not None and (result.perm is None or settings.static or not settings.group):
-        grid = _grid(result.codes, result.scales, result.zeros, settings)
-    return Solution(result.W, figures, grid)
+    if settings.quality == "plain":
+        found = obs_op.obs(W, H, **pattern(settings, mask), **rounding(settings), overwrite_H=True,
+                           later=judge)  # fmt: skip
+    else:
+        factor = cholesky_late(H, settings.damp)
+        judge(factor)
+        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings, mask)
+    figures.loss, grid = found.loss, None
+    if found.codes is not None and (found.perm is None or settings.static or not settings.group):
+        grid = _grid(found.codes, found.scales, found.zeros, settings)
+    prunes = settings.sparsity is not None or settings.nm is not None
+    return Solution(found.W, figures, grid, found.mask if prunes else None)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -217,7 +231,7 @@ def _cut_and_round(
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:
         return (W.clone() if keep is None else W,)
-    W, *rest = obs_op.quantize(W, quantiser(settings))
+    W, *rest = obs_op.quantize(W, rounding(settings)['quant'])
     # A grid always contains 0, so this changes nothing but the sign of -0.0.
     return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 
