@@ -364,3 +364,24 @@ def test_ops_are_ops():
     s = torch.zeros(3, 7, dtype=torch.float64)
     torch.library.opcheck(dass.dass_moments_, (s, randn(5, 7), randn(5, 7), "silu", None))
     torch.library.opcheck(dass.dass_balance_, (torch.arange(8), torch.rand(8, 5), 2, 4, 3))
+
+
+def test_the_order_does_not_depend_on_the_number_of_threads():
+    """Sums longer than what torch leaves to one thread."""
+    scores, found, before = uneven(256, 600, seed=5), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            order = dass.balance(scores, (2, 4), rounds=5)
+            found.append((order, dass.pruned_mass(scores, order, (2, 4)), dass.total_of(scores)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_some_of_the_neurons_are_balanced():
+    scores = uneven(40, 30, seed=2)
+    among = torch.arange(40)[torch.arange(40) % 5 != 0]
+    order = dass.balance(scores, (2, 4), among=among)
+    assert torch.equal(order.sort().values, among)
+    assert torch.equal(order, among[dass.balance(scores[among].contiguous(), (2, 4))])

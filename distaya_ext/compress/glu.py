@@ -164,12 +164,18 @@ class GatedMLP:
 
     def _features(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """Scores of whatever is pruned in groups of neurons, fp32 [neurons, features]."""
-        norm = self._a_norm()
-        parts = [mask_op.wanda(down, norm).t()]
-        if self.options.direction == "outputs":  # each matrix counts the same
-            parts += [dass.gate_up(W, norm, self.options.alpha) for W in (gate, up)]
-            parts = [S / S.mean() for S in parts]
-        return torch.cat(parts, dim=1).contiguous()
+        norm, widths = self._a_norm(), [down.shape[0]]
+        if self.options.direction == "outputs":
+            widths += [gate.shape[1], up.shape[1]]
+        scores = torch.empty(self.neurons, sum(widths), dtype=torch.float32, device=down.device)
+        for k, part in enumerate(scores.split(widths, dim=1)):
+            if k == 0:
+                part.copy_(mask_op.wanda(down, norm).t())
+            else:
+                part.copy_(dass.gate_up((gate, up)[k - 1], norm, self.options.alpha))
+            mean = dass.total_of(part) / part.numel()
+            part.div_(mean.clamp(min=1e-30))  # each matrix counts the same
+        return scores
 
     def _swept(
         self, names: list[str], weights: list[torch.Tensor], statistic: Statistic

@@ -166,22 +166,27 @@ def _column_sq(X: Tensor, weights: Tensor | None = None) -> Tensor:
     return s
 
 
-def balance(scores: Tensor, nm: tuple[int, int], rounds: int = ROUNDS) -> Tensor:
+def balance(
+    scores: Tensor,
+    nm: tuple[int, int],
+    rounds: int = ROUNDS,
+    among: Tensor | None = None,
+) -> Tensor:
     """An order of the neurons in which less is pruned at N:M along it.
 
     scores: fp32 >= 0 [neurons, features], those of a neuron's weights: columns of down, in the
-    direction of outputs also rows of gate and up. m must divide the neurons. Neurons are dealt to
+    direction of outputs also rows of gate and up. among: int64, the neurons to order, different
+    ones; None: all. m must divide their number. They are dealt to
     the groups by their sums, so that each group gets one of every rank (unless that prunes more
     than the order they have); then neurons of two groups are exchanged while the mass pruned falls
     (groups of 2, 4 or 8), for at most `rounds` rounds.
-    Returns int64 [neurons]: the neuron that goes to each place. Raises ValueError for shapes.
+    Returns int64: the neuron that goes to each place. Raises ValueError for shapes.
     """
     n, m = nm
-    neurons = scores.shape[0]
-    if neurons % m:
-        raise InputError(f"{neurons} neurons are no whole number of groups of {m}")
-    here = torch.arange(neurons, device=scores.device)
-    dealt = _deal(scores.sum(1, dtype=torch.float64), m)
+    here = torch.arange(len(scores), device=scores.device) if among is None else among
+    if len(here) % m:
+        raise InputError(f"{len(here)} neurons are no whole number of groups of {m}")
+    dealt = here[_deal(scores.sum(1, dtype=torch.float64)[here], m)]
     better = pruned_mass(scores, dealt, nm) < pruned_mass(scores, here, nm)
     order = torch.where(better, dealt, here)
     if m in (2, 4, 8):
@@ -203,8 +208,13 @@ def pruned_mass(scores: Tensor, order: Tensor, nm: tuple[int, int]) -> Tensor:
     step = max(1, (1 << 24) // max(1, m * scores.shape[1])) * m
     for part in order.split(step):
         groups = scores[part].view(-1, m, scores.shape[1])
-        total += groups.sort(dim=1).values[:, : m - n].sum(dtype=torch.float64)
+        total += total_of(groups.sort(dim=1).values[:, : m - n].flatten(0, 1))
     return total
+
+
+def total_of(x: Tensor) -> Tensor:
+    """Sum of x [rows, cols] in fp64, row by row: its order does not depend on the threads."""
+    return x.sum(1, dtype=torch.float64).sum()
 
 
 def arrange(
@@ -224,5 +234,5 @@ def arrange(
     ranks = worth.argsort(descending=True, stable=True)
     last, rest = ranks[:dense].sort().values, ranks[dense:].sort().values
     if scores is not None and nm is not None and len(rest):
-        rest = rest[balance(scores[rest].contiguous(), nm, rounds)]
+        rest = balance(scores, nm, rounds, rest)
     return torch.cat([rest, last])
