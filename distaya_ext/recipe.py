@@ -94,6 +94,10 @@ class Recipe(Strict):
     ones, and refits the kept weights; high chooses masks by ADMM and then trains the layer's
     weights or scales on its outputs.
 
+    permute lets the neurons of gated MLPs change places (rows of gate and up with columns of down,
+    so the model stays the same function) before sparsegpt prunes them to an N:M pattern: then less
+    is pruned from any group of down. Method dass has a permute of its own.
+
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
@@ -116,6 +120,7 @@ class Recipe(Strict):
     quality: Literal["plain", "default", "high"] | None = None
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     dass: DassSpec | None = None
+    permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
     skip: list[str] = Field(default=[])
@@ -190,6 +195,11 @@ class Recipe(Strict):
                 f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
             )
         self._dass_fits()
+        if self.permute and (self.method != "sparsegpt" or self.nm is None):
+            raise ValueError(
+                "permute balances the groups of an N:M pattern for method sparsegpt (and, under "
+                "dass, for method dass)"
+            )
         updates = self.dass is not None and self.dass.update
         if self.quality not in (None, "plain") and self.method not in SWEEPING and not updates:
             raise ValueError(

@@ -159,6 +159,26 @@ def test_along_inputs_the_sweep_of_sparsegpt_chooses(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_sparsegpt_may_permute_as_well(tmp_path):
+    """With attention skipped it is what dass does along inputs; with it, only more is pruned."""
+    _, ours, _ = run(tmp_path, "llama-bias", LEGAL, nm="2:4")
+    fields = {"nm": "2:4", "permute": True, "quality": "plain"}
+    for name, skip in (("mlp", ["self_attn"]), ("all", []), ("down", ["gate_proj"])):
+        recipe = tiny.recipe("sparsegpt", skip=skip, **fields)
+        compress(tmp_path / "source", tmp_path / name, recipe, tiny.windows())
+    theirs = weights_of(tmp_path / "mlp")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    source, whole = weights_of(tmp_path / "source"), weights_of(tmp_path / "all")
+    torn = weights_of(tmp_path / "down")
+    for layer in layers_of(source):
+        bias = mlp(layer)[0].replace("weight", "bias")
+        assert torch.equal(whole[bias].sort().values, source[bias].sort().values)
+        assert not torch.equal(whole[bias], source[bias])
+        assert torch.equal(torn[bias], source[bias])  # gate stays, so all neurons do
+        for name in mlp(layer):
+            assert bool(((whole[name] != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
 @pytest.mark.parametrize("direction", ["outputs", "inputs"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_balancing_prunes_less(tmp_path, family, direction):
@@ -298,6 +318,8 @@ def test_a_layer_without_a_gated_mlp_is_refused():
 def test_an_activation_without_a_kernel_is_refused(tmp_path):
     config = LlamaConfig(**{**tiny.FAMILIES["llama"].to_dict(), "hidden_act": "relu"})
     tiny.make(tmp_path / "source", config)
-    with pytest.raises(InputError, match=r"gated by silu, gelu, gelu_tanh, not by ReLU"):
+    with pytest.raises(
+        InputError, match=r"gated by silu, gelu, gelu_tanh can be judged, not of one gated by ReLU"
+    ):
         run(tmp_path, nm="2:4")
     assert not (tmp_path / "out").exists()

@@ -218,6 +218,8 @@ def test_dass_options_that_cannot_run(options, words):
 def test_dass_options_that_do_not_fit_the_rest():
     refused(lambda: Recipe(model="m", method="dass"), "dass prunes: say how much")
     refused(lambda: Recipe(model="m", nm="2:4", dass={}), "for method dass, not sparsegpt")
+    refused(lambda: Recipe(model="m", sparsity=0.5, permute=True), "permute balances", "N:M")
+    refused(lambda: Recipe(model="m", method="wanda", nm="2:4", permute=True), "permute balances")
     permute = {"permute": True}
     refused(
         lambda: Recipe(model="m", method="dass", sparsity=0.5, dass=permute), "nothing to permute"

@@ -21,11 +21,13 @@ from ..ops import dass
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.hessian import column_sq_
-from ..recipe import Recipe
+from ..recipe import DassSpec, Recipe
 from ..runtime.glu import activation
 from .ferry import Checks
 from .settings import Settings
 from .solve import Statistic
+
+_BALANCED = DassSpec(direction="inputs", update=True, permute=True)  # and nothing of DaSS
 
 GATE, UP, DOWN = PARTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -83,19 +85,24 @@ def notices(recipe: Recipe) -> list[str]:
 def of(
     prefix: str, layer: nn.Module, plan: Mapping[str, Settings], checks: Checks
 ) -> GatedMLP | None:
-    """The gated MLP of a living layer; None unless method dass prunes some of it."""
-    for name in PARTS:
-        settings = plan.get(f"{prefix}.{name}")
+    """The gated MLP of a living layer where method dass prunes some of it, or where its neurons may
+    change places, for which all three matrices must be written anew; else None.
+    """
+    found = [plan.get(f"{prefix}.{name}") for name in PARTS]
+    for settings in found:
         if settings is not None and settings.method == "dass":
-            return GatedMLP(layer, settings, checks)
+            return GatedMLP(layer, settings, settings.dass, checks)
+    down = found[-1]
+    if None not in found and down.permute and down.nm is not None:
+        return GatedMLP(layer, down, _BALANCED, checks)
     return None
 
 
 class GatedMLP:
     """The MLP of one living decoder layer. order: where its neurons came from, None: they stay."""
 
-    def __init__(self, layer: nn.Module, settings: Settings, checks: Checks):
-        self.settings, self.options, self.checks = settings, settings.dass, checks
+    def __init__(self, layer: nn.Module, settings: Settings, options: DassSpec, checks: Checks):
+        self.settings, self.options, self.checks = settings, options, checks
         self.modules = {name: layer.get_submodule(name) for name in PARTS}
         weight = self.modules[GATE].weight
         self.neurons, columns = weight.shape
@@ -103,7 +110,8 @@ class GatedMLP:
         if self.act is None:
             kind = type(layer.get_submodule("mlp.act_fn")).__name__
             raise InputError(
-                f"method dass knows MLPs gated by {', '.join(dass.ACTIVATIONS)}, not by {kind}"
+                f"the neurons of an MLP gated by {', '.join(dass.ACTIVATIONS)} can be judged, not "
+                f"of one gated by {kind}"
             )
         self.tokens = 0
         self.order: torch.Tensor | None = None
@@ -134,15 +142,18 @@ class GatedMLP:
         """
         if self.options.permute and self.order is None and GATE in names:
             self._permute()
+        if self._chosen_by_sweep and not self.sweeps_twice:
+            return None
         weights = [self.modules[name].weight.data for name in names]
-        if self._chosen_by_sweep:
-            return self._swept(names, weights, statistic) if self.sweeps_twice else None
+        if self.sweeps_twice:
+            return self._swept(names, weights, statistic)
         return [self._mask(name, W, statistic) for name, W in zip(names, weights, strict=True)]
 
     def moved(self, name: str) -> dict[str, torch.Tensor]:
         """What else of a Linear changed with the order of the neurons, by suffix: its bias."""
-        bias = self.modules[name].bias
-        return {} if self.order is None or name == DOWN or bias is None else {"bias": bias.data}
+        if self.order is None or name not in (GATE, UP) or self.modules[name].bias is None:
+            return {}
+        return {"bias": self.modules[name].bias.data}
 
     def _a_norm(self) -> torch.Tensor:
         """Root mean square of each input of down, before this MLP was pruned; fp32 [neurons]."""

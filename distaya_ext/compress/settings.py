@@ -41,6 +41,7 @@ class Settings:
     static: bool = False  # grids from the dense weights, in the order of the columns
     quality: str = "plain"  # or default or high, see Recipe
     dass: DassSpec | None = None  # of method dass
+    permute: bool = False  # neurons of gated MLPs may change places, for any other method
 
     @property
     def statistic(self) -> str | None:
@@ -76,6 +77,7 @@ def from_recipe(recipe: Recipe) -> Settings:
         damp=recipe.damp,
         quality=recipe.effort,
         dass=recipe.dass,
+        permute=recipe.permute,
     )
 
 
