@@ -151,6 +151,24 @@ def test_an_update_makes_up_for_what_the_same_masks_cost(tmp_path):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("options", [{"update": True}, {**LEGAL, "dense_neurons": 0.13}], ids=str)
+def test_an_update_may_aim_at_the_dense_model(tmp_path, options):
+    """quality default keeps the masks of the first layer and refits what they leave."""
+    source, plain, _ = run(tmp_path, "cohere2", options, nm="2:4", name="plain")
+    _, aimed, report = run(tmp_path, "cohere2", options, nm="2:4", quality="default", name="aimed")
+    gate, up, _down = mlp(0)
+    for key in (gate, up):
+        assert torch.equal(plain[key] != 0, aimed[key] != 0)
+        assert not torch.equal(plain[key], aimed[key])
+    live = 84 if "dense_neurons" in options else 96
+    for layer in layers_of(source):
+        kept = aimed[mlp(layer)[2]] != 0
+        assert bool((kept[:, :live].reshape(len(kept), -1, 4).sum(2) == 2).all())
+        assert bool(kept[:, live:].all())
+    assert report.sparsity == pytest.approx(live / 192)
+    assert all(module.loss > 0 for module in report.modules)
+
+
 def test_along_inputs_the_sweep_of_sparsegpt_chooses(tmp_path):
     _, ours, _ = run(tmp_path, "llama", {"direction": "inputs", "update": True}, nm="2:4")
     recipe = tiny.recipe("sparsegpt", nm="2:4", skip=["self_attn"], quality="plain")

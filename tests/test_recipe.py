@@ -190,6 +190,13 @@ def test_sparsity_flag():
 
 
 def test_dass_has_options_of_its_own():
+    updates = Recipe(model="m", method="dass", nm="2:4", dass={"update": True}, quality="default")
+    assert updates.effort == "default"
+    refused(
+        lambda: Recipe(model="m", method="dass", nm="2:4", quality="default"),
+        "has no sweep",
+        "dass",
+    )
     assert Recipe(model="m", method="dass", nm="2:4").dass == DassSpec()
     assert Recipe(model="m", nm="2:4").dass is None
     recipe = Recipe(model="m", method="dass", nm="2:4", dass={"update": True, "permute": True})
