@@ -23,7 +23,7 @@ def compress(
         typer.Argument(help="Local Hugging Face folder or hub id; the recipe may name it instead."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, gptq, rtn or dense.")
+        str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, dass, gptq, rtn, dense.")
     ] = None,
     sparsity: Annotated[
         str | None, typer.Option(help="Share to remove such as 0.5, or N:M kept such as 2:4.")

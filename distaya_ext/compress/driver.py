@@ -28,7 +28,7 @@ from ..models.depth import cut_json
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
-from . import events
+from . import events, glu
 from .at_work import Replay
 from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
@@ -139,7 +139,7 @@ class _Run:
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
-        for message in self.packing.notices:
+        for message in [*glu.notices(self.recipe), *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
             self._prepare(staging.scratch)

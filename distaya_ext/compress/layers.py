@@ -97,7 +97,10 @@ class Layers:
     ) -> None:
         """What the layer holds, unchanged tensors first, in the dtype they were stored in."""
         for name in self.checkpoint.entries:
-            if name.startswith(prefix + ".") and name.removesuffix(".weight") not in changed:
+            module, _, suffix = name.rpartition(".")
+            new = changed.get(module, {})  # a quantised weight goes by other suffixes
+            replaced = suffix in new or (suffix == "weight" and module in changed)
+            if name.startswith(prefix + ".") and not replaced:
                 writer.add(name, self.checkpoint.read([name])[name])
         while changed:
             name = next(iter(changed))

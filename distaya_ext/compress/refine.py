@@ -25,11 +25,14 @@ from .settings import Settings
 _ADMM = {"rho": (0.1, 1.0), "levels": 10}
 
 
-def pattern(settings: Settings) -> dict[str, Any]:
-    """What of the settings says which weights go, and in which order, as obs takes it."""
+def pattern(settings: Settings, mask: torch.Tensor | None = None) -> dict[str, Any]:
+    """What of the settings says which weights go, and in which order, as obs takes it. mask: what
+    is kept, where that is known.
+    """
     return {
-        "sparsity": settings.sparsity,
-        "nm": settings.nm,
+        "sparsity": settings.sparsity if mask is None else None,
+        "nm": settings.nm if mask is None else None,
+        "mask": mask,
         "order": settings.order,
         "damp": settings.damp,
     }
@@ -56,10 +59,11 @@ def refined(
     H: torch.Tensor,
     factor: LateFactor,
     settings: Settings,
+    mask: torch.Tensor | None = None,
 ) -> obs_op.ObsResult:
     """Rows that aim at T fp32 [rows, columns], for H and its factor; the result in W's dtype.
 
-    loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
+    mask: what is kept, None: it is chosen here. loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
     """
     prunes = settings.sparsity is not None or settings.nm is not None
     # One order for both sweeps: the second has a mask, from which none could be made.
@@ -70,12 +74,12 @@ def refined(
     if not prunes:
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
         return found._replace(W=found.W.to(W.dtype))
-    if settings.quality == "high":
+    if settings.quality == "high" and mask is None:
         start, mask = admm(
             T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp, **_ADMM
         )
     else:
-        found = obs_op.obs(T, **given, **(pattern(settings) | order), **quiet)
+        found = obs_op.obs(T, **given, **(pattern(settings, mask) | order), **quiet)
         start, mask = found.W, found.mask
     kept = refit(T, mask, H, start=start, damp=settings.damp)
     if settings.bits is None:
