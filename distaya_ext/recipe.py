@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UsageError
+from .weighting import WEIGHTINGS, check_by_language
 
 # A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the
 # parser.
@@ -49,12 +58,36 @@ class CalibrationSpec(_Strict):
     """What the calibration statistics are gathered from.
 
     tokens is the total over all languages, window the tokens per sample (both counted with BOS).
+    quotas gives languages tokens of their own (0: leaves one out); the others share what is left.
+
+    weights says how much each language counts in H = sum_l w_l H_l: "proportional" every token as
+    much as any other; "equal" every language as much as any other, however many tokens it has;
+    {lang: weight} a token of that language as much as `weight` tokens of a language not named;
+    "worst" begins like equal and raises, layer after layer, the languages that lose most.
     """
 
     path: str | None = None
     tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
     window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    weights: Literal["equal", "proportional", "worst"] | dict[str, float] = "proportional"
+    quotas: dict[str, int] | None = None
+
+    @field_validator("weights", "quotas", mode="before")
+    @classmethod
+    def _by_language(cls, value: Any, info: ValidationInfo) -> Any:
+        """One sentence for each way in which {lang: number} can be wrong."""
+        if value is None and info.field_name == "quotas":
+            return None
+        if isinstance(value, str) and info.field_name == "weights":
+            if value not in WEIGHTINGS:
+                raise ValueError(
+                    f"weights {value!r} is none of {', '.join(WEIGHTINGS)} and no {{language: "
+                    "weight}"
+                )
+            return value
+        check_by_language(info.field_name, value)
+        return value
 
     @model_validator(mode="after")
     def _one_window(self) -> CalibrationSpec:

@@ -32,6 +32,8 @@ from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
+from .language_report import LanguageReport
+from .languages import Mixture
 from .layers import Layers, Replay
 from .packing import Packing
 from .proof import prove
@@ -179,6 +181,7 @@ class _Run:
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
+        report.languages = LanguageReport.of(calibration, self.recipe.calibration.weights)
         self.on_event(
             events.Calibrated(
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
@@ -191,6 +194,10 @@ class _Run:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
             )
+        if calibration.left_out:
+            self._notice(
+                "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
+            )
         self._warn_few_tokens()
         proof = prove(
             self.checkpoint,
@@ -200,7 +207,14 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch))
+        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
+        self.replay = Replay(
+            calibration,
+            self._store(scratch),
+            self._store(scratch),
+            mixture,
+            self._store(scratch) if mixture.worst else None,
+        )
         self._record()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
@@ -223,6 +237,8 @@ class _Run:
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.replay.hidden.put(("hidden", chunk), hidden)
+            if self.replay.dense is not None:
+                self.replay.dense.put(("hidden", chunk), hidden)
             self.replay.calls.add(calls)
 
     def _warn_few_tokens(self) -> None:

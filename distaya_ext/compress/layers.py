@@ -18,7 +18,8 @@ from ..formats import Grid
 from ..models import Stage
 from . import events, ferry
 from .calibrate import Calibration, check_activations
-from .capture import Calls, fill_layer, read_layer
+from .capture import Call, Calls, fill_layer, read_layer
+from .languages import Account, Mixture
 from .packing import Packing
 from .report import Report
 from .settings import Settings
@@ -28,11 +29,37 @@ from .walk import LayerWalk
 
 
 class Replay:
-    """The calibration tokens on their way: hidden states, what waits inside a layer, the calls."""
+    """The calibration tokens on their way: hidden states, what waits inside a layer, the calls.
 
-    def __init__(self, calibration: Calibration, hidden: Store, tape: Store):
+    dense holds the hidden states of the uncompressed model; None where nothing asks for them.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        hidden: Store,
+        tape: Store,
+        mixture: Mixture,
+        dense: Store | None = None,
+    ):
         self.calibration, self.hidden, self.tape = calibration, hidden, tape
+        self.mixture, self.dense = mixture, dense
         self.calls = Calls()
+
+    def advance(self, layer: nn.Module, calls: list[Call]) -> None:
+        """Take the dense hidden states through a layer that still has its own weights."""
+        with torch.no_grad():
+            for chunk, call in enumerate(calls):
+                key = ("hidden", chunk)
+                self.dense.put(key, call.run(layer, self.dense.get(key)))
+
+    def account(self) -> Account:
+        """What the layer that has just been finished told of the languages."""
+        if self.dense is not None:
+            for chunk in range(len(self.calls)):
+                key = ("hidden", chunk)
+                self.mixture.observe(chunk, self.hidden.get(key), self.dense.get(key))
+        return self.mixture.close_layer()
 
 
 class Layers:
@@ -90,26 +117,38 @@ class Layers:
         walk = None
         if replay is not None:
             calls = [replay.calls.of(index, chunk) for chunk in range(len(replay.calls))]
+            if replay.dense is not None:
+                replay.advance(layer, calls)
             walk = LayerWalk(layer, self.architecture, calls, replay.hidden, replay.tape, checks)
         changed: dict[str, dict[str, torch.Tensor]] = {}
         for stage in self.architecture.stages:
             names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
             if names:
-                given = (replay.calibration, walk) if walk is not None else None
+                given = (replay, walk) if walk is not None else None
                 self._stage(index, layer, given, stage, names, checks, way, changed)
             if walk is not None:
                 walk.release(stage)
         way.do(lambda: self._write(prefix, changed, writer))
+        told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()
+            told = vars(replay.account())
         end = way.mark()
-        rest = way.home(checks.take())
+        rest = way.home((checks.take(), told))
 
-        def judge() -> float:
-            ferry.judge(rest())
-            return way.seconds(begin, end)
+        def judge() -> tuple[float, dict[str, Any]]:
+            kept, told = rest()
+            ferry.judge(kept)
+            return way.seconds(begin, end), told
 
-        way.do(judge, lambda seconds: self.on_event(events.LayerDone(index, self.count, seconds)))
+        def tell(found: tuple[float, dict[str, Any]]) -> None:
+            seconds, told = found
+            if told:
+                languages = replay.mixture.languages
+                self.on_event(self.report.languages.add(index, languages, Account(**told)))
+            self.on_event(events.LayerDone(index, self.count, seconds))
+
+        way.do(judge, tell)
 
     def _write(
         self, prefix: str, changed: dict[str, dict[str, torch.Tensor]], writer: ShardWriter
@@ -126,7 +165,7 @@ class Layers:
         self,
         index: int,
         layer: nn.Module,
-        given: tuple[Calibration, LayerWalk] | None,
+        given: tuple[Replay, LayerWalk] | None,
         stage: Stage,
         names: list[str],
         checks: ferry.Checks,
@@ -179,7 +218,7 @@ class Layers:
 
     def _gather(
         self,
-        calibration: Calibration,
+        replay: Replay,
         walk: LayerWalk,
         stage: Stage,
         where: str,
@@ -190,8 +229,8 @@ class Layers:
         statistic = Statistic(self.settings.statistic, columns, device)
 
         def sink(chunk: int, x: torch.Tensor) -> None:
-            check_activations(x, chunk, where, calibration, checks)
-            statistic.add(x.reshape(-1, x.shape[-1]))
+            check_activations(x, chunk, where, replay.calibration, checks)
+            statistic.add(x.reshape(-1, x.shape[-1]), replay.mixture.gather(where, chunk, x))
 
         walk.gather(stage, sink)
         return statistic

@@ -14,7 +14,7 @@ from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor
 from ..ops.cholesky import judge as judge_factor
-from ..ops.hessian import Hessian, column_sq_
+from ..ops.hessian import Hessian, column_sq_, symmetrize_
 from .ferry import Checks
 from .settings import Settings
 
@@ -30,23 +30,33 @@ class Statistic:
         self.tokens = 0
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._weight: torch.Tensor | None = None  # sum of the token weights, fp64
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add tokens x [T, columns], bf16, fp16 or fp32."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32, with weights fp32 [T] or None: all 1."""
         self.tokens += x.shape[0]
         if self._hessian is not None:
-            self._hessian.add(x)
+            self._hessian.add(x, weights)
         else:
-            column_sq_(self._squares, x)
+            column_sq_(self._squares, x, weights)
+        if weights is not None:
+            more = weights.sum(dtype=torch.float64)
+            self._weight = more if self._weight is None else self._weight + more
 
     def matrix(self) -> torch.Tensor:
-        """Mean of x x^T, fp32 [columns, columns], symmetric. The running sum is given up."""
+        """Mean of x x^T over the weight, fp32 [columns, columns], symmetric; for one call only."""
         hessian, self._hessian = self._hessian, None
-        return hessian.finish()
+        if self._weight is None:
+            return hessian.finish()
+        H = hessian.H.div_(self._weight)  # as finish(), which would wait for the weights
+        symmetrize_(H)
+        return H
 
     def norms(self) -> torch.Tensor:
-        """Root mean square of each input column, fp32 [columns]."""
-        return (self._squares / max(1, self.tokens)).sqrt_()
+        """Root mean square over the weight of each input column, fp32 [columns]."""
+        if self._weight is None:
+            return (self._squares / max(1, self.tokens)).sqrt_()
+        return (self._squares / self._weight).float().sqrt_()
 
 
 @dataclass
