@@ -71,7 +71,7 @@ class StageDone:
 @dataclass(frozen=True)
 class LanguagesDone:
     """Shares of the languages in the statistics of layer `layer`, summing to 1, and the relative
-    squared error of its outputs in each (empty where the dense model did not run beside).
+    squared error of its outputs in each. Told where the dense model runs beside the compressed one.
     """
 
     layer: int

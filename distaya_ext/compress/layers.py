@@ -145,7 +145,9 @@ class Layers:
             seconds, told = found
             if told:
                 languages = replay.mixture.languages
-                self.on_event(self.report.languages.add(index, languages, Account(**told)))
+                event = self.report.languages.add(index, languages, Account(**told))
+                if event.errors:
+                    self.on_event(event)
             self.on_event(events.LayerDone(index, self.count, seconds))
 
         way.do(judge, tell)
