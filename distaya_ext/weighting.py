@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 WEIGHTINGS = ("equal", "proportional", "worst")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
@@ -48,3 +50,26 @@ def _check_weight(lang: str, number: float) -> None:
             f"weights give {lang} {number:g}; a weight must be 0 or from {LEAST_WEIGHT:g} to "
             f"{MOST_WEIGHT:g}"
         )
+
+
+def _weights(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in WEIGHTINGS:
+            raise ValueError(
+                f"weights {value!r} is none of {', '.join(WEIGHTINGS)} and no {{language: weight}}"
+            )
+    else:
+        check_by_language("weights", value)
+    return value
+
+
+def _quotas(value: Any) -> Any:
+    if value is not None:
+        check_by_language("quotas", value)
+    return value
+
+
+Weights = Annotated[
+    Literal["equal", "proportional", "worst"] | dict[str, float], BeforeValidator(_weights)
+]
+Quotas = Annotated[dict[str, int] | None, BeforeValidator(_quotas)]
