@@ -161,9 +161,10 @@ def raised(shares: Tensor, losses: Tensor) -> Tensor:
 
 def bounded(shares: Tensor, least: float, most: float) -> Tensor:
     """The shares c * s_l cut to [least, most] with the factor c that makes their sum 1."""
-    low, high = torch.zeros_like(shares.sum()), most / shares[shares > 0].min()
-    for _ in range(60):
-        middle = (low + high) / 2
+    low = least / shares.max().clamp_min(1e-300)
+    high = most / shares.min().clamp_min(1e-300)
+    for _ in range(100):
+        middle = (low * high).sqrt()
         below = (middle * shares).clamp(least, most).sum() < 1
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (high * shares).clamp(least, most)

@@ -239,7 +239,7 @@ def _score_and_round(
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:
         return (W.clone() if keep is None else W,)
-    W, *rest = obs_op.quantize(W, rounding(settings)['quant'])
+    W, *rest = obs_op.quantize(W, rounding(settings)["quant"])
     # A grid always contains 0, so this changes nothing but the sign of -0.0.
     return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 
