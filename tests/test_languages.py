@@ -7,7 +7,16 @@ import tiny
 import torch
 
 from distaya_ext.compress import Calibration, compress, events
-from distaya_ext.compress.languages import LEAST, MOST, Inputs, Mixture, bounded, raised
+from distaya_ext.compress.languages import (
+    LEAST,
+    MOST,
+    STRENGTH,
+    Inputs,
+    Mixture,
+    bounded,
+    compared,
+    raised,
+)
 from distaya_ext.compress.solve import Statistic
 from distaya_ext.errors import InputError
 
@@ -90,7 +99,7 @@ def test_weight_zero_leaves_a_language_out_whatever_it_holds():
 
 def test_weights_that_cannot_be():
     some = calibration("en sw")
-    with pytest.raises(InputError, match="weight for ja, xx, but .* in en, sw"):
+    with pytest.raises(InputError, match=r"weight for ja, xx, but .* in en, sw"):
         Mixture(some, {"xx": 1.0, "en": 1.0, "ja": 2.0})
     with pytest.raises(InputError, match="weight 0: en 1, sw 1 windows"):
         Mixture(some, {"en": 0.0, "sw": 0.0})
@@ -115,20 +124,34 @@ def test_norms_of_each_language_and_how_alike_they_are():
 
 
 def test_shares_follow_the_losses_within_bounds():
-    shares = torch.full((4,), 0.25, dtype=torch.float64)
-    found = raised(shares, torch.tensor([1.0, 1.0, 2.0, 1.0], dtype=torch.float64))
+    errors = torch.tensor([1.0, 1.0, 1.2, 1.0], dtype=torch.float64)
+    found = raised(compared(errors))
     assert found.sum().item() == pytest.approx(1.0, abs=1e-12)
     assert found[2] > 0.25 > found[0] and found[0] == found[1] == found[3]
-    for _ in range(50):
-        found = raised(found, torch.tensor([1.0, 1.0, 9.0, 1e-9], dtype=torch.float64))
+    assert (found[2] / found[0]).item() == pytest.approx(1.2**STRENGTH, rel=1e-9)
+    found = raised(compared(torch.tensor([1.0, 1.0, 9e9, 0.0], dtype=torch.float64)))
     assert found.sum().item() == pytest.approx(1.0, abs=1e-12)
     assert found.min() >= LEAST / 4 - 1e-12 and found.max() <= MOST / 4 + 1e-12
     assert found[2] == found.max() and found[3] == found.min()
 
 
 def test_no_loss_at_all_changes_no_share():
-    shares = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    torch.testing.assert_close(raised(shares, torch.zeros(2, dtype=torch.float64)), shares)
+    found = raised(compared(torch.zeros(2, dtype=torch.float64)))
+    torch.testing.assert_close(found, torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_shares_follow_the_mean_of_the_layers():
+    """Two layers that disagree cancel out; the order of layers does not matter."""
+    dense = activations(2)
+    mixture = Mixture(calibration("en sw"), "worst")
+    for worse in (0, 1):
+        change = torch.full((2, 1, 1), 0.1)
+        change[worse] = 0.12
+        mixture.observe(0, dense * (1 + change), dense)
+        mixture.close_layer()
+        if worse == 0:
+            assert mixture.shares[0] > 0.5
+    torch.testing.assert_close(mixture.shares, torch.full((2,), 0.5, dtype=torch.float64))
 
 
 def test_bounded_shares_keep_their_proportions_inside():
