@@ -106,7 +106,7 @@ class Mixture:
     def observe(self, chunk: int, compressed: Tensor, dense: Tensor) -> None:
         """Note a layer's output of a chunk, [windows, length, hidden], beside the dense model's."""
         lost = (compressed.float() - dense.float()).square_().flatten(1).sum(1)
-        whole = dense.float().square_().flatten(1).sum(1)
+        whole = dense.float().square().flatten(1).sum(1)  # in place it would change the stream
         self._sums += torch.stack([lost, whole]).double() @ self._rows(chunk)
         self._seen = True
 
