@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from speaking import SENTENCES, tokenizer
+from speaking import SENTENCES, save_model, save_texts, tokenizer
 
+from distaya_ext.compress import compress
 from distaya_ext.documents import open_texts, read_texts
 from distaya_ext.errors import InputError
+from distaya_ext.recipe import Recipe
 from distaya_ext.texts import planned, windows
 
 TEXTS = {lang: lines * 40 for lang, lines in SENTENCES.items()}
@@ -143,3 +145,37 @@ def test_documents_can_be_read_again(tmp_path):
     assert list(documents) == list(documents) == ["a", "b"]
     (tmp_path / "en.txt").write_text("\n \n")
     refused(lambda: list(documents), "en.txt is empty")
+
+
+# ---- whole runs ----
+
+
+def test_a_run_with_quotas_is_repeated_by_its_recipe(tmp_path):
+    model = save_model(tmp_path / "model")
+    texts = save_texts(tmp_path / "texts", repeat=40)
+    spec = {"quotas": {"en": 320, "ja": 160}, "tokens": 480, "window": 16, "weights": "worst"}
+    recipe = Recipe(model=str(model), nm="2:4", quality="plain", calibration=spec)
+    report = compress(model, tmp_path / "out", recipe, texts)
+    assert report.tokens_per_language == {"en": 320, "ja": 160}
+    assert "no calibration tokens are left for es" in report.notices
+    told = json.loads((tmp_path / "out" / "results.json").read_text())["calibration"]["languages"]
+    assert {lang: facts["windows"] for lang, facts in told.items()} == {"en": 20, "ja": 10}
+    assert 0 < told["en"]["fertility"] < told["ja"]["fertility"]
+    assert told["en"]["bytes_per_token"] >= 1
+    assert told["en"]["share"][0] == told["ja"]["share"][0] == 0.5  # equal to begin with
+    compress(model, tmp_path / "again", Recipe.from_yaml(tmp_path / "out" / "recipe.yaml"))
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert files[0] == files[1]
+
+
+def test_a_recipe_for_other_languages_is_refused(tmp_path):
+    model = save_model(tmp_path / "model")
+    texts = save_texts(tmp_path / "texts", repeat=40)
+    for spec, words in (
+        ({"quotas": {"fr": 320}}, "quota for fr, but the texts are in en, es, ja"),
+        ({"weights": {"fr": 2.0}}, "weight for fr, but the calibration windows are in en, es, ja"),
+    ):
+        spec |= {"tokens": 480, "window": 16}
+        recipe = Recipe(model=str(model), nm="2:4", quality="plain", calibration=spec)
+        refused(lambda recipe=recipe: compress(model, tmp_path / "out", recipe, texts), words)
+    assert not (tmp_path / "out").exists()
