@@ -235,6 +235,9 @@ class _Run:
             embed = ends.model.get_submodule(self.architecture.embed)
             rounded = self.packing.embedding(self.architecture.embed, self.device)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
+        if any(settings.quality == "high" for settings in self.plan.values()):
+            few = self.calibration.ids[: self.replay.batch]
+            self.replay.short = ends.inputs(few.to(self.device))[1]
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.replay.hidden.put(("hidden", chunk), hidden)

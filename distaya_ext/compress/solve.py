@@ -123,8 +123,9 @@ class Figures:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
-    not neighbouring columns.
+    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as
+    codes, scales and zeros, None when nothing was rounded or when groups are not neighbouring
+    columns.
     """
 
     W: torch.Tensor
