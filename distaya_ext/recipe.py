@@ -30,6 +30,7 @@ from .recipe_parts import (
     parse_sparsity,
     regular,
 )
+from .weighting import Quotas, Weights
 
 __all__ = [
     "GROUPS",
@@ -60,12 +61,20 @@ class CalibrationSpec(Strict):
     """What the calibration statistics are gathered from.
 
     tokens is the total over all languages, window the tokens per sample (both counted with BOS).
+    quotas gives languages tokens of their own (0: leaves one out); the others share what is left.
+
+    weights says how much each language counts in H = sum_l w_l H_l: "proportional" every token as
+    much as any other; "equal" every language as much as any other, however many tokens it has;
+    {lang: weight} a token of that language as much as `weight` tokens of a language not named;
+    "worst" begins like equal and raises, layer after layer, the languages that lose most.
     """
 
     path: str | None = None
     tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
     window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    weights: Weights = "proportional"
+    quotas: Quotas = None
 
     @model_validator(mode="after")
     def _one_window(self) -> CalibrationSpec:

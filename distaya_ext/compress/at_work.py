@@ -20,6 +20,7 @@ from . import events, ferry, glu
 from .aim import Aim
 from .calibrate import Calibration, check_activations
 from .capture import Call, Calls
+from .languages import Account, Mixture
 from .packing import Packing
 from .plan import Plan, groups
 from .reconstruct import BATCH_TOKENS, Course, reconstruct
@@ -42,9 +43,11 @@ class Replay:
         calibration: Calibration,
         hidden: Store,
         tape: Store,
+        mixture: Mixture,
         dense: tuple[Store, Store] | None = None,
     ):
         self.calibration, self.hidden, self.tape, self.dense = calibration, hidden, tape, dense
+        self.mixture = mixture
         self.calls = Calls()
         self.short: list[Call] = []  # of every layer for a training batch, see course()
 
@@ -57,7 +60,17 @@ class Replay:
     def course(self, layer: int) -> Course:
         """What a layer is trained on, once its dense twin has run."""
         sizes = [len(ids) for ids in self.calibration.chunks()]
-        return Course(self.short[layer], self.batch, self.hidden, self.dense[0], sizes)
+        return Course(
+            self.short[layer], self.batch, self.hidden, self.dense[0], sizes, self.mixture
+        )
+
+    def account(self) -> Account:
+        """What the layer that has just been finished tells of the languages."""
+        if self.dense is not None:
+            for chunk in range(len(self.calls)):
+                key = ("hidden", chunk)
+                self.mixture.observe(chunk, self.hidden.get(key), self.dense[0].get(key))
+        return self.mixture.close_layer()
 
 
 @dataclass
@@ -183,7 +196,8 @@ class AtWork:
         def add(chunk: int, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
             check_activations(x, chunk, where, replay.calibration, self.checks)
             flat = None if wanted is None else wanted.flatten(0, -2)
-            statistic.add(x.reshape(-1, x.shape[-1]), flat)
+            weights = replay.mixture.gather(where, chunk, x)
+            statistic.add(x.reshape(-1, x.shape[-1]), flat, weights)
             if self.mlp is not None:
                 self.mlp.see(stage, x)
 

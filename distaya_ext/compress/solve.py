@@ -14,7 +14,7 @@ from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
-from ..ops.hessian import Hessian, column_sq_
+from ..ops.hessian import Hessian, column_sq_, symmetrize_
 from .aim import Aim
 from .ferry import Checks
 from .refine import pattern, refined, rounding
@@ -47,16 +47,28 @@ class Statistic:
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
         self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._weight: torch.Tensor | None = None  # sum of the token weights, fp64
 
-    def add(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them."""
+    def add(
+        self,
+        x: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them.
+
+        weights: fp32 [T], None: all 1.
+        """
         self.tokens += x.shape[0]
         if self.aim is not None:
-            self.aim.add(wanted, x)
+            self.aim.add(wanted, x, weights)
         if self._hessian is not None:
-            self._hessian.add(x)
+            self._hessian.add(x, weights)
         else:
-            column_sq_(self._squares, x)
+            column_sq_(self._squares, x, weights)
+        if weights is not None:
+            more = weights.sum(dtype=torch.float64)
+            self._weight = more if self._weight is None else self._weight + more
 
     def matrix(self) -> torch.Tensor:
         """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
@@ -64,11 +76,18 @@ class Statistic:
         The running sum is given up, and with the last reader the matrix, too.
         """
         if self._hessian is not None:
-            self._matrix, self._hessian = self._hessian.finish(), None
+            self._matrix, self._hessian = self._finish(self._hessian), None
         self.readers -= 1
         if self.readers > 0:
             return self._matrix.clone()
         H, self._matrix = self._matrix, None
+        return H
+
+    def _finish(self, hessian: Hessian) -> torch.Tensor:
+        if self._weight is None:
+            return hessian.finish()
+        H = hessian.H.div_(self._weight)  # as finish(), which would wait for the weights
+        symmetrize_(H)
         return H
 
     def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
@@ -78,10 +97,16 @@ class Statistic:
         return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
-        """Root mean square of each input column, fp32 [columns]; before matrix() is called."""
+        """Weighted root mean square of each input column, fp32 [columns]; of a Hessian before
+        matrix() is called.
+        """
         if self._hessian is not None:
-            return self._hessian.column_norms()
-        return (self._squares / max(1, self.tokens)).sqrt_()
+            if self._weight is None:
+                return self._hessian.column_norms()
+            return (self._hessian.H.diagonal() / self._weight).float().sqrt_()
+        if self._weight is None:
+            return (self._squares / max(1, self.tokens)).sqrt_()
+        return (self._squares / self._weight).float().sqrt_()
 
 
 @dataclass
