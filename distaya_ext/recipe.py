@@ -98,10 +98,10 @@ class Recipe(Strict):
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
     transformers load no others as they are, and else asymmetric ones, which fit closer.
 
-    quality says how far sparsegpt and gptq go (None: default): plain is the published sweep; default
-    also aims at what the dense model gives, so that later layers make up for the errors of earlier
-    ones, and refits the kept weights; high chooses masks by ADMM and then trains the layer's
-    weights or scales on its outputs.
+    quality says how far sparsegpt and gptq go (None: default): plain is the published sweep;
+    default also aims at what the dense model gives, so that later layers make up for the errors of
+    earlier ones, and refits the kept weights; high chooses masks by ADMM and then trains the kept
+    weights, or the scales, on each layer's output.
 
     permute lets the neurons of gated MLPs change places (rows of gate and up with columns of down,
     so the model stays the same function) before sparsegpt prunes them to an N:M pattern: then less
@@ -207,7 +207,8 @@ class Recipe(Strict):
         updates = self.dass is not None and self.dass.update
         if self.quality not in (None, "plain") and self.method not in SWEEPING and not updates:
             raise ValueError(
-                f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no sweep"
+                f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no "
+                "sweep"
             )
         self._rules()
         self._ordered()
