@@ -8,44 +8,53 @@ Every rule that joins two fields is checked here, so that a run which starts can
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .errors import UsageError
+from .recipe_file import MAX_YAML_BYTES, read_fields
+from .recipe_parts import (
+    GROUPS,
+    Rule,
+    Strict,
+    is_16,
+    known_group,
+    one_pattern,
+    parse_nm,
+    parse_size,
+    parse_sparsity,
+    regular,
+)
 
-# A recipe is a page of text. The cap keeps a wrong file, or one made to exhaust memory, out of the
-# parser.
-MAX_YAML_BYTES = 1 << 16
-_MAX_ALIASES = 16
-_MAX_DEPTH = 16
+__all__ = [
+    "GROUPS",
+    "MAX_YAML_BYTES",
+    "METHODS",
+    "PACKED_BITS",
+    "PRUNING",
+    "STANDARD_BITS",
+    "SWEEPING",
+    "CalibrationSpec",
+    "Recipe",
+    "Rule",
+    "parse_nm",
+    "parse_size",
+    "parse_sparsity",
+    "read_fields",
+]
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
 PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
 SWEEPING = ("sparsegpt", "gptq")
-GROUPS = (0, 32, 64, 128)
 PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
 STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    def __init__(self, /, **fields: Any):
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise UsageError(_sentence(type(self), error)) from None
-
-
-class CalibrationSpec(_Strict):
+class CalibrationSpec(Strict):
     """What the calibration statistics are gathered from.
 
     tokens is the total over all languages, window the tokens per sample (both counted with BOS).
@@ -63,20 +72,25 @@ class CalibrationSpec(_Strict):
         return self
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run. UsageError (exit code 2) with one sentence for anything that cannot be done.
 
     sparsity is the share of pruned weights in [0, 1); nm = "N:M" keeps N of every M consecutive
     inputs. bits 2..8 with one scale per `group` inputs (0 = the whole row). embed_bits 8 rounds
     embedding and output head to int8, one scale per row. skip holds regular expressions that are
-    searched in module names.
+    searched in module names. bits 16 are the model's own floats, the same as None.
+
+    modules are rules for some Linears; the first that matches one decides, and skip wins over all
+    of them. drop_layers are indices of decoder layers of the source model that the written one has
+    not; what stays is numbered anew there, while skip and modules mean the numbers of the source.
 
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
     transformers load no others as they are, and else asymmetric ones, which fit closer.
 
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
-    bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it.
+    bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
+    rules for modules "auto" takes distaya as soon as one of the matrices is smaller as a bitmask.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -93,20 +107,16 @@ class Recipe(_Strict):
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
-    skip: list[str] = []
+    skip: list[str] = Field(default=[])
+    modules: list[Rule] = Field(default=[])
+    drop_layers: list[Annotated[int, Field(ge=0)]] = Field(default=[])
 
     @model_validator(mode="before")
     @classmethod
     def _patterns(cls, fields: Any) -> Any:
-        """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
-        if not isinstance(fields, dict):
-            return fields
-        fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
-        share = fields.get("sparsity")
-        if isinstance(share, str) and ":" in share:
-            if fields.get("nm") is not None:
-                raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
-            fields |= {"sparsity": None, "nm": share}
+        fields = one_pattern(fields)
+        if isinstance(fields, dict) and is_16(fields.get("bits")):
+            fields = fields | {"bits": None}
         return fields
 
     @field_validator("nm")
@@ -119,11 +129,7 @@ class Recipe(_Strict):
     @field_validator("group")
     @classmethod
     def _group(cls, value: int) -> int:
-        if value not in GROUPS:
-            raise ValueError(
-                f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
-            )
-        return value
+        return known_group(value)
 
     @field_validator("max_ram")
     @classmethod
@@ -135,14 +141,15 @@ class Recipe(_Strict):
     @field_validator("skip")
     @classmethod
     def _skip(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"skip pattern {pattern!r} is not a regular expression ({error})"
-                ) from None
-        return value
+        return [regular(pattern, "skip pattern") for pattern in value]
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _drop(cls, value: list[int]) -> list[int]:
+        for index in value:
+            if value.count(index) > 1:
+                raise ValueError(f"drop_layers names layer {index} twice")
+        return sorted(value)
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
@@ -169,8 +176,23 @@ class Recipe(_Strict):
             raise ValueError(
                 f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
             )
+        self._rules()
         self._storable()
         return self
+
+    def _rules(self) -> None:
+        """ValueError for rules that the method or the order has no sweep for."""
+        if self.modules and self.method not in SWEEPING:
+            raise ValueError(
+                f"modules (rules for some Linears) are for {' and '.join(SWEEPING)}, which sweep; "
+                f"method {self.method} does not"
+            )
+        for index, rule in enumerate(self.modules, 1):
+            if self.order == "activation" and rule.nm is not None:
+                raise ValueError(
+                    f"rule {index} of modules: order activation is not for an N:M pattern such as "
+                    f"{rule.nm}"
+                )
 
     def _storable(self) -> None:
         """ValueError when the format cannot hold what the recipe makes."""
@@ -180,13 +202,17 @@ class Recipe(_Strict):
             )
         packs = self.format in ("pack-quantized", "distaya") or self.embed_bits is not None
         allowed = STANDARD_BITS if self.format == "pack-quantized" else PACKED_BITS
-        if packs and self.bits is not None and self.bits not in allowed:
-            form = "distaya" if self.format == "auto" else self.format
-            raise ValueError(
-                f"{self.bits} bits cannot be packed: format {form} holds "
-                f"{', '.join(map(str, allowed))} bits; format dense holds any"
-            )
-        if self.format in ("pack-quantized", "distaya") and not (self.bits or self.embed_bits):
+        given = {"": self.bits}
+        given |= {f"rule {i} of modules: ": rule.bits for i, rule in enumerate(self.modules, 1)}
+        for where, bits in given.items():
+            if packs and bits is not None and bits not in allowed:
+                form = "distaya" if self.format == "auto" else self.format
+                raise ValueError(
+                    f"{where}{bits} bits cannot be packed: format {form} holds "
+                    f"{', '.join(map(str, allowed))} bits; format dense holds any"
+                )
+        rounds = any(given.values()) or self.embed_bits
+        if self.format in ("pack-quantized", "distaya") and not rounds:
             raise ValueError(f"format {self.format} is for quantised weights: say to how many bits")
 
     @property
@@ -217,132 +243,3 @@ class Recipe(_Strict):
             return cls(**fields)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-
-
-def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping in a recipe file, not yet checked against the fields (flags may be added)."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_YAML_BYTES + 1)
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {path} is not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_YAML_BYTES:
-        raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
-    try:
-        _check_shape(text, path)
-        fields = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
-        raise UsageError(f"recipe {path} holds a value that is none: {error}") from None
-    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise UsageError(
-            f"recipe {path} must be a mapping of names to values, not {type(fields).__name__}"
-        )
-    return fields
-
-
-class _Loader(yaml.SafeLoader):
-    """safe_load that refuses a key given twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _check_shape(text: str, path: str | os.PathLike) -> None:
-    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth)."""
-    depth = aliases = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        aliases += isinstance(event, yaml.AliasEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
-        if depth > _MAX_DEPTH:
-            raise UsageError(
-                f"recipe {path} is nested deeper than {_MAX_DEPTH} levels, which no recipe is"
-            )
-        if aliases > _MAX_ALIASES:
-            raise UsageError(
-                f"recipe {path} has more than {_MAX_ALIASES} YAML aliases, which no recipe needs"
-            )
-
-
-def parse_nm(text: str) -> tuple[int, int]:
-    """(N, M) of "N:M", N kept of every M. UsageError unless 0 < N < M <= 32."""
-    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
-    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < n < m <= 32:
-        raise UsageError(f"pattern {text!r} is not N:M with 0 < N < M <= 32, such as 2:4")
-    return n, m
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" and the like. UsageError without a unit or with nothing left."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")
-    unit = found[2].upper()
-    size = int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
-    if size < 1:
-        raise UsageError(f"memory size {text!r} leaves no memory at all")
-    return size
-
-
-def parse_sparsity(text: str) -> dict[str, Any]:
-    """What --sparsity takes: "2:4" gives {"nm": "2:4"}, "0.5" or "50%" gives {"sparsity": 0.5}."""
-    if ":" in text:
-        parse_nm(text)
-        return {"nm": text}
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise UsageError(
-            f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4"
-        ) from None
-    if not 0.0 <= share < 1.0:
-        raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
-    return {"sparsity": share}
-
-
-def _from_base_60(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
-    return f"{value // 60}:{value % 60}" if whole else value
-
-
-def _place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not understood"
-    return (
-        f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
-    )
-
-
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    """One sentence for the first thing wrong, with the closest known key where a key is unknown."""
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"]) or "recipe"
-    if first["type"] == "extra_forbidden":
-        if model is Recipe and name in CalibrationSpec.model_fields:
-            return f"unknown key {name!r}; it stands under calibration"
-        near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"known are {', '.join(model.model_fields)}"
-        )
-        return f"unknown key {name!r}; {hint}"
-    if first["type"] == "missing":
-        return f"the recipe lacks {name!r}"
-    if first["type"] == "value_error":  # our own sentences
-        inner = str(first["ctx"]["error"])
-        return f"calibration: {inner}" if name == "calibration" else inner
-    reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"
