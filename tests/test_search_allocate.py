@@ -52,7 +52,7 @@ def test_equals_brute_force_at_every_budget(seed, ties, drops):
     all_of_them = list(every(parts))
     sizes = sorted({size for size, _, _ in all_of_them})
     assert least_bytes(parts) == sizes[0]
-    for budget in sizes[:: max(1, len(sizes) // 12)] + [sizes[-1] + 5]:
+    for budget in [*sizes[:: max(1, len(sizes) // 12)], sizes[-1] + 5]:
         found = allocate(parts, budget)
         best = min(cost for size, cost, _ in all_of_them if size <= budget)
         assert found.exact

@@ -128,9 +128,7 @@ class _Bounds:
             states.take(np.flatnonzero(last))
 
 
-def _through(
-    states: _States, part: Part, later: tuple[float, int], bounds: _Bounds
-) -> _States:
+def _through(states: _States, part: Part, later: tuple[float, int], bounds: _Bounds) -> _States:
     """All ways through one part."""
     here = [_unit_tail(unit, bounds.lam) for unit in part.units]
     cost_ahead = sum(cost for cost, _ in here) + later[0]

@@ -78,7 +78,11 @@ class Space:
             [(self.sizes[i], found.kl[self.units[i]]) for i in self.of_layer(layer)]
             for layer in self.layers
         ]
-        dropped = [(0, found.dropped[i]) if self.drop else None for i in self.layers]
+        # The first layer stays: it reads the embedding, and a model needs one.
+        may = [self.drop and i != self.layers[0] for i in self.layers]
+        dropped = [
+            (0, found.dropped[i]) if can else None for i, can in zip(self.layers, may, strict=True)
+        ]
         return units, [self.rest[i] for i in self.layers], dropped
 
     def predicted(self, found: Sensitivities, candidate: Candidate) -> np.ndarray:

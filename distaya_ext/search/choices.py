@@ -157,7 +157,9 @@ class Costs:
             if self.common.get("embed_bits") and module in (architecture.embed, architecture.head):
                 total += EMBEDDING.nbytes(*entry.shape, self.checkpoint.dtype)
                 needs = EMBEDDING.tensors(*entry.shape, self.checkpoint.dtype)
-                total += sum(self._header(f"{module}.{s}", shape) for s, (_, shape) in needs.items())
+                total += sum(
+                    self._header(f"{module}.{s}", shape) for s, (_, shape) in needs.items()
+                )
             else:
                 total += entry.nbytes + self._header(name, entry.shape)
         return total

@@ -61,7 +61,7 @@ def best_allocation(
     for done in range(_ROUNDS):
         share = met / done if done else np.full(languages, 1.0 / languages)
         v = (1 - alpha) / languages + alpha * share
-        found = allocate(_parts(units, base, dropped, v), budget)
+        found = allocate(parts_of(units, base, dropped, v), budget)
         kl = total_kl(units, dropped, found.picks)
         if best is None or weighted(kl, alpha) < best[0]:
             best = (weighted(kl, alpha), kl, found)
@@ -86,7 +86,7 @@ def total_kl(
     return total
 
 
-def _parts(
+def parts_of(
     units: list[list[UnitTable]], base: list[int], dropped: list[Dropped], v: np.ndarray
 ) -> list[Part]:
     return [

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..compress.capture import Calls
 from ..compress.calibrate import CHUNK_TOKENS
+from ..compress.capture import Calls
 from ..compress.solve import Statistic, quantiser
 from ..compress.store import Store
 from ..errors import InputError
@@ -109,7 +109,12 @@ class Walk:
         on_progress: OnProgress,
     ):
         self.whole, self.costs, self.windows, self.variants = whole, costs, windows, variants
-        self.streams, self.drop, self.seconds, self.on_progress = streams, drop, seconds, on_progress
+        self.streams, self.drop, self.seconds, self.on_progress = (
+            streams,
+            drop,
+            seconds,
+            on_progress,
+        )
         self.units = {
             layer: [unit for unit in units if unit.layer == layer]
             for layer in range(len(whole.layers))
@@ -245,7 +250,6 @@ class Walk:
         variants = self._variants(layer)
         rest = len(self.whole.layers) - layer
         self.seconds.forwards += (variants * rest + 1) * windows.tokens
-
 
     def _step(self, chunk: int, what: str) -> None:
         if chunk == self.windows.chunks - 1:

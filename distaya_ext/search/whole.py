@@ -18,8 +18,8 @@ from ..models.skeleton import feed_whole
 
 _LOGIT_BYTES = 64 << 20  # float32 logits worked on at once
 _LOGIT_TOKENS = 1024  # at most: masks, which nobody reads there, are made for the square of them
-_CHUNK_BYTES = 256 << 20  # log-probabilities of the windows that are run at once
-_KEPT_BYTES = 1 << 30  # references of whole window sets kept in memory
+CHUNK_BYTES = 256 << 20  # log-probabilities of the windows that are run at once
+KEPT_BYTES = 1 << 30  # references of whole window sets kept in memory
 _FLOAT32_BELOW = 2 << 30  # smaller checkpoints run in float32, which takes rounding out of the KL
 
 
@@ -99,7 +99,7 @@ class Windows:
         place = {lang: i for i, lang in enumerate(self.languages)}
         self.of_window = np.array([place[lang] for lang in languages])
         self.count, self.length = ids.shape
-        self.chunk = max(1, _CHUNK_BYTES // (4 * whole.vocabulary * self.length))
+        self.chunk = max(1, CHUNK_BYTES // (4 * whole.vocabulary * self.length))
         self.calls = Calls()
         self.store = Store(folder)  # ("first" | "last" | "here", chunk)
         self._references: dict[int, Reference] = {}
@@ -138,7 +138,7 @@ class Windows:
         if chunk in self._references:
             return self._references[chunk]
         found = Reference(self.whole, self.store.get(("last", chunk)))
-        if 8 * self.tokens * self.whole.vocabulary <= _KEPT_BYTES:
+        if 8 * self.tokens * self.whole.vocabulary <= KEPT_BYTES:
             self._references[chunk] = found
         return found
 
