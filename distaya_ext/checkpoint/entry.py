@@ -16,11 +16,15 @@ DTYPES = {code: dtype for dtype, code in {**FLOATS, **_INTEGERS}.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: its file, shape and stored dtype (from the header only)."""
+    """One tensor of the checkpoint: its file, shape and stored dtype (from the header only).
+
+    name is what the file calls it, None where that is what everyone calls it.
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | None  # None: a type that no model we read has
+    name: str | None = None
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import InputError
 from ..finite import all_finite
 from ..formats import Grid, Scheme, read_scheme
 from ..models import Architecture, describe
+from ..models.depth import cut_config, layers_left
 from ..models.skeleton import build_skeleton, check_table, is_tied
 from .compare import Stored, compare, stored_modules
 from .entry import DTYPES, FLOATS, Entry, some
@@ -53,12 +55,35 @@ class Checkpoint:
         self.scheme = scheme
         self.stored: dict[str, Stored] = stored or {}
         self.tied = tied  # the head is the embedding
+        self.source_layers = tuple(range(config.num_hidden_layers))  # their numbers in the folder
+        self.left_out = 0  # bytes of the folder's tensors that are not among the entries
         self._finite: set[str] = set()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    def without(self, layers: Collection[int]) -> Checkpoint:
+        """The checkpoint, which is not quantised, without these decoder layers: what stays is
+        numbered anew. UsageError for layers that are not there and when none stays.
+        """
+        if not layers:
+            return self
+        left = layers_left(self.config.num_hidden_layers, sorted(layers))
+        start, new = f"{self.architecture.layers}.", {str(old): i for i, old in enumerate(left)}
+        entries: dict[str, Entry] = {}
+        for name, entry in self.entries.items():
+            index, _, rest = name.removeprefix(start).partition(".")
+            if not name.startswith(start):
+                entries[name] = entry
+            elif index in new:
+                entries[f"{start}{new[index]}.{rest}"] = replace(entry, name=entry.name or name)
+        config = cut_config(self.config, left)
+        found = Checkpoint(self.folder, config, self.dtype, entries, tied=self.tied)
+        found.source_layers = tuple(self.source_layers[index] for index in left)
+        found.left_out = self.left_out + self.nbytes - found.nbytes
+        return found
 
     def dense_linears(self, packed: Collection[str]) -> list[str]:
         """Head and Linears that are not among `packed`: readers that go by class must skip them."""
@@ -87,8 +112,10 @@ class Checkpoint:
             # Opened anew each time: a mapping that stays open keeps every page it touched resident.
             with safe_open(path, framework="pt") as file:
                 for name in names:
-                    if self.entries[name].path == path:
-                        tensors[name] = self._checked(name, file.get_tensor(name)).to(device)
+                    entry = self.entries[name]
+                    if entry.path == path:
+                        held = entry.name or name
+                        tensors[name] = self._checked(held, file.get_tensor(held)).to(device)
         return {name: tensors[name] for name in names}
 
     def grid(self, module: str) -> Grid:

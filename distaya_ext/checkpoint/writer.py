@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,17 @@ def header_bytes(needs: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
     return total
 
 
-def write_config(source: Path, target: Path, quantization: dict[str, Any] | None) -> None:
-    """config.json of the source folder with this quantization_config (None: without any)."""
-    config = read_json(source, "config.json")
+def write_config(
+    source: Path,
+    target: Path,
+    quantization: dict[str, Any] | None,
+    cut: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """config.json of the source folder with this quantization_config (None: without any).
+
+    cut makes it that of another model, such as one of fewer layers.
+    """
+    config = cut(read_json(source, "config.json"))
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization

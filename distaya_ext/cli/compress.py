@@ -50,6 +50,9 @@ def compress(
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe; flags given beside it win.")
     ] = None,
+    drop_layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to leave out, from 0, such as 3,5.")
+    ] = None,
     max_ram: Annotated[
         str | None, typer.Option(help="Memory to stay within, such as 8GiB.")
     ] = None,
@@ -72,6 +75,7 @@ def compress(
         group=group,
         embed_bits=embed_bits,
         format=format,
+        drop_layers=parse_layers(drop_layers),
         max_ram=max_ram,
         calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
     )
@@ -97,6 +101,9 @@ def compress(
             device=device,
             offline=offline,
         )
+        if report.dropped_layers:
+            left = len(report.source_layers)
+            reporter.say(f"{len(report.dropped_layers)} layers left out, {left} written")
         reporter.say(
             f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, "
             f"{report.bits_per_weight:.2f} bits per weight ({report.format}), "
@@ -106,6 +113,16 @@ def compress(
         print_json({"out": str(out), **report.summary()})
     else:
         typer.echo(str(out))
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """The layers that "3,5" names; None stays None."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in parts):
+        raise UsageError(f"--drop-layers {text!r} is no list of layer numbers such as 3,5")
+    return [int(part) for part in parts]
 
 
 def build_recipe(file: Path | None, **flags: Any) -> Recipe:
@@ -135,7 +152,7 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
         raise UsageError("say which model: the first argument, or model: in the recipe")
     if "method" not in fields and "bits" in fields and not {"sparsity", "nm"} & fields.keys():
         fields["method"] = "gptq"
-    asked = {"method", "sparsity", "nm", "bits", "embed_bits"} & fields.keys()
-    if asked == {"embed_bits"}:
+    asked = {"method", "sparsity", "nm", "bits", "modules"} & fields.keys()
+    if not asked and {"embed_bits", "drop_layers"} & fields.keys():
         fields["method"] = "dense"
     return Recipe(**fields)

@@ -26,8 +26,9 @@ _WHOLE_PROOF = 2 * GIB  # without a limit, models up to this size are proved aga
 class Budget:
     """Bytes for each purpose under a limit (None = no limit). UsageError when it is too small."""
 
-    def __init__(self, checkpoint: Checkpoint, limit: int | None):
-        least = least_bytes(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, limit: int | None, *, shared: bool = False):
+        """shared: some stage is solved in several stacks, see plan.shares_statistics."""
+        least = least_bytes(checkpoint, shared=shared)
         if limit is not None and limit < least:
             raise UsageError(
                 f"this model needs at least {least / GIB:.2f} GiB to be compressed "
@@ -36,7 +37,8 @@ class Budget:
         self.shard_bytes = GIB if limit is None else min(GIB, _LEAST_SHARD + (limit - least) // 8)
         self.room = None if limit is None else limit - least - (self.shard_bytes - _LEAST_SHARD)
         # The proof against the whole model holds it once, and once more while it is loaded.
-        self.proves_whole = checkpoint.nbytes <= (_WHOLE_PROOF if limit is None else self.room // 2)
+        whole = checkpoint.nbytes + checkpoint.left_out
+        self.proves_whole = whole <= (_WHOLE_PROOF if limit is None else self.room // 2)
 
     def spills(self, activation_bytes: int) -> bool:
         """Whether activations of that size must go to disk.
@@ -62,26 +64,27 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def least_bytes(checkpoint: Checkpoint) -> int:
+def least_bytes(checkpoint: Checkpoint, *, shared: bool = False) -> int:
     """The smallest limit under which the model can be compressed.
 
     The embedding is read, proved with and copied before the first layer, so only the larger counts.
     """
     embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
-    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint))
+    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint, shared=shared))
 
 
-def working_bytes(checkpoint: Checkpoint) -> int:
-    """One layer and its largest stage at work: weights, stacked copies, two square matrices, one
-    chunk.
+def working_bytes(checkpoint: Checkpoint, *, shared: bool = False) -> int:
+    """One layer and its largest stage at work: weights, stacked copies, two square matrices (three
+    where stacks share a Hessian), one chunk.
     """
+    square = 12 if shared else 8
     prefix = f"{checkpoint.architecture.layers}.0."
     layer = {k[len(prefix) :]: e for k, e in checkpoint.entries.items() if k.startswith(prefix)}
     worst = 0
     for stage in checkpoint.architecture.stages:
         shapes = [layer[f"{name}.weight"].shape for name in stage.names]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        worst = max(worst, 8 * columns * columns + 8 * rows * columns)
+        worst = max(worst, square * columns * columns + 8 * rows * columns)
     return 2 * sum(entry.nbytes for entry in layer.values()) + worst + chunk_bytes(checkpoint)
 
 
@@ -122,7 +125,7 @@ def activation_bytes(checkpoint: Checkpoint, tokens: int) -> int:
 # ---- a GPU's memory ----
 
 
-def device_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+def device_bytes(checkpoint: Checkpoint, tokens: int, *, shared: bool = False) -> int:
     """What a run takes on a GPU with the activations of so many tokens waiting there (0: none).
 
     Three layers' weights: at work, coming, and not yet given back. Then the larger of a chunk's
@@ -135,22 +138,25 @@ def device_bytes(checkpoint: Checkpoint, tokens: int) -> int:
         shapes = [_linears(checkpoint)[name] for name in stage.names]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         squares = max(squares, 4 * columns * columns)
-        solving = max(solving, 8 * columns * columns + _SOLVING * rows * columns)
+        square = 12 if shared else 8
+        solving = max(solving, square * columns * columns + _SOLVING * rows * columns)
     embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
     work = 3 * layer + max(forward + squares, solving)
     return _CONTEXT + activation_bytes(checkpoint, tokens) + max(embed, work)
 
 
-def waits_on_host(checkpoint: Checkpoint, tokens: int, device: torch.device) -> bool:
+def waits_on_host(
+    checkpoint: Checkpoint, tokens: int, device: torch.device, *, shared: bool = False
+) -> bool:
     """Whether the activations of so many tokens must wait in the host's memory.
 
     ResourceError when the GPU is too small for the work without them.
     """
     free = torch.cuda.mem_get_info(device)[0]
-    least = device_bytes(checkpoint, 0)
+    least = device_bytes(checkpoint, 0, shared=shared)
     if free < least:
         raise ResourceError(
             f"compressing this model takes at least {least / GIB:.1f} GiB of GPU memory and "
             f"{free / GIB:.1f} GiB are free on {device}"
         )
-    return free < device_bytes(checkpoint, tokens)
+    return free < device_bytes(checkpoint, tokens, shared=shared)

@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
+from ..models.depth import cut_json
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
@@ -34,9 +35,10 @@ from .capture import Ends
 from .ferry import Ferry
 from .layers import Layers, Replay
 from .packing import Packing
+from .plan import make_plan, shares_statistics
 from .proof import prove
 from .report import Report
-from .settings import Settings, from_recipe, skipped
+from .settings import Settings, from_recipe
 from .store import Store
 
 _PROOF_WINDOWS = 2
@@ -106,34 +108,29 @@ class _Run:
         on_event: OnEvent,
         device: torch.device,
     ):
-        self.checkpoint, self.settings, self.recipe = checkpoint, settings, recipe
+        self.source, self.settings, self.recipe = checkpoint, settings, recipe
+        self.checkpoint = checkpoint.without(recipe.drop_layers)
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
-        self.layers = checkpoint.config.num_hidden_layers
-        self.budget = Budget(checkpoint, recipe.max_ram_bytes)
-        self.skip = skipped(recipe.skip, self._modules())
+        plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
+        self.shared = shares_statistics(plan, self.checkpoint)
+        self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, shared=self.shared)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
         self.away = False  # activations wait in the host's memory, not on the device
-        changed = [name for name in self._modules() if name not in self.skip]
-        self.packing = Packing(recipe, settings, checkpoint, changed)
-        self.settings = self.packing.settings
+        self.packing = Packing(recipe, plan, self.checkpoint)
+        self.plan = self.packing.plan
         self.report = Report(settings.method, self.architecture.model_type, out, settings.bits)
         self.report.format = self.packing.format
-
-    def _modules(self) -> list[str]:
-        names = self.architecture.linears()
-        return [f"{self._prefix(i)}.{name}" for i in range(self.layers) for name in names]
-
-    def _prefix(self, layer: int) -> str:
-        return f"{self.architecture.layers}.{layer}"
+        self.report.dropped_layers = list(recipe.drop_layers)
+        self.report.source_layers = self.checkpoint.source_layers
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device)
+            self.away = waits_on_host(self.checkpoint, tokens, self.device, shared=self.shared)
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
@@ -148,9 +145,7 @@ class _Run:
         writer = ShardWriter(staging.model, self.budget.shard_bytes)
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
-        layers = Layers(
-            self.checkpoint, self.settings, self.packing, self.skip, self.report, self.on_event
-        )
+        layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
             if self.architecture.embed in self.packing.ends:
                 self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
@@ -164,15 +159,24 @@ class _Run:
         shards = writer.finish()
         self.report.predicted_bytes = self.packing.predicted()
         self.report.file_bytes = sum(path.stat().st_size for path in shards)
+        place = {name: index for index, name in enumerate(self.plan)}
+        self.report.modules.sort(key=lambda module: place[module.module])
         copy_companions(self.checkpoint.folder, staging.model)
-        if quantization := self.packing.config():
-            write_config(self.checkpoint.folder, staging.model, quantization)
+        quantization = self.packing.config()
+        if quantization or self.recipe.drop_layers:
+            write_config(self.checkpoint.folder, staging.model, quantization, self._cut)
         _write_recipe(self.recipe, staging.model)
         self.report.seconds = time.perf_counter() - start
         self.report.write(staging.model)
         staging.publish()
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report
+
+    def _cut(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the source for the layers that are written."""
+        if not self.recipe.drop_layers:
+            return raw
+        return cut_json(raw, self.source.config, self.checkpoint.source_layers)
 
     def _prepare(self, scratch: Path) -> None:
         """Warn, prove the replay, and record what every layer is called with."""
@@ -228,7 +232,7 @@ class _Run:
     def _warn_few_tokens(self) -> None:
         if self.settings.statistic != "hessian":
             return
-        prefix = self._prefix(0)
+        prefix = f"{self.architecture.layers}.0"
         entries = self.checkpoint.entries
         columns = max(
             entries[f"{prefix}.{name}.weight"].shape[1] for name in self.architecture.linears()

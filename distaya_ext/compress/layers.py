@@ -20,8 +20,8 @@ from . import events, ferry
 from .calibrate import Calibration, check_activations
 from .capture import Calls, fill_layer, read_layer
 from .packing import Packing
+from .plan import Plan, groups
 from .report import Report
-from .settings import Settings
 from .solve import Figures, Statistic, solve
 from .store import Store
 from .walk import LayerWalk
@@ -38,20 +38,19 @@ class Replay:
 class Layers:
     """Compresses the layers of a run. replay None: the method looks at no tokens.
 
-    skip holds full names of Linears that stay as they are.
+    plan holds the settings of every Linear that does not stay as it is.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        settings: Settings,
+        plan: Plan,
         packing: Packing,
-        skip: set[str],
         report: Report,
         on_event: Callable[[events.Event], None],
     ):
-        self.checkpoint, self.settings, self.packing = checkpoint, settings, packing
-        self.skip, self.report, self.on_event = skip, report, on_event
+        self.checkpoint, self.plan, self.packing = checkpoint, plan, packing
+        self.report, self.on_event = report, on_event
         self.architecture = checkpoint.architecture
         self.count = checkpoint.config.num_hidden_layers
 
@@ -93,10 +92,10 @@ class Layers:
             walk = LayerWalk(layer, self.architecture, calls, replay.hidden, replay.tape, checks)
         changed: dict[str, dict[str, torch.Tensor]] = {}
         for stage in self.architecture.stages:
-            names = [name for name in stage.names if f"{prefix}.{name}" not in self.skip]
-            if names:
+            stacks = groups(self.plan, prefix, stage.names)
+            if stacks:
                 given = (replay.calibration, walk) if walk is not None else None
-                self._stage(index, layer, given, stage, names, checks, way, changed)
+                self._stage(index, layer, given, stage, stacks, checks, way, changed)
             if walk is not None:
                 walk.release(stage)
         way.do(lambda: self._write(prefix, changed, writer))
@@ -128,24 +127,50 @@ class Layers:
         layer: nn.Module,
         given: tuple[Calibration, LayerWalk] | None,
         stage: Stage,
-        names: list[str],
+        stacks: list[list[str]],
         checks: ferry.Checks,
         way: ferry.Ferry,
         changed: dict[str, dict[str, torch.Tensor]],
     ) -> None:
-        """Gather the statistic of a stage, solve its stack, put the new weights into the layer.
+        """Gather the statistic of a stage and solve its stacks, one after the other.
 
         changed gets what the file will hold, module -> suffix -> tensor, when it is at home.
         """
         begin = way.mark()
         prefix = f"{self.architecture.layers}.{index}"
-        where = f"{prefix}.{names[0]}"
-        weights = [layer.get_submodule(name).weight.data for name in names]
-        shapes = {name: tuple(W.shape) for name, W in zip(names, weights, strict=True)}
         statistic = None
         if given is not None:
-            statistic = self._gather(*given, stage, where, checks, way.device, weights[0].shape[1])
-        solution = solve(weights, self.settings, statistic, checks)
+            columns = layer.get_submodule(stage.names[0]).weight.shape[1]
+            settings = self.plan[f"{prefix}.{stacks[0][0]}"]
+            statistic = Statistic(settings.statistic, columns, way.device, readers=len(stacks))
+            self._gather(*given, stage, f"{prefix}.{stacks[0][0]}", checks, statistic)
+        for names in stacks:
+            account = partial(self.report.account, index, prefix, again=names is not stacks[0])
+            begin = self._stack(
+                prefix, layer, names, statistic, checks, way, changed, begin, account
+            )
+
+    def _stack(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        names: list[str],
+        statistic: Statistic | None,
+        checks: ferry.Checks,
+        way: ferry.Ferry,
+        changed: dict[str, dict[str, torch.Tensor]],
+        begin: Any,
+        account: Callable[..., events.StageDone],
+    ) -> Any:
+        """Solve Linears of the same settings as one stack and put the new weights into the layer.
+
+        begin is when the work on them began; returns when it ended. account notes what came out.
+        """
+        where = f"{prefix}.{names[0]}"
+        settings = self.plan[where]
+        weights = [layer.get_submodule(name).weight.data for name in names]
+        shapes = {name: tuple(W.shape) for name, W in zip(names, weights, strict=True)}
+        solution = solve(weights, settings, statistic, checks)
         del weights, statistic
         checks.finite(solution.W, partial(_not_finite, where))
         parts: dict[str, Any] = {}
@@ -172,10 +197,8 @@ class Layers:
             sizes = [sum(t.nbytes for t in changed[name].values()) for name in parts]
             return Figures(**figures), way.seconds(begin, end), sizes
 
-        def account(told: tuple[Figures, float, list[int]]) -> None:
-            self.on_event(self.report.account(index, prefix, shapes, *told))
-
-        way.do(settle, account)
+        way.do(settle, lambda told: self.on_event(account(shapes, settings, *told)))
+        return end
 
     def _gather(
         self,
@@ -184,17 +207,13 @@ class Layers:
         stage: Stage,
         where: str,
         checks: ferry.Checks,
-        device: torch.device,
-        columns: int,
-    ) -> Statistic:
-        statistic = Statistic(self.settings.statistic, columns, device)
-
+        statistic: Statistic,
+    ) -> None:
         def sink(chunk: int, x: torch.Tensor) -> None:
             check_activations(x, chunk, where, calibration, checks)
             statistic.add(x.reshape(-1, x.shape[-1]))
 
         walk.gather(stage, sink)
-        return statistic
 
     def _stored(self, name: str, shape: tuple[int, int], part: Any) -> dict[str, torch.Tensor]:
         """What the file holds of a module, from what came home of it."""

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint, header_bytes
+from ..checkpoint.entry import some
 from ..errors import UsageError
 from ..formats import Grid, ModuleScheme, compressed, late, own
 from ..ops import obs as obs_op
 from ..ops import pack as pack_op
 from ..recipe import PACKED_BITS, Recipe
-from .settings import Settings
+from .plan import Plan
 
 _EMBED_BLOCK = 1 << 24  # weights of the embedding rounded at once
 _DENSE = "pack-quantized"  # codes of all weights, whatever is pruned
@@ -23,24 +24,23 @@ EMBEDDING = ModuleScheme(8, 0, True, _DENSE, "int8")
 class Packing:
     """The format of a run ("dense", "pack-quantized" or "distaya") and the schemes it gives out.
 
-    settings: those of the run, with grids such as the format stores.
+    plan: that of the run, with grids such as the format stores.
     planned: what every quantised module will hold, as far as that is known before the run; schemes:
     what those written hold. notices: what the user should know.
     """
 
-    def __init__(
-        self, recipe: Recipe, settings: Settings, checkpoint: Checkpoint, names: list[str]
-    ):
-        """names: full names of the Linears that the run changes."""
-        self.settings, self.checkpoint = settings, checkpoint
+    def __init__(self, recipe: Recipe, plan: Plan, checkpoint: Checkpoint):
+        self.plan, self.checkpoint = plan, checkpoint
         self.notices: list[str] = []
         self.dtype = checkpoint.dtype  # of the scales
-        shapes = {name: checkpoint.entries[f"{name}.weight"].shape for name in names}
+        shapes = {name: checkpoint.entries[f"{name}.weight"].shape for name in plan}
+        self.format = "auto"
         self.format = self._choose(recipe, shapes)
-        self.settings = self._settled(recipe)
+        self._settle(recipe)
         self.planned: dict[str, ModuleScheme] = {}
-        if self.format != "dense" and settings.bits is not None:
-            self.planned = {name: self._plan(*shape) for name, shape in shapes.items()}
+        if self.format != "dense":
+            coded = [name for name, settings in self.plan.items() if settings.bits in PACKED_BITS]
+            self.planned = {name: self._scheme(name, *shapes[name]) for name in coded}
         self.ends = self._ends() if recipe.embed_bits else []
         self.planned |= dict.fromkeys(self.ends, EMBEDDING)
         self.schemes: dict[str, ModuleScheme] = {}
@@ -51,7 +51,7 @@ class Packing:
         scheme = self.planned[name]
         if scheme.encoding == "bitmask":
             self._counted[name] = int(grid.kept().count_nonzero())
-            scheme = self._smaller(grid.rows, grid.cols, self._counted[name])
+            scheme = self._smaller(name, grid.rows, grid.cols, self._counted[name])
         if self.format == "distaya" and scheme.kind is None:
             kind, nm = pack_op.best_kind(grid.codes, grid.zeros)
             scheme = dataclasses.replace(scheme, kind=kind, nm=nm)
@@ -65,7 +65,7 @@ class Packing:
         if scheme.encoding == "bitmask":
             # Of n:m never more is kept than planned, so the bitmask stays the smaller; a share of
             # the stack may leave one of its matrices more than another.
-            ways += [] if self.settings.nm else [dataclasses.replace(scheme, encoding=_DENSE)]
+            ways += [] if self.plan[name].nm else [dataclasses.replace(scheme, encoding=_DENSE)]
         found: dict[str, Any] = {way.encoding: late.start(way, grid) for way in ways}
         if self.format == "distaya" and scheme.kind is None:
             found["kind"] = pack_op.kind_facts(grid.codes, grid.zeros)
@@ -76,7 +76,7 @@ class Packing:
         scheme = self.planned[name]
         if scheme.encoding == "bitmask":
             self._counted[name] = late.kept(told["bitmask"])
-            scheme = self._smaller(rows, cols, self._counted[name])
+            scheme = self._smaller(name, rows, cols, self._counted[name])
         if "kind" in told:
             kind, nm = pack_op.kind_of(told["kind"], rows * cols)
             scheme = dataclasses.replace(scheme, kind=kind, nm=nm)
@@ -122,76 +122,108 @@ class Packing:
                 needs[name] = (entry.dtype, entry.shape)
                 total += entry.nbytes
                 continue
-            kept = self._counted.get(module, self._kept(*entry.shape))
+            kept = self._counted.get(module)
+            if kept is None and module in self.plan:
+                kept = self._kept(module, *entry.shape)
             total += scheme.nbytes(*entry.shape, self.dtype, kept)
             for suffix, (dtype, shape) in scheme.tensors(*entry.shape, self.dtype).items():
                 needs[f"{module}.{suffix}"] = (dtype, shape or (entry.shape[0] * entry.shape[1],))
         return total + header_bytes(needs)
 
     def _choose(self, recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> str:
-        bits, group = self.settings.bits, self.settings.group
-        if recipe.format == "dense" or (bits is None and recipe.embed_bits is None):
+        rounded = [name for name, settings in self.plan.items() if settings.bits is not None]
+        if recipe.format == "dense" or (not rounded and recipe.embed_bits is None):
             return "dense"
-        if recipe.embed_bits is None and bits not in PACKED_BITS:
-            known = ", ".join(map(str, PACKED_BITS))
-            self.notices.append(
-                f"{bits} bits have no packed form (those of {known} have), so the rounded weights "
-                "are written as dense ones"
-            )
+        coded = [name for name in rounded if self.plan[name].bits in PACKED_BITS]
+        self._tell_unpacked([name for name in rounded if name not in coded], whole=not coded)
+        if not coded and recipe.embed_bits is None:
             return "dense"
-        if recipe.format == "distaya" or recipe.embed_bits is not None or bits == 3:
+        if recipe.format == "distaya" or recipe.embed_bits is not None:
             return "distaya"
-        ragged = [(name, shape[1]) for name, shape in shapes.items() if _ragged(group, shape[1])]
+        if any(self.plan[name].bits == 3 for name in coded):
+            return "distaya"
+        if recipe.modules and recipe.format == "auto":  # patterns are mixed for the sake of size
+            smaller = [self._scheme(name, *shapes[name]).encoding for name in coded]
+            if "bitmask" in smaller:
+                return "distaya"
+        return self._standard(recipe, {name: shapes[name][1] for name in coded})
+
+    def _tell_unpacked(self, names: list[str], *, whole: bool) -> None:
+        """Note that these modules are rounded to bits that no kernel reads."""
+        if not names:
+            return
+        bits = " and ".join(map(str, sorted({self.plan[name].bits for name in names})))
+        known = ", ".join(map(str, PACKED_BITS))
+        what = "the rounded weights are" if whole else f"the rounded weights of {some(names)} are"
+        self.notices.append(
+            f"{bits} bits have no packed form (those of {known} have), so {what} "
+            "written as dense ones"
+        )
+
+    def _standard(self, recipe: Recipe, columns: dict[str, int]) -> str:
+        """pack-quantized where all groups are whole; columns: of the modules to pack."""
+        ragged = [name for name, cols in columns.items() if _ragged(self.plan[name].group, cols)]
         if not ragged:
             return "pack-quantized"
-        where = f"{ragged[0][0]} has {ragged[0][1]} inputs, which groups of {group} do not divide"
+        first = ragged[0]
+        where = (
+            f"{first} has {columns[first]} inputs, which groups of {self.plan[first].group} do not "
+            "divide"
+        )
         if recipe.format == "pack-quantized":
             raise UsageError(f"format pack-quantized cannot hold this model: {where}")
         self.notices.append(f"{where}: written as distaya instead of pack-quantized")
         return "distaya"
 
-    def _settled(self, recipe: Recipe) -> Settings:
-        """The settings with grids as the format stores them: rounded scales, columns in order."""
-        settings = self.settings
+    def _settle(self, recipe: Recipe) -> None:
+        """Give the plan grids as the format stores them: rounded scales, columns in order."""
         if self.format == "dense":
-            return settings
-        symmetric = settings.symmetric
+            return
+        symmetric = bool(recipe.symmetric)
         if self.format == "pack-quantized":
             symmetric = recipe.symmetric is None or recipe.symmetric
             if not symmetric:
                 self.notices.append(compressed.ASYMMETRIC)
-        return dataclasses.replace(
-            settings,
-            scale_dtype=self.dtype,
-            static=settings.order == "activation",
-            symmetric=symmetric,
+        self.plan = {
+            name: dataclasses.replace(
+                settings,
+                scale_dtype=self.dtype,
+                static=settings.order == "activation",
+                symmetric=symmetric,
+            )
+            if settings.bits in PACKED_BITS
+            else settings
+            for name, settings in self.plan.items()
+        }
+
+    def _scheme(self, name: str, rows: int, cols: int) -> ModuleScheme:
+        settings, dense = self.plan[name], self._dense_coded(name, cols)
+        standard = self.format == "pack-quantized"
+        if standard or dense.bits != 4 or not (settings.sparsity or settings.nm):
+            return dense
+        return self._smaller(name, rows, cols, self._kept(name, rows, cols))
+
+    def _dense_coded(self, name: str, cols: int) -> ModuleScheme:
+        bits, group = self.plan[name].bits, self.plan[name].group
+        kind = {3: "int3", 8: "int8"}.get(bits)
+        return ModuleScheme(
+            bits, group if group < cols else 0, self.plan[name].symmetric, kind=kind
         )
 
-    def _plan(self, rows: int, cols: int) -> ModuleScheme:
-        dense = self._dense_coded(cols)
-        prunes = self.settings.sparsity or self.settings.nm
-        if self.format != "distaya" or dense.bits != 4 or not prunes:
-            return dense
-        return self._smaller(rows, cols, self._kept(rows, cols))
-
-    def _dense_coded(self, cols: int) -> ModuleScheme:
-        bits, group = self.settings.bits, self.settings.group
-        kind = {3: "int3", 8: "int8"}.get(bits)
-        return ModuleScheme(bits, group if group < cols else 0, self.settings.symmetric, kind=kind)
-
-    def _smaller(self, rows: int, cols: int, kept: int) -> ModuleScheme:
+    def _smaller(self, name: str, rows: int, cols: int, kept: int) -> ModuleScheme:
         """Bitmask or dense codes, whichever takes fewer bytes."""
-        dense = self._dense_coded(cols)
+        dense = self._dense_coded(name, cols)
         mask = dataclasses.replace(dense, encoding="bitmask")
         sizes = [s.nbytes(rows, cols, self.dtype, kept) for s in (mask, dense)]
         return mask if sizes[0] < sizes[1] else dense
 
-    def _kept(self, rows: int, cols: int) -> int:
+    def _kept(self, name: str, rows: int, cols: int) -> int:
         """Weights that pruning leaves; rounding may turn some more of them into zeros."""
-        if self.settings.nm is not None:
-            n, m = self.settings.nm
+        settings = self.plan[name]
+        if settings.nm is not None:
+            n, m = settings.nm
             return rows * cols * n // m
-        return rows * cols - int(rows * cols * (self.settings.sparsity or 0.0))
+        return rows * cols - int(rows * cols * (settings.sparsity or 0.0))
 
     def _ends(self) -> list[str]:
         """The embedding, and the head where it is another matrix."""

@@ -9,6 +9,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.whole import load_whole
 from ..errors import InputError
+from ..models.depth import remove_layers
 from ..models.skeleton import build_skeleton, feed_whole
 from .capture import Ends, load_layer
 
@@ -89,7 +90,10 @@ def _own(
     checkpoint: Checkpoint, ids: torch.Tensor, device: torch.device, layers: int | None, keep: int
 ) -> torch.Tensor:
     if layers is None:
-        model = load_whole(checkpoint.folder, checkpoint.dtype).to(device)
+        model = load_whole(checkpoint.folder, checkpoint.dtype)
+        if checkpoint.left_out:
+            remove_layers(model, checkpoint.architecture, checkpoint.source_layers)
+        model = model.to(device)
     else:
         model = build_skeleton(checkpoint.config, checkpoint.dtype, layers)
         ends = Ends(model, checkpoint, device)

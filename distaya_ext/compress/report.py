@@ -14,6 +14,7 @@ import torch
 
 from .events import StageDone
 from .proof import Proof
+from .settings import Settings
 from .solve import Figures
 
 _COLUMNS = (
@@ -27,6 +28,9 @@ _COLUMNS = (
     "bits_per_weight",
     "floored",
     "dead",
+    "method",
+    "pattern",
+    "source_layer",
     "seconds",
 )
 
@@ -36,9 +40,10 @@ class ModuleReport:
     """One Linear. loss: half the squared output error per token; relative_loss: over the dense
     output.
 
-    floored and dead belong to the stage's shared Hessian; seconds is the stage's time, shared by
-    rows. bits is None when the weights were not quantised. bytes is what the module takes on disk,
-    scales and all.
+    floored and dead belong to the stage's shared Hessian; seconds is the time of the stack that the
+    module was solved in, shared by rows. bits is None when the weights were not quantised, pattern
+    ("2:4", "0.5") when they were not pruned. bytes is what the module takes on disk, scales and
+    all. module is the name that is written, source_layer the layer's number in the source model.
     """
 
     module: str
@@ -52,6 +57,9 @@ class ModuleReport:
     dead: int
     seconds: float
     bytes: int = 0
+    method: str = ""
+    pattern: str | None = None
+    source_layer: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -84,6 +92,8 @@ class Report:
     ends: dict[str, dict[str, Any]] = field(default_factory=dict)  # embedding and head
     predicted_bytes: int = 0  # of the weight files, from shapes and schemes
     file_bytes: int = 0
+    dropped_layers: list[int] = field(default_factory=list)  # of the source model
+    source_layers: tuple[int, ...] = ()  # numbers in the source model of the layers written
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
         """Note what the embedding or the head takes on disk."""
@@ -98,18 +108,22 @@ class Report:
         layer: int,
         prefix: str,
         shapes: dict[str, tuple[int, int]],
+        settings: Settings,
         figures: Figures,
         seconds: float,
         sizes: list[int],
+        *,
+        again: bool = False,
     ) -> StageDone:
-        """Add one solved stage, a line per Linear, and return the event that tells of it.
+        """Add one solved stack, a line per Linear, and return the event that tells of it.
 
         shapes: of the Linears by name, in the order their rows are stacked. figures: on the host.
-        sizes: bytes on disk.
+        sizes: bytes on disk. again: another stack of the same Hessian was accounted before.
         """
         floored, dead = int(figures.floored), int(figures.dead)
-        self.floored += floored
-        self.dead += dead
+        if not again:
+            self.floored += floored
+            self.dead += dead
         total, row = len(figures.zeros), 0
         for (name, (rows, columns)), size in zip(shapes.items(), sizes, strict=True):
             part = slice(row, row + rows)
@@ -123,11 +137,14 @@ class Report:
                     loss=loss,
                     relative_loss=relative,
                     zeros=int(figures.zeros[part].sum()),
-                    bits=self.bits,
+                    bits=settings.bits,
                     floored=floored,
                     dead=dead,
                     seconds=seconds * rows / total,
                     bytes=size,
+                    method=settings.method,
+                    pattern=settings.pattern,
+                    source_layer=self.source_layers[layer] if self.source_layers else layer,
                 )
             )
         loss, relative = _losses(figures, slice(None))
@@ -179,6 +196,7 @@ class Report:
             },
             "method": self.method,
             "model_type": self.model_type,
+            "dropped_layers": self.dropped_layers,
             "calibration": {
                 "tokens": self.tokens,
                 "window": self.window,
@@ -233,5 +251,8 @@ def _row(m: ModuleReport) -> list[Any]:
         f"{m.bits_per_weight:.6f}",
         m.floored,
         m.dead,
+        m.method,
+        m.pattern,
+        m.source_layer,
         f"{m.seconds:.4f}",
     ]

@@ -44,6 +44,13 @@ class Settings:
         """'hessian', 'norms' or None: what must be gathered from calibration tokens."""
         return _STATISTIC[self.method]
 
+    @property
+    def pattern(self) -> str | None:
+        """What is pruned as reports say it: "2:4", "0.5", or None."""
+        if self.nm is not None:
+            return f"{self.nm[0]}:{self.nm[1]}"
+        return None if self.sparsity is None else f"{self.sparsity:g}"
+
 
 def from_recipe(recipe: Recipe) -> Settings:
     """The part of a recipe (which has checked itself) that the maths needs."""

@@ -22,13 +22,18 @@ _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see
 
 
 class Statistic:
-    """What is gathered from the inputs of one stage: a Hessian or only the column norms."""
+    """What is gathered from the inputs of one stage: a Hessian or only the column norms.
 
-    def __init__(self, kind: str, columns: int, device: torch.device):
+    readers: how many stacks will be solved with it, each of which takes the matrix once.
+    """
+
+    def __init__(self, kind: str, columns: int, device: torch.device, *, readers: int = 1):
         self.kind = kind
+        self.readers = readers
         self.columns = columns
         self.tokens = 0
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
+        self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor) -> None:
@@ -40,9 +45,17 @@ class Statistic:
             column_sq_(self._squares, x)
 
     def matrix(self) -> torch.Tensor:
-        """Mean of x x^T, fp32 [columns, columns], symmetric. The running sum is given up."""
-        hessian, self._hessian = self._hessian, None
-        return hessian.finish()
+        """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
+
+        The running sum is given up, and with the last reader the matrix, too.
+        """
+        if self._hessian is not None:
+            self._matrix, self._hessian = self._hessian.finish(), None
+        self.readers -= 1
+        if self.readers > 0:
+            return self._matrix.clone()
+        H, self._matrix = self._matrix, None
+        return H
 
     def norms(self) -> torch.Tensor:
         """Root mean square of each input column, fp32 [columns]."""
