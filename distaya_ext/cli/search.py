@@ -49,9 +49,7 @@ def search(
     search_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens to measure on, half to decide and half to report.")
     ] = 16384,
-    polish: Annotated[
-        int, typer.Option(min=0, help="Swaps to measure after the allocation.")
-    ] = 0,
+    polish: Annotated[int, typer.Option(min=0, help="Swaps to measure after the allocation.")] = 0,
     group: Annotated[int, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 (row).")] = 128,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zeros.")
@@ -67,7 +65,9 @@ def search(
     out: Annotated[
         Path | None, typer.Option(help="File to write the recipe to; printed without it.")
     ] = None,
-    max_ram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(help="Memory to stay within, such as 8GiB.")
+    ] = None,
     device: options.Device = "cpu",
     offline: options.Offline = False,
     json: options.Json = False,

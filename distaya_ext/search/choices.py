@@ -9,7 +9,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..compress.packing import EMBEDDING, Packing
-from ..compress.settings import Settings, from_recipe
+from ..compress.plan import make_plan
+from ..compress.settings import Settings
 from ..errors import UsageError
 from ..formats import ModuleScheme
 from ..recipe import GROUPS, PACKED_BITS, Recipe, parse_nm
@@ -104,9 +105,12 @@ class Costs:
         for choice in choices:
             if not choice.dense:
                 recipe = self.uniform(choice)
-                packing = Packing(recipe, from_recipe(recipe), checkpoint, self.names)
-                self.settings[choice] = packing.settings
+                able = [name for name in self.names if self.fits(name, choice)]
+                plan = make_plan(recipe, checkpoint, checkpoint.config.num_hidden_layers)
+                packing = Packing(recipe, {name: plan[name] for name in able}, checkpoint)
                 self._schemes[choice] = packing.planned
+                if able:
+                    self.settings[choice] = packing.plan[able[0]]
 
     def uniform(self, choice: Choice) -> Recipe:
         """The recipe that does the same to every Linear."""

@@ -15,7 +15,6 @@ import torch
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..compress import events
 from ..compress.packing import Packing
-from ..compress.settings import from_recipe
 from ..compress.store import Store
 from ..device import find_device
 from ..errors import UsageError
@@ -125,8 +124,7 @@ class _Task:
         self.report = Windows(self.whole, *sets.report, spill)
         if self.options.embed_bits:
             recipe = Recipe(**self.common, method="dense")
-            packing = Packing(recipe, from_recipe(recipe), self.checkpoint, [])
-            self.whole.round_ends(packing)
+            self.whole.round_ends(Packing(recipe, {}, self.checkpoint))
             self.decide.begin()
             self.report.begin()
         store = Store(folder if memory.variants_on_disk else None)
@@ -215,6 +213,8 @@ class _Task:
         start = time.perf_counter()
         rows = [self._row("recipe", candidate, searched=True)]
         for choice in self.choices:
+            if not self.made and not choice.dense:  # nothing had to be compressed
+                continue
             uniform = self.space.uniform(choice)
             if uniform is None:
                 self._notice(f"{choice.name} does not fit every matrix, so no row has it alone")
