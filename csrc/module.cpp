@@ -10,6 +10,7 @@
 #include "mask/mask.h"
 #include "obs/obs.h"
 #include "pack/pack.h"
+#include "refit/refit.h"
 #include "sqgemm/fragments.h"
 #include "sqgemm/sqgemm.h"
 
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   // --- hessian -----------------------------------------------------------------------------------
   m.def("hessian", &hessian, "H"_a, "X"_a, "weights"_a, "Upper triangle of H += sum w x x^T",
         release_gil());
+  m.def("cross", &cross, "G"_a, "Y"_a, "X"_a, "weights"_a, "G += sum w y x^T", release_gil());
   m.def("column_sq", &column_sq, "s"_a, "X"_a, "weights"_a, "s += sum w x^2", release_gil());
   m.def("symmetrize", &symmetrize, "H"_a, "Copies the upper triangle of H onto the lower",
         release_gil());
@@ -70,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
         release_gil());
   m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
   m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
+  m.def("solve_", &solve_, "B"_a, "R"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
   m.def("mask_keep_work", &mask::keep_work, "scores"_a, "along"_a);
@@ -105,6 +108,15 @@ PYBIND11_MODULE(_C, m) {
         "loss"_a, "work"_a, "options"_a, release_gil());
   m.def("obs_work", &obs_work, "W"_a);
   m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
+
+  // --- refit -------------------------------------------------------------------------------------
+  m.def("refit", &refit, "target"_a, "mask"_a, "H"_a, "start"_a, "damp"_a, "iterations"_a, "out"_a,
+        "before"_a, "after"_a, "work"_a, "Least squares for the kept weights, by conjugate gradients",
+        release_gil());
+  m.def("refit_work", &refit_work, "out"_a);
+  m.def("admm", &admm, "G"_a, "X"_a, "mask"_a, "Y"_a, "inverse"_a, "rho"_a, "ratio"_a,
+        release_gil());
+  m.def("multiply", &multiply, "C"_a, "X"_a, "B"_a, "C += X B", release_gil());
 
   // --- pack --------------------------------------------------------------------------------------
   m.def(

@@ -87,6 +87,11 @@ class Recipe(Strict):
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
     transformers load no others as they are, and else asymmetric ones, which fit closer.
 
+    quality says how far sparsegpt and gptq go (None: default): plain is the published sweep; default
+    also aims at what the dense model gives, so that later layers make up for the errors of earlier
+    ones, and refits the kept weights; high chooses masks by ADMM and then trains the layer's
+    weights or scales on its outputs.
+
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
@@ -104,6 +109,7 @@ class Recipe(Strict):
     symmetric: bool | None = None
     scale: Literal["minmax", "mse"] = "minmax"
     order: Literal["natural", "activation"] = "natural"
+    quality: Literal["plain", "default", "high"] | None = None
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
@@ -176,6 +182,10 @@ class Recipe(Strict):
             raise ValueError(
                 f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
             )
+        if self.quality not in (None, "plain") and self.method not in SWEEPING:
+            raise ValueError(
+                f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no sweep"
+            )
         self._rules()
         self._storable()
         return self
@@ -214,6 +224,11 @@ class Recipe(Strict):
         rounds = any(given.values()) or self.embed_bits
         if self.format in ("pack-quantized", "distaya") and not rounds:
             raise ValueError(f"format {self.format} is for quantised weights: say to how many bits")
+
+    @property
+    def effort(self) -> str:
+        """The quality that is meant: plain, default or high."""
+        return self.quality or ("default" if self.method in SWEEPING else "plain")
 
     @property
     def nm_pair(self) -> tuple[int, int] | None:

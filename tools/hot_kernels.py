@@ -30,10 +30,10 @@ TF32 = r"HMMA\.1688\.F32\.TF32"
 # HMMA: mma.sync; .SP: its 2:4 form; HGMMA: wgmma, on Hopper alone; LDGSTS: cp.async; ACQBULK and
 # PREEXIT: early launches, on Hopper alone in what ships for it.
 HOT = (
-    # Hessians of 16-bit X: <X, rows that start on 16 bytes>
+    # Hessians of 16-bit X: <X, rows that start on 16 bytes, cross moment>
     Hot(r"syrk_kernel<bf16, ", (r"HMMA\.16816\.F32\.BF16", r"LDSM")),
     Hot(r"syrk_kernel<f16, ", (r"HMMA\.16816\.F32$", r"LDSM")),
-    Hot(r"syrk_kernel<\w+, true>", (r"LDGSTS",)),
+    Hot(r"syrk_kernel<\w+, true, ", (r"LDGSTS",)),
     # C += alpha A B in fp32 out of three tf32 products; obs and the inverse use it as it is
     Hot(r"gemm_kernel<", (TF32, r"LDGSTS")),
     Hot(r"cholesky_cuda/(step_kernel<|panel_kernel)", (TF32, r"LDGSTS")),

@@ -20,34 +20,55 @@ const float* checked(const std::optional<Tensor>& weights, const Tensor& X, int6
   return w;
 }
 
-// The typed pointer of X as void*; refuses other dtypes.
-const void* checked(const Tensor& X) {
-  X.need_contiguous("X");
+// The typed pointer of X (or Y) as void*; refuses other dtypes.
+const void* checked(const Tensor& X, const char* name = "X") {
+  X.need_contiguous(name);
   const void* data = nullptr;
-  dispatch<float, f16, bf16>(X.dtype, "X", [&]<class T>() { data = X.as<T>("X"); });
+  dispatch<float, f16, bf16>(X.dtype, name, [&]<class T>() { data = X.as<T>(name); });
   return data;
+}
+
+// The square sum over X's tokens, called `name`, and the operands' places.
+Hessian checked(const Tensor& H, const char* name, const Tensor* Y, const Tensor& X,
+                const std::optional<Tensor>& weights) {
+  const auto [T, C] = X.shape<2>("X");
+  const auto [rows, cols] = H.shape<2>(name);
+  check(rows == C && cols == C, name, " is ", rows, "x", cols, " but X has ", C, " columns, so ",
+        name, " must be ", C, "x", C);
+  H.need_contiguous(name);
+  same_device(H, name, X, "X");
+  if (Y) {
+    const auto [tokens, columns] = Y->shape<2>("Y");
+    check(tokens == T && columns == C, "Y is ", tokens, "x", columns, " but X is ", T, "x", C);
+    check(Y->dtype == X.dtype, "Y (", *Y, ") and X (", X, ") must have the same dtype");
+    same_device(*Y, "Y", X, "X");
+  }
+  return {.T = T,
+          .C = C,
+          .dtype = X.dtype,
+          .X = checked(X),
+          .Y = Y ? checked(*Y, "Y") : nullptr,
+          .weights = checked(weights, X, T),
+          .H = H.as<float>(name),
+          .device = X.device};
+}
+
+void add(const Hessian& p, const Tensor& X) {
+  if (p.T == 0 || p.C == 0) return;
+  if constexpr (has_cuda)
+    if (X.on_cuda) return hessian_cuda(p, stream_of(X));
+  hessian_cpu(p);
 }
 
 }  // namespace
 
 void hessian(const Tensor& H, const Tensor& X, const std::optional<Tensor>& weights) {
-  const auto [T, C] = X.shape<2>("X");
-  const auto [rows, cols] = H.shape<2>("H");
-  check(rows == C && cols == C, "H is ", rows, "x", cols, " but X has ", C,
-        " columns, so H must be ", C, "x", C);
-  H.need_contiguous("H");
-  same_device(H, "H", X, "X");
-  const Hessian p{.T = T,
-                  .C = C,
-                  .dtype = X.dtype,
-                  .X = checked(X),
-                  .weights = checked(weights, X, T),
-                  .H = H.as<float>("H"),
-                  .device = X.device};
-  if (T == 0 || C == 0) return;
-  if constexpr (has_cuda)
-    if (X.on_cuda) return hessian_cuda(p, stream_of(X));
-  hessian_cpu(p);
+  add(checked(H, "H", nullptr, X, weights), X);
+}
+
+void cross(const Tensor& G, const Tensor& Y, const Tensor& X,
+           const std::optional<Tensor>& weights) {
+  add(checked(G, "G", &Y, X, weights), X);
 }
 
 void column_sq(const Tensor& s, const Tensor& X, const std::optional<Tensor>& weights) {

@@ -16,7 +16,7 @@ using cpu::Tokens;
 // X is packed into words of 4 bytes: one fp32 value, or the bf16 values of two tokens for the
 // instruction that multiplies pairs. A run is stored as [column tiles of kNR][steps][kNR] words;
 // the kMR columns of the left operand are a slice of such a tile, so X is packed once for both
-// sides.
+// sides, and Y, where it is another matrix, alike.
 static_assert(kNR % kMR == 0);
 constexpr int64_t kBlock = 4 * kNR;           // H is walked in kBlock x kBlock squares, kept in L2
 constexpr int64_t kPanel = 8 * kNR;           // columns packed by one task
@@ -42,24 +42,22 @@ DISTAYA_INLINE vf words(const T* x, const T* y, int64_t n) {
   }
 }
 
-// Columns [j0, j1) of one run -> out [tiles][steps][kNR]; scaled, if given, gets weight * value.
+// Columns [j0, j1) of one run of X [T, C] -> out [tiles][steps][kNR], times the roots of weights.
 template <bool pairs, class T>
-void pack(const Hessian& p, const Tokens& tokens, const Run& run, int64_t j0, int64_t j1,
-          float* out, float* scaled) {
-  const T* X = static_cast<const T*>(p.X);
+void pack(const T* X, int64_t C, const Tokens& tokens, const Run& run, int64_t j0, int64_t j1,
+          float* out) {
   const int64_t steps = steps_of(run.count, pairs), *token = tokens.token + run.first;
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t t = pairs ? 2 * s : s;
-    const T* x = X + token[t] * p.C;
-    const T* y = pairs && t + 1 < run.count ? X + token[t + 1] * p.C : nullptr;
-    const vf w = splat(scaled ? tokens.weights[token[t]] : 1.0f);
+    const T* x = X + token[t] * C;
+    const T* y = pairs && t + 1 < run.count ? X + token[t + 1] * C : nullptr;
+    const vf root = splat(tokens.weights ? std::sqrt(tokens.weights[token[t]]) : 1.0f);
     for (int64_t j = j0; j < j1; j += kNR) {
       const int64_t at = (j / kNR * steps + s) * kNR;
       for (int v = 0; v < kNV; ++v) {
         const int64_t c = j + v * kLanes;
-        const vf word = c < p.C ? words<pairs>(x + c, y ? y + c : nullptr, p.C - c) : vf{};
-        store(out + at + v * kLanes, word);
-        if (scaled) store(scaled + at + v * kLanes, w * word);
+        const vf word = c < C ? words<pairs>(x + c, y ? y + c : nullptr, C - c) : vf{};
+        store(out + at + v * kLanes, !pairs && tokens.weights ? root * word : word);
       }
     }
   }
@@ -146,21 +144,22 @@ void square(const Hessian& p, const Tokens& tokens, int64_t r0, int64_t r1, int6
     const Run& run = tokens.run[r];
     const int64_t steps = steps_of(run.count, pairs);
     for (int64_t j = j0; j < j1; j += kNR)
-      for (int64_t i = i0; i < std::min(i1, j + kNR); i += kMR)
+      for (int64_t i = i0; i < (p.Y ? i1 : std::min(i1, j + kNR)); i += kMR)
         tile<pairs>(steps, A + i / kNR * kNR * steps + i % kNR, B + j * steps, run.weight,
-                    p.H + i * p.C + j, p.C, p.C - i, p.C - j, i - j);
+                    p.H + i * p.C + j, p.C, p.C - i, p.C - j, p.Y ? -kMR : i - j);
     A += steps * width, B += steps * width;
   }
 }
 
 template <bool pairs, class T>
-void syrk(const Hessian& p, const Tokens& tokens) {
-  const int64_t width = (p.C + kNR - 1) / kNR * kNR, sides = tokens.weights ? 2 : 1;
+void multiply(const Hessian& p, const Tokens& tokens) {
+  const T *X = static_cast<const T*>(p.X), *Y = p.Y ? static_cast<const T*>(p.Y) : X;
+  const int64_t width = (p.C + kNR - 1) / kNR * kNR, sides = Y == X ? 1 : 2;
   const int64_t run_words = steps_of(kRun, pairs) * width;
   const int64_t fit = kPackedBytes / (sides * run_words * static_cast<int64_t>(sizeof(float)));
   const int64_t chunk = std::min(tokens.runs, std::max<int64_t>(1, fit));
   const auto B = cpu::scratch<float>(sides * chunk * run_words);
-  float* A = tokens.weights ? B.get() + chunk * run_words : B.get();
+  float* A = B.get() + (sides - 1) * chunk * run_words;
   const int64_t panels = (width + kPanel - 1) / kPanel, blocks = (p.C + kBlock - 1) / kBlock;
   const auto start = cpu::scratch<int64_t>(chunk);  // first word of each run of the chunk
   for (int64_t r0 = 0; r0 < tokens.runs; r0 += chunk) {
@@ -169,15 +168,17 @@ void syrk(const Hessian& p, const Tokens& tokens) {
       start[r - r0] = at;
       at += steps_of(tokens.run[r].count, pairs) * width;
     }
-    cpu::parallel_for((r1 - r0) * panels, [&](int64_t k) {
-      const int64_t r = k / panels, j0 = k % panels * kPanel;
-      pack<pairs, T>(p, tokens, tokens.run[r0 + r], j0, std::min(width, j0 + kPanel),
-                     B.get() + start[r], tokens.weights ? A + start[r] : nullptr);
+    cpu::parallel_for((r1 - r0) * panels * sides, [&](int64_t k) {
+      const int64_t side = k % sides, r = k / sides / panels, j0 = k / sides % panels * kPanel;
+      pack<pairs, T>(side ? Y : X, p.C, tokens, tokens.run[r0 + r], j0,
+                     std::min(width, j0 + kPanel), (side ? A : B.get()) + start[r]);
     });
-    cpu::parallel_for(blocks * (blocks + 1) / 2, [&](int64_t k) {
-      int64_t row = 0;  // k-th square of the upper triangle, row by row
-      while (k >= blocks - row) k -= blocks - row++;
-      square<pairs>(p, tokens, r0, r1, row * kBlock, (row + k) * kBlock, A, B.get());
+    cpu::parallel_for(p.Y ? blocks * blocks : blocks * (blocks + 1) / 2, [&](int64_t k) {
+      int64_t row = p.Y ? k / blocks : 0;
+      if (p.Y) k %= blocks;
+      while (!p.Y && k >= blocks - row) k -= blocks - row++;  // row by row of the upper triangle
+      const int64_t column = p.Y ? k : row + k;
+      square<pairs>(p, tokens, r0, r1, row * kBlock, column * kBlock, A, B.get());
     });
   }
 }
@@ -225,8 +226,8 @@ void column_sq(const ColumnSq& p, const Tokens& tokens) {
 
 void hessian(const Hessian& p, const Tokens& tokens) {
   if (kLanes == 16 && p.dtype == Dtype::bf16 && !tokens.weights)
-    return syrk<kLanes == 16, bf16>(p, tokens);
-  dispatch<float, f16, bf16>(p.dtype, "X", [&]<class T>() { syrk<false, T>(p, tokens); });
+    return multiply<kLanes == 16, bf16>(p, tokens);
+  dispatch<float, f16, bf16>(p.dtype, "X", [&]<class T>() { multiply<false, T>(p, tokens); });
 }
 
 void column_sq(const ColumnSq& p, const Tokens& tokens) {

@@ -34,16 +34,20 @@ constexpr int kDepth = 16;  // tokens in shared memory at once
 constexpr int kPad = 4;     // keeps rows of a slice 16-byte aligned and off each other's banks
 static_assert(kRun % kDepth == 0, "promotion happens between slices");
 
-// One tile of H += sum_t w_t x_t x_t^T for float32 X, on the ordinary units. Each element is summed
-// over t by one thread, promoted every kRun tokens: no order to vary.
-template <class T>
+// One tile of H += sum_t w_t x_t x_t^T (cross: of G, with y_t to the left) for float32 X, on the
+// ordinary units. Each element is summed over t by one thread, promoted every kRun tokens: no order
+// to vary.
+template <class T, bool cross>
 __global__ void __launch_bounds__(256) plain_syrk_kernel(const Hessian p) {
-  const Square square = square_of_block();
+  const Square square = cross ? Square{blockIdx.y, blockIdx.x} : square_of_block();
   const int64_t i0 = square.row * kSide, j0 = square.column * kSide;
   if (j0 >= p.C) return;
-  __shared__ __align__(16) float left[kDepth][kSide + kPad];   // w_t x_ti
-  __shared__ __align__(16) float right[kDepth][kSide + kPad];  // x_tj
+  // Both times the root of w_t; a negative weight, which nothing here refuses, gives `right` a
+  // sign.
+  __shared__ __align__(16) float left[kDepth][kSide + kPad];
+  __shared__ __align__(16) float right[kDepth][kSide + kPad];
   const T* X = static_cast<const T*>(p.X);
+  const T* Y = cross ? static_cast<const T*>(p.Y) : X;
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   float total[4][4] = {}, run[4][4] = {};
   for (int64_t t0 = 0; t0 < p.T; t0 += kDepth) {
@@ -52,8 +56,9 @@ __global__ void __launch_bounds__(256) plain_syrk_kernel(const Hessian p) {
       const int64_t t = t0 + s;
       const float w = t >= p.T ? 0.f : p.weights ? p.weights[t] : 1.f;
       // A token of weight 0 may hold anything (padding), so it must not be multiplied but dropped.
-      left[s][c] = w != 0 && i0 + c < p.C ? w * load_float(X + t * p.C + i0 + c) : 0.f;
-      right[s][c] = w != 0 && j0 + c < p.C ? load_float(X + t * p.C + j0 + c) : 0.f;
+      const float root = sqrtf(fabsf(w)), other = copysignf(root, w);
+      left[s][c] = w != 0 && i0 + c < p.C ? root * load_float(Y + t * p.C + i0 + c) : 0.f;
+      right[s][c] = w != 0 && j0 + c < p.C ? other * load_float(X + t * p.C + j0 + c) : 0.f;
     }
     __syncthreads();
 #pragma unroll
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(256) plain_syrk_kernel(const Hessian p) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t row = i0 + ty * 4 + i, col = j0 + tx * 4 + j;
-      if (col < p.C && row <= col) p.H[row * p.C + col] += total[i][j];
+      if (col < p.C && (cross ? row < p.C : row <= col)) p.H[row * p.C + col] += total[i][j];
     }
 }
 
@@ -172,9 +177,9 @@ bool aligned_rows(const void* X, int64_t C, Dtype dtype) {
   return reinterpret_cast<uintptr_t>(X) % 16 == 0 && bytes % 16 == 0;
 }
 
-template <class T, bool aligned>
+template <class T, bool aligned, bool cross>
 void tensor_syrk(const Hessian& p, cudaStream_t stream) {
-  const auto kernel = syrk::syrk_kernel<T, aligned>;
+  const auto kernel = syrk::syrk_kernel<T, aligned, cross>;
   static std::atomic<uint64_t> allowed{0};  // a bit per device: asking costs more than a launch
   const uint64_t bit = p.device < 64 ? uint64_t{1} << p.device : 0;
   if (!(allowed.load() & bit)) {
@@ -183,30 +188,44 @@ void tensor_syrk(const Hessian& p, cudaStream_t stream) {
                                     syrk::kSharedBytes));
     allowed.fetch_or(bit);
   }
-  const int64_t tiles = syrk::tiles(ceil_div<int64_t>(p.C, syrk::kPanel));
+  const int64_t panels = ceil_div<int64_t>(p.C, syrk::kPanel);
+  const int64_t tiles = cross ? syrk::cross_tiles(panels) : syrk::tiles(panels);
   check(tiles <= INT32_MAX, "H of ", p.C, " columns exceeds the CUDA grid");
   constexpr int64_t kMost = 1 << 30;  // tokens: the kernel counts them in 32 bits
   for (int64_t t = 0; t < p.T; t += kMost) {
     Hessian part = p;
     part.T = p.T - t < kMost ? p.T - t : kMost;
     part.X = static_cast<const T*>(p.X) + t * p.C;
+    if (cross) part.Y = static_cast<const T*>(p.Y) + t * p.C;
     if (p.weights) part.weights = p.weights + t;
     launch(kernel, static_cast<unsigned>(tiles), syrk::kThreads, syrk::kSharedBytes, stream, part);
   }
+}
+
+template <bool cross>
+void start(const Hessian& p, cudaStream_t stream) {
+  if (p.dtype == Dtype::f32) {
+    const int64_t n = ceil_div<int64_t>(p.C, kSide);
+    check(!cross || n <= 65535, "G of ", p.C, " columns exceeds the CUDA grid (", 65535 * kSide,
+          " columns)");
+    const dim3 all(static_cast<unsigned>(n), static_cast<unsigned>(n));
+    return launch(plain_syrk_kernel<float, cross>, cross ? all : triangle(p.C, kSide), 256, 0,
+                  stream, p);
+  }
+  dispatch<f16, bf16>(p.dtype, "X", [&]<class T>() {
+    if (aligned_rows(p.X, p.C, p.dtype) && (!cross || aligned_rows(p.Y, p.C, p.dtype)))
+      tensor_syrk<T, true, cross>(p, stream);
+    else
+      tensor_syrk<T, false, cross>(p, stream);
+  });
 }
 
 }  // namespace
 
 void hessian_cuda(const Hessian& p, Stream stream) {
   const DeviceGuard guard(p.device);
-  if (p.dtype == Dtype::f32)
-    return launch(plain_syrk_kernel<float>, triangle(p.C, kSide), 256, 0, raw(stream), p);
-  dispatch<f16, bf16>(p.dtype, "X", [&]<class T>() {
-    if (aligned_rows(p.X, p.C, p.dtype))
-      tensor_syrk<T, true>(p, raw(stream));
-    else
-      tensor_syrk<T, false>(p, raw(stream));
-  });
+  if (p.Y) return start<true>(p, raw(stream));
+  start<false>(p, raw(stream));
 }
 
 void column_sq_cuda(const ColumnSq& p, Stream stream) {

@@ -1,4 +1,5 @@
-// H += sum_t w_t x_t x_t^T for 16-bit X on tensor cores (mma.m16n8k16, any device from sm_80 on).
+// H += sum_t w_t x_t x_t^T for 16-bit X on tensor cores (mma.m16n8k16, any device from sm_80 on),
+// or, `cross`, G += sum_t w_t y_t x_t^T: the same tiles, but everywhere, and with rows from Y.
 //
 // A block of 8 warps owns 256 x 128 elements of H, a warp 64 x 64 of them, and walks over the
 // tokens in slices of 32. Counted for one slice on an H100 (132 SMs, mma.sync at about 1290
@@ -92,13 +93,14 @@ class WarpTile {
   int rows_, columns_;  // of the row of a matrix whose address this lane gives
 };
 
-// total = H, or H = total, for the elements on and above the diagonal; begins at row i0, column j0.
-template <bool store>
+// total = H, or H = total, for the elements on and above the diagonal, of a cross moment for all;
+// begins at row i0, column j0.
+template <bool store, bool cross>
 __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i0, int j0) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float* const H = p.H + static_cast<int64_t>(i0 + lane / 4) * p.C + j0 + lane % 4 * 2;
   const bool pairs = p.C % 2 == 0 && reinterpret_cast<uintptr_t>(p.H) % 8 == 0;
-  const bool whole = pairs && i0 < j0 && j0 + 64 <= p.C;
+  const bool whole = pairs && (cross ? i0 + 64 <= p.C : i0 < j0) && j0 + 64 <= p.C;
 #pragma unroll
   for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -121,7 +123,7 @@ __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int i = i0 + 16 * m + 8 * half + lane / 4, j = j0 + 8 * n + lane % 4 * 2 + e;
-          if (i > j || j >= p.C) continue;
+          if ((cross ? i >= p.C : i > j) || j >= p.C) continue;
           if constexpr (store)
             row[8 * n + e] = total[m][n][2 * half + e];
           else
@@ -130,18 +132,18 @@ __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i
     }
 }
 
-template <class T, bool aligned>
+template <class T, bool aligned, bool cross>
 __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant__ Hessian p) {
   DISTAYA_DYNAMIC_SHARED(char, shared);
   __shared__ Common common;
-  if (threadIdx.x < kThreads / 32) prepare(common, p);
+  if (threadIdx.x < kThreads / 32) prepare<cross>(common, p);
   __syncthreads();
-  Loader<T, aligned> loader(p, common, shared);
+  Loader<T, aligned, cross> loader(p, common, shared);
 #pragma unroll 1
   for (int slice = 0; slice < kStages; ++slice) loader.load(slice);
   const Place place = common.place[threadIdx.x / 32];
   WarpTile<T> part(shared, place.rows, place.columns);
-  if (place.inside) exchange<false>(p, part.total, place.i0, place.j0);
+  if (place.inside) exchange<false, cross>(p, part.total, place.i0, place.j0);
   ptx::copy_wait<kStages - 1>();
   __syncthreads();
   part.load_first(0, 0), part.load_first(0, 1);
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const __grid_constant
     loader.load(stage);
   }
   const Place end = common.place[threadIdx.x / 32];  // again, so as not to hold it in registers
-  if (end.inside) exchange<true>(p, part.total, end.i0, end.j0);
+  if (end.inside) exchange<true, cross>(p, part.total, end.i0, end.j0);
 }
 
 }  // namespace distaya::syrk

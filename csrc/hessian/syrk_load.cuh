@@ -1,4 +1,4 @@
-// How the tensor-core SYRK (syrk.cuh) brings X and the weights to a block.
+// How the tensor-core SYRK (syrk.cuh) brings X, Y and the weights to a block.
 #pragma once
 
 #include "core/ptx.cuh"
@@ -23,8 +23,9 @@ struct Slice {
   float weight;  // 0: there is nothing to multiply
 };
 
-// Where the 64 x 64 elements of H are that a warp computes. Some are nowhere in the upper triangle:
-// such a warp multiplies what is at hand, as idle it would save no time, but leaves H alone.
+// Where the 64 x 64 elements of H are that a warp computes. Some are nowhere in H, or in its upper
+// triangle: such a warp multiplies what is at hand, as idle it would save no time, but leaves H
+// alone.
 struct alignas(32) Place {
   int rows, columns;  // their channels, in bytes from the beginning of a stage on
   int i0, j0;
@@ -34,11 +35,13 @@ struct alignas(32) Place {
 // What all threads of a block know, beside X.
 struct Common {
   int column;          // first one of the first panel
+  int right;           // first one of X's panel of a cross moment
   unsigned beyond[2];  // bytes from there to the others; more than a token has for one not there
   Place place[kThreads / 32];
   Slice slice[kStages];
 };
 
+template <bool cross>
 __device__ inline Place place_of(const Tile& tile, int warp, int64_t C) {
   const int i = warp / 2 % 2 * 64, j = warp % 2 * 64;
   const auto panel = [&](int k) {
@@ -48,16 +51,19 @@ __device__ inline Place place_of(const Tile& tile, int warp, int64_t C) {
   const int row = there ? warp / 4 : 0, column = row ? tile.columns[1] : tile.columns[0];
   const int i0 = panel(row) * kPanel + i, j0 = panel(column) * kPanel + j;
   return {row * kPanelBytes + 2 * i, column * kPanelBytes + 2 * j, i0, j0,
-          there && i0 <= j0 && j0 < C};
+          there && (cross ? i0 < C : i0 <= j0) && j0 < C};
 }
 
 // Called by a thread for each warp.
+template <bool cross>
 __device__ inline void prepare(Common& common, const Hessian& p) {
-  const Tile tile = tile_of(blockIdx.x, static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel)));
+  const int panels = static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel));
+  const Tile tile = cross ? cross_tile_of(blockIdx.x, panels) : tile_of(blockIdx.x, panels);
   const int thread = static_cast<int>(threadIdx.x);
-  common.place[thread] = place_of(tile, thread, p.C);
+  common.place[thread] = place_of<cross>(tile, thread, p.C);
   if (thread != 0) return;
   common.column = tile.panel[0] * kPanel;
+  common.right = tile.panel[2] * kPanel;
   for (int k = 1; k < 3; ++k)
     common.beyond[k - 1] = tile.panel[k] < 0 ? 1u << 30 : (tile.panel[k] - tile.panel[0]) * kRow;
 }
@@ -84,7 +90,7 @@ __device__ inline uint4 gather(const uint16_t* x, int n) {
 // one chunk of 8 tokens at a time, meets every bank once. Tokens left out are not read: zeros lie
 // there, as beyond the last token of the slice and the last channel. aligned: every row of X begins
 // at a multiple of 16 bytes; if not, the copies are ordinary ones, through registers.
-template <class T, bool aligned>
+template <class T, bool aligned, bool cross>
 class Loader {
  public:
   __device__ Loader(const Hessian& p, Common& common, char* shared)
@@ -118,18 +124,23 @@ class Loader {
   __device__ void copy(int stage, unsigned tokens) const {
     const int chunk = threadIdx.x % 16, token = static_cast<int>(threadIdx.x) / 16;
     const int column = common_.column + chunk * kChunk;
-    const auto* from = reinterpret_cast<const char*>(
-        static_cast<const T*>(p_.X) + static_cast<int64_t>(t_ + token) * p_.C + column);
+    const int64_t first = static_cast<int64_t>(t_ + token) * p_.C + column;
+    const auto* from =
+        reinterpret_cast<const char*>(static_cast<const T*>(cross ? p_.Y : p_.X) + first);
     char* to = shared_ + stage * kStageBytes + token * kRow + 16 * (chunk ^ token % 8);
     const int row = 2 * (static_cast<int>(p_.C) - column);  // bytes from there on
-    const unsigned beyond[3] = {0, common_.beyond[0], common_.beyond[1]};
+    const unsigned beyond[3] = {0, common_.beyond[0], cross ? 0 : common_.beyond[1]};
+    const int shift = cross ? common_.right - common_.column : 0;  // from Y's columns to X's
+    const auto* other = reinterpret_cast<const char*>(static_cast<const T*>(p_.X) + first + shift);
 #pragma unroll(aligned ? 2 : 1)
     for (int i = 0; i < 2; ++i) {
-      const int left = tokens >> (token + 16 * i) & 1 ? row : 0;
+      const bool there = tokens >> (token + 16 * i) & 1;
+      const int left = there ? row : 0;
 #pragma unroll
-      for (int k = 0; k < 3; ++k)
+      for (int k = 0; k < 3 - cross; ++k)
         copy(to + k * kPanelBytes, from + beyond[k], left - static_cast<int>(beyond[k]));
-      from += 32 * p_.C, to += 16 * kRow;
+      if constexpr (cross) copy(to + 2 * kPanelBytes, other, there ? row - 2 * shift : 0);
+      from += 32 * p_.C, other += 32 * p_.C, to += 16 * kRow;
     }
   }
 

@@ -1,4 +1,4 @@
-// Which part of H a block of the tensor-core SYRK (syrk.cuh) computes.
+// Which part of H, or of a cross moment, a block of the tensor-core SYRK (syrk.cuh) computes.
 #pragma once
 
 #include "core/dtype.h"
@@ -9,7 +9,8 @@ constexpr int kPanel = 128;  // channels: H is cut into squares of one panel by 
 constexpr int kGroup = 16;   // columns of squares walked together: 132 blocks share 33 panels of X
 
 // Two squares of H: the rows are panel[0] and panel[1], their columns panel[columns[0]] and
-// panel[columns[1]]. -1: no such panel, so fewer to load, or no second square.
+// panel[columns[1]]. -1: no such panel, so fewer to load, or no second square. Of a cross moment
+// panel[0] and panel[1] are Y's and panel[2] is X's.
 struct Tile {
   int panel[3];
   int columns[2];
@@ -41,6 +42,19 @@ DISTAYA_HD constexpr Tile tile_of(int64_t k, int panels) {
   }
   const int top = static_cast<int>(4 * k);
   return {{top, top + 2 < panels ? top + 2 : -1, -1}, {0, 1}};
+}
+
+// The same for all squares of a cross moment: squares (2r, j) and (2r + 1, j) of every r and j, in
+// groups of columns likewise; 4096 columns make 512 tiles.
+constexpr int64_t cross_tiles(int64_t panels) { return (panels + 1) / 2 * panels; }
+
+DISTAYA_HD constexpr Tile cross_tile_of(int64_t k, int panels) {
+  const int64_t pairs = (panels + 1) / 2;
+  const int first = static_cast<int>(k / (pairs * kGroup)) * kGroup;
+  const int wide = panels - first < kGroup ? panels - first : kGroup;
+  k -= pairs * first;
+  const int top = static_cast<int>(2 * (k / wide)), column = first + static_cast<int>(k % wide);
+  return {{top, top + 1 < panels ? top + 1 : -1, column}, {2, 2}};
 }
 
 }  // namespace distaya::syrk

@@ -16,12 +16,12 @@ struct Tokens {
   const int64_t* token;  // [sum of the runs' counts]
   const Run* run;
   int64_t runs;
-  const float* weights;  // [T], multiplied into one operand; null: the runs carry the weights
+  const float* weights;  // [T], to enter the products; null: the runs carry the weights
 };
 
 // Tokens of weight 0 are left out. Where weights repeat (languages), equal ones are brought
 // together so that a run has one weight and 16-bit inputs enter the products as they are; where
-// nearly every weight is its own, tokens keep their order and the kernel forms w x in fp32.
+// nearly every weight is its own, tokens keep their order and the kernel weights them in fp32.
 class Plan {
  public:
   Plan(const float* weights, int64_t T);  // weights [T], finite and >= 0, or null for all 1

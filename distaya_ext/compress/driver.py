@@ -33,7 +33,8 @@ from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
-from .layers import Layers, Replay
+from .at_work import Replay
+from .layers import Layers
 from .packing import Packing
 from .plan import make_plan, shares_statistics
 from .proof import prove
@@ -205,6 +206,8 @@ class _Run:
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
         self.replay = Replay(calibration, self._store(scratch), self._store(scratch))
+        if any(settings.aims for settings in self.plan.values()):
+            self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
@@ -227,6 +230,8 @@ class _Run:
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.replay.hidden.put(("hidden", chunk), hidden)
+            if self.replay.dense is not None:
+                self.replay.dense[0].put(("hidden", chunk), hidden)
             self.replay.calls.add(calls)
 
     def _warn_few_tokens(self) -> None:

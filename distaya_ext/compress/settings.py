@@ -38,11 +38,17 @@ class Settings:
     damp: float
     scale_dtype: torch.dtype = torch.float32  # what scales are rounded to before they are used
     static: bool = False  # grids from the dense weights, in the order of the columns
+    quality: str = "plain"  # or default or high, see Recipe
 
     @property
     def statistic(self) -> str | None:
         """'hessian', 'norms' or None: what must be gathered from calibration tokens."""
         return _STATISTIC[self.method]
+
+    @property
+    def aims(self) -> bool:
+        """Whether a dense twin is carried along to aim at."""
+        return self.statistic == "hessian" and self.quality != "plain"
 
     @property
     def pattern(self) -> str | None:
@@ -64,6 +70,7 @@ def from_recipe(recipe: Recipe) -> Settings:
         scale=recipe.scale,
         order=recipe.order,
         damp=recipe.damp,
+        quality=recipe.effort,
     )
 
 

@@ -12,10 +12,12 @@ from ..errors import UsageError
 from ..formats import Grid
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
-from ..ops.cholesky import LateFactor
+from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_
+from .aim import Aim
 from .ferry import Checks
+from .refine import pattern, refined, rounding
 from .settings import Settings
 
 _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
@@ -24,11 +26,21 @@ _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see
 class Statistic:
     """What is gathered from the inputs of one stage: a Hessian or only the column norms.
 
-    readers: how many stacks will be solved with it, each of which takes the matrix once.
+    aim: what its Linears should give is gathered as well. readers: how many stacks will be solved
+    with it, each of which takes the matrix once.
     """
 
-    def __init__(self, kind: str, columns: int, device: torch.device, *, readers: int = 1):
+    def __init__(
+        self,
+        kind: str,
+        columns: int,
+        device: torch.device,
+        *,
+        aim: Aim | None = None,
+        readers: int = 1,
+    ):
         self.kind = kind
+        self.aim = aim
         self.readers = readers
         self.columns = columns
         self.tokens = 0
@@ -36,9 +48,11 @@ class Statistic:
         self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add tokens x [T, columns], bf16, fp16 or fp32."""
+    def add(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them."""
         self.tokens += x.shape[0]
+        if self.aim is not None:
+            self.aim.add(wanted, x)
         if self._hessian is not None:
             self._hessian.add(x)
         else:
@@ -56,6 +70,12 @@ class Statistic:
             return self._matrix.clone()
         H, self._matrix = self._matrix, None
         return H
+
+    def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
+        """The weights to compress towards, fp32: W itself where nothing is aimed at."""
+        if self.aim is None:
+            return W.float()
+        return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
         """Root mean square of each input column, fp32 [columns]."""
@@ -82,13 +102,14 @@ class Figures:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
+    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
     not neighbouring columns.
     """
 
     W: torch.Tensor
     figures: Figures
     grid: Grid | None = None
+    mask: torch.Tensor | None = None
 
 
 def solve(
@@ -106,7 +127,7 @@ def solve(
     checks = checks or Checks(late=False)
     if settings.statistic == "hessian":
         sizes = [len(W) for W in weights]
-        solution = _sweep(torch.cat(weights), settings, statistic.matrix(), sizes, checks)
+        solution = _sweep(torch.cat(weights), settings, statistic, sizes, checks)
     elif settings.method == "dense":
         solution = Solution(torch.cat(weights), Figures())
     else:
@@ -127,20 +148,6 @@ def _by_matrix(
     return Solution(torch.cat([p[0] for p in parts]), figures, grid)
 
 
-def quantiser(settings: Settings) -> obs_op.Quant | None:
-    """The grid of the settings, or None when nothing is quantised."""
-    if settings.bits is None:
-        return None
-    return obs_op.Quant(
-        bits=settings.bits,
-        group=settings.group,
-        symmetric=settings.symmetric,
-        scale=settings.scale,
-        scale_dtype=settings.scale_dtype,
-        static=settings.static,
-    )
-
-
 def _grid(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, settings: Settings
 ) -> Grid:
@@ -151,11 +158,15 @@ def _grid(
 
 
 def _sweep(
-    W: torch.Tensor, settings: Settings, H: torch.Tensor, sizes: list[int], checks: Checks
+    W: torch.Tensor,
+    settings: Settings,
+    statistic: Statistic,
+    sizes: list[int],
+    checks: Checks,
 ) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first."""
     _check_pattern(W, settings)
-    shape = W.shape
+    shape, H = W.shape, statistic.matrix()
     if checks.late:
         checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
     else:
@@ -167,21 +178,18 @@ def _sweep(
         size, damp = len(factor.R), factor.damp  # not the factor itself, which is large
         checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
 
-    result = obs_op.obs(
-        W,
-        H,
-        sparsity=settings.sparsity,
-        nm=settings.nm,
-        quant=quantiser(settings),
-        order=settings.order,
-        damp=settings.damp,
-        overwrite_H=True,
-        later=judge,
-    )
-    figures.loss, grid = result.loss, None
-    if result.codes is not None and (result.perm is None or settings.static or not settings.group):
-        grid = _grid(result.codes, result.scales, result.zeros, settings)
-    return Solution(result.W, figures, grid)
+    if settings.quality == "plain":
+        found = obs_op.obs(W, H, **pattern(settings), **rounding(settings), overwrite_H=True,
+                           later=judge)  # fmt: skip
+    else:
+        factor = cholesky_late(H, settings.damp)
+        judge(factor)
+        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings)
+    figures.loss, grid = found.loss, None
+    if found.codes is not None and (found.perm is None or settings.static or not settings.group):
+        grid = _grid(found.codes, found.scales, found.zeros, settings)
+    prunes = settings.sparsity is not None or settings.nm is not None
+    return Solution(found.W, figures, grid, found.mask if prunes else None)
 
 
 def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -210,7 +218,7 @@ def _score_and_round(
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:
         return (W.clone() if keep is None else W,)
-    W, *rest = obs_op.quantize(W, quantiser(settings))
+    W, *rest = obs_op.quantize(W, rounding(settings)['quant'])
     # A grid always contains 0, so this changes nothing but the sign of -0.0.
     return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 

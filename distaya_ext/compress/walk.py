@@ -11,7 +11,7 @@ which yields the same bits. One chunk is alive at a time; the rest is in the Sto
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,9 +22,6 @@ from ..models import Architecture, Stage
 from .capture import Call
 from .ferry import Checks
 from .store import Store
-
-Sink = Callable[[int, torch.Tensor], None]
-
 
 class _Boundary(Exception):
     """Raised inside a layer's forward when it reaches the stage being gathered."""
@@ -45,8 +42,14 @@ class LayerWalk:
         hidden: Store,
         tape: Store,
         checks: Checks,
+        *,
+        provided: bool = False,
     ):
+        """provided: the output of every Linear that ends a block comes through provide(), and the
+        table is known to be right.
+        """
         self.layer = layer
+        self.provided = provided
         self.calls = calls
         self.hidden = hidden
         self.tape = tape
@@ -55,7 +58,7 @@ class LayerWalk:
         self._stage_of = {name: stage for stage in architecture.stages for name in stage.names}
         self._open: set[str] = set()  # Linears that hold their final weights
         self._gathering: Stage | None = None
-        self._sink: Sink | None = None
+        self._reached: torch.Tensor | None = None  # the input of the stage being gathered
         self._chunk = 0
         self._last = False
         self._seen: dict[Stage, torch.Tensor] = {}  # inputs of chunk 0: proof that a stage shares
@@ -77,20 +80,20 @@ class LayerWalk:
         for name in self._inside:
             self._wrap(name, self._block)
 
-    def gather(self, stage: Stage, sink: Sink) -> None:
-        """Run all chunks up to the stage and give its input [windows, length, columns] to
-        sink(chunk, x).
-        """
-        self._gathering, self._sink = stage, sink
+    def gather(self, stage: Stage) -> Iterator[tuple[int, torch.Tensor]]:
+        """Run chunk after chunk up to the stage: (chunk, its input [windows, length, columns])."""
+        self._gathering = stage
         for chunk in range(len(self.calls)):
             try:
                 self._run(chunk)
             except _Boundary:
+                x, self._reached = self._reached, None
+                yield chunk, x
                 continue
             raise InputError(
                 f"the layer never called {stage.names[0]}; its architecture table is wrong"
             )
-        self._gathering = self._sink = None
+        self._gathering = None
 
     def release(self, stage: Stage) -> None:
         """The stage's Linears hold their final weights and may run."""
@@ -101,10 +104,40 @@ class LayerWalk:
         self._last = True
         for chunk in range(len(self.calls)):
             self.hidden.put(("hidden", chunk), self._run(chunk))
-            for name in [*self._stage_of, *self._inside]:
-                self.tape.drop((name, chunk))
+            self._forget(chunk)
         for name in [*self._stage_of, *self._inside]:
             del self.layer.get_submodule(name).forward  # a cycle would outlive the layer
+
+    def block_ended_by(self, stage: Stage) -> str | None:
+        """The block whose output is that of the stage's one Linear."""
+        return self._ends.get(stage)
+
+    def finished_blocks(self) -> list[str]:
+        """Blocks all of whose Linears hold their final weights."""
+        return [block for block in self._inside if self._complete(block)]
+
+    def input(self, chunk: int) -> torch.Tensor:
+        """The layer's input of a chunk."""
+        return self.hidden.get(("hidden", chunk))
+
+    def output(self, block: str, chunk: int) -> torch.Tensor:
+        """A block's output of a chunk, once it has run in full and until finish()."""
+        out = self.tape.get((block, chunk))
+        return out[0] if isinstance(out, tuple) else out
+
+    def provide(self, name: str, chunk: int, out: torch.Tensor) -> None:
+        """What a Linear gives for a chunk, computed elsewhere: it is not run again."""
+        self.tape.put((name, chunk), out)
+
+    def changed(self) -> None:
+        """The weights are no longer those that earlier passes ran: nothing they gave is used."""
+        for chunk in range(len(self.calls)):
+            self._forget(chunk)
+
+    def _forget(self, chunk: int) -> None:
+        for name in [*self._stage_of, *self._inside]:
+            self.tape.drop((name, chunk))
+            self.tape.drop(("input", name, chunk))
 
     def _run(self, chunk: int) -> torch.Tensor:
         self._chunk = chunk
@@ -123,14 +156,15 @@ class LayerWalk:
     def _linear(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         stage, key = self._stage_of[name], (name, self._chunk)
         if stage is self._gathering:
-            if self._chunk == 0 and len(stage.names) > 1:
+            if self._chunk == 0 and len(stage.names) > 1 and not self.provided:
                 self._seen[stage] = args[0]
-            self._sink(self._chunk, args[0])
-            if stage in self._ends:
+            self._reached = args[0]
+            if stage in self._ends and not self.provided:
                 self.tape.put(("input", self._ends[stage], self._chunk), args[0])
             raise _Boundary
         if key in self.tape:
-            return self.tape.get(key)
+            self._latest = self.tape.get(key)
+            return self._latest
         if name not in self._open:
             raise InputError(
                 f"{name} runs before its stage; the architecture table has the wrong order"
@@ -169,15 +203,18 @@ class LayerWalk:
 
     def _block(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         key, held = (name, self._chunk), ("input", name, self._chunk)
+        last = self._inside[name][-1]
+        given = (last, self._chunk)
         if key in self.tape:
             return self.tape.get(key)
-        if held in self.tape and self._chunk > 0:
-            last = self.layer.get_submodule(self._inside[name][-1])
-            y = last(self.tape.get(held))
+        ended = held in self.tape or given in self.tape
+        if ended and self._chunk > 0:
+            x = None if given in self.tape else self.tape.get(held)
+            y = self.tape.get(given) if x is None else self.layer.get_submodule(last)(x)
             out = (y, *[None] * (self._size[name] - 1)) if self._size[name] else y
         else:
             out = forward(*args, **kwargs)
-            if held in self.tape:
+            if ended:
                 self._learn(name, out)
         self._latest = None
         self.tape.drop(held)

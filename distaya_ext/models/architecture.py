@@ -22,7 +22,8 @@ class Architecture:
 
     Paths are module paths inside the causal language model. `blocks` are the submodules of a layer
     whose output may be kept and given back as a whole once all their Linears have run; it is the
-    output of the last of those Linears.
+    output of the last of those Linears. `adds`: a block's output is added to the residual stream as
+    it is, with no norm or factor between.
     """
 
     model_type: str
@@ -32,6 +33,7 @@ class Architecture:
     norm: str = "model.norm"
     head: str = "lm_head"
     blocks: tuple[str, ...] = ("self_attn", "mlp")
+    adds: bool = True
 
     def linears(self) -> tuple[str, ...]:
         """Names of all Linears of a layer, relative to it, in stage order."""

@@ -6,4 +6,7 @@ serves all.
 
 from .architecture import SEQUENTIAL, Architecture
 
-ARCHITECTURES = tuple(Architecture(name, SEQUENTIAL) for name in ("gemma", "gemma2", "gemma3_text"))
+ARCHITECTURES = (
+    Architecture("gemma", SEQUENTIAL),
+    *(Architecture(name, SEQUENTIAL, adds=False) for name in ("gemma2", "gemma3_text")),
+)

@@ -101,6 +101,12 @@ def inverse_(U: Tensor, out: Tensor) -> None:
     _C.inverse(U, out)
 
 
+@op(mutates=("B",))
+def cholesky_solve_(B: Tensor, R: Tensor) -> None:
+    """See solve_."""
+    _C.solve_(B, R)
+
+
 def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False) -> Factor:
     """Factor H + damp · mean(diag H) · I = R Rᵀ with R upper triangular.
 
@@ -150,9 +156,13 @@ def inverse_factor(R: Tensor) -> Tensor:
     """
     U = torch.empty_like(R)
     inverse_factor_(R, U)
+    _check_diagonal(R)
+    return U
+
+
+def _check_diagonal(R: Tensor) -> None:
     if not bool((R.diagonal() != 0).all() & R.diagonal().isfinite().all()):
         raise InputError("R has no inverse: a zero, NaN or Inf stands on its diagonal")
-    return U
 
 
 def inverse(R: Tensor) -> Tensor:
@@ -163,6 +173,30 @@ def inverse(R: Tensor) -> Tensor:
     return out
 
 
+def solve_(B: Tensor, R: Tensor) -> None:
+    """In place: B <- B (R Rᵀ)⁻¹ for upper triangular R. Never waits for the device.
+
+    By substitution, so with a residual small beside |B (R Rᵀ)⁻¹| |R| |R|ᵀ (csrc/cholesky) however
+    ill-conditioned R is; a zero on R's diagonal gives Inf or NaN. B: fp32 [rows, n]; R: fp32
+    [n, n], only its upper triangle is read; both contiguous, on one device, or ValueError.
+    """
+    cholesky_solve_(B, R)
+
+
+def solve(B: Tensor, factor: Factor | LateFactor | Tensor) -> Tensor:
+    """B (R Rᵀ)⁻¹ = B (H + damp · mean_diag · I)⁻¹, fp32 [rows, n], for R or the factor that has it.
+
+    B: fp32 [rows, n]. A LateFactor is not waited for: read it to learn whether H was finite. A
+    bare R is checked: InputError for a zero, NaN or Inf on its diagonal. ValueError as in solve_.
+    """
+    R = factor if isinstance(factor, Tensor) else factor.R
+    X = B.clone(memory_format=torch.contiguous_format)
+    solve_(X, R)
+    if R is factor:
+        _check_diagonal(R)
+    return X
+
+
 def reference(H: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor]:
     """The textbook route in float64: (R, U) from the upper triangle of H by torch.linalg."""
     A = H.triu().double()
@@ -171,3 +205,10 @@ def reference(H: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor]:
     R = torch.linalg.cholesky(A.flip(0, 1)).flip(0, 1)
     inverse_H = torch.cholesky_inverse(torch.linalg.cholesky(A))
     return R, torch.linalg.cholesky(inverse_H, upper=True)
+
+
+def solve_reference(B: Tensor, R: Tensor) -> Tensor:
+    """B (R Rᵀ)⁻¹ in float64 by torch.linalg, from the upper triangle of R."""
+    R = R.double().triu()
+    X = torch.linalg.solve_triangular(R.T, B.double(), upper=False, left=False)
+    return torch.linalg.solve_triangular(R, X, upper=True, left=False)

@@ -1,0 +1,251 @@
+"""One decoder layer at work: gather, solve, put back, and start sending home what was made of it.
+
+Nothing here reads a value: what must be looked at, reported and written goes through the ferry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..formats import Grid
+from ..models import Architecture, Stage
+from . import events, ferry
+from .aim import Aim
+from .calibrate import Calibration, check_activations
+from .capture import Calls
+from .packing import Packing
+from .plan import Plan, groups
+from .reconstruct import reconstruct
+from .report import Report
+from .settings import Settings
+from .solve import Figures, Statistic, solve
+from .store import Store
+from .twin import Twin
+from .walk import LayerWalk
+
+
+class Replay:
+    """The calibration tokens on their way: hidden states, what waits inside a layer, the calls.
+
+    dense: the same two stores of the dense model's stream, None where nothing aims at it.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        hidden: Store,
+        tape: Store,
+        dense: tuple[Store, Store] | None = None,
+    ):
+        self.calibration, self.hidden, self.tape, self.dense = calibration, hidden, tape, dense
+        self.calls = Calls()
+
+
+@dataclass
+class Stack:
+    """Linears of one stage and the same settings, solved together. grids: of those that the file
+    holds as codes.
+    """
+
+    names: list[str]
+    settings: Settings
+    shapes: dict[str, tuple[int, int]]
+    figures: Figures
+    grids: dict[str, Grid]
+    masks: dict[str, torch.Tensor] | None
+    begin: Any
+    end: Any
+    again: bool  # not the first of its stage
+
+
+class AtWork:
+    """Compresses the Linears of one layer after the other; the rest of the run is given once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        packing: Packing,
+        report: Report,
+        on_event: Callable[[events.Event], None],
+        way: ferry.Ferry,
+        checks: ferry.Checks,
+    ):
+        self.plan, self.packing, self.report, self.on_event = plan, packing, report, on_event
+        self.way, self.checks = way, checks
+
+    def compress(
+        self,
+        index: int,
+        prefix: str,
+        layer: nn.Module,
+        architecture: Architecture,
+        replay: Replay | None,
+        walk: LayerWalk | None,
+        twin: Twin | None,
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Give the layer its final weights, stage by stage.
+
+        Returns what the file will hold, module -> suffix -> tensor, complete when it is at home.
+        """
+        changed: dict[str, dict[str, torch.Tensor]] = {}
+        held: list[Stack] = []
+        trains = twin is not None and self._trains(prefix, architecture)
+        for stage in architecture.stages:
+            stacks = groups(self.plan, prefix, stage.names)
+            if stacks:
+                done = self._stage(prefix, layer, stage, stacks, replay, walk, twin)
+                for stack in done:
+                    if trains:
+                        held.append(stack)
+                    else:
+                        self._send(index, prefix, layer, stack, changed)
+            if walk is not None:
+                walk.release(stage)
+            if twin is not None:
+                twin.release(stage)
+        if twin is not None:
+            twin.finish()
+        if trains and held:
+            reconstruct(layer, held, walk, twin, replay.calibration)
+            walk.changed()
+            for stack in held:
+                self._send(index, prefix, layer, stack, changed)
+        return changed
+
+    def _trains(self, prefix: str, architecture: Architecture) -> bool:
+        names = (f"{prefix}.{name}" for name in architecture.linears())
+        return any(self.plan[name].quality == "high" for name in names if name in self.plan)
+
+    def _stage(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        stage: Stage,
+        stacks: list[list[str]],
+        replay: Replay | None,
+        walk: LayerWalk | None,
+        twin: Twin | None,
+    ) -> list[Stack]:
+        """Gather the statistic of a stage and solve its stacks, one after the other."""
+        begin = self.way.mark()
+        statistic = None
+        if replay is not None:
+            settings = self.plan[f"{prefix}.{stacks[0][0]}"]
+            rows, columns = layer.get_submodule(stage.names[0]).weight.shape
+            aim = None
+            if twin is not None and settings.aims:
+                aim = Aim(rows, columns, self.way.device, outputs=twin.ends(stage))
+            statistic = Statistic(
+                settings.statistic, columns, self.way.device, aim=aim, readers=len(stacks)
+            )
+            self._gather(f"{prefix}.{stacks[0][0]}", stage, replay, walk, twin, statistic)
+        done = []
+        for names in stacks:
+            done.append(self._solve(prefix, layer, names, statistic, begin))
+            done[-1].again, begin = names is not stacks[0], done[-1].end
+        return done
+
+    def _gather(
+        self,
+        where: str,
+        stage: Stage,
+        replay: Replay,
+        walk: LayerWalk,
+        twin: Twin | None,
+        statistic: Statistic,
+    ) -> None:
+        def add(chunk: int, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+            check_activations(x, chunk, where, replay.calibration, self.checks)
+            flat = None if wanted is None else wanted.flatten(0, -2)
+            statistic.add(x.reshape(-1, x.shape[-1]), flat)
+
+        if statistic.aim is not None:
+            for chunk, x, wanted in twin.pairs(stage):
+                add(chunk, x, wanted)
+        else:
+            for chunk, x in walk.gather(stage):
+                add(chunk, x)
+
+    def _solve(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        names: list[str],
+        statistic: Statistic | None,
+        begin: Any,
+    ) -> Stack:
+        """Solve Linears of the same settings as one stack and put the new weights into the layer.
+
+        begin is when the work on them began.
+        """
+        where = f"{prefix}.{names[0]}"
+        settings = self.plan[where]
+        weights = [layer.get_submodule(name).weight.data for name in names]
+        shapes = {name: tuple(W.shape) for name, W in zip(names, weights, strict=True)}
+        solution = solve(weights, settings, statistic, self.checks)
+        del weights, statistic
+        self.checks.finite(solution.W, partial(_not_finite, where))
+        grids: dict[str, Grid] = {}
+        masks = {} if solution.mask is not None else None
+        row = 0
+        for name, (rows, _) in shapes.items():
+            part = slice(row, row + rows)
+            layer.get_submodule(name).weight.data = solution.W[part].clone()
+            if f"{prefix}.{name}" in self.packing.planned:
+                grids[name] = solution.grid.part(row, row + rows)
+            if masks is not None:
+                masks[name] = solution.mask[part]
+            row += rows
+        end = self.way.mark()
+        return Stack(names, settings, shapes, solution.figures, grids, masks, begin, end, False)
+
+    def _send(
+        self,
+        index: int,
+        prefix: str,
+        layer: nn.Module,
+        stack: Stack,
+        changed: dict[str, dict[str, torch.Tensor]],
+    ) -> None:
+        """Start the way home of what a stack became; it is encoded and accounted for there."""
+        parts: dict[str, Any] = {}
+        for name in stack.names:
+            full = f"{prefix}.{name}"
+            grid = stack.grids.get(name)
+            parts[full] = {"weight": layer.get_submodule(name).weight.data}
+            if grid is not None:
+                parts[full] = self.packing.start(full, grid) if self.way.late else grid
+        come = self.way.home((parts, vars(stack.figures), self.checks.take()))
+        shapes, settings, begin, end = stack.shapes, stack.settings, stack.begin, stack.end
+        account = partial(self.report.account, index, prefix, again=stack.again)
+
+        def settle() -> tuple[Figures, float, list[int]]:
+            parts, figures, kept = come()
+            ferry.judge(kept)
+            for name, part in parts.items():
+                changed[name] = self._stored(name, shapes[name[len(prefix) + 1 :]], part)
+            sizes = [sum(t.nbytes for t in changed[name].values()) for name in parts]
+            return Figures(**figures), self.way.seconds(begin, end), sizes
+
+        self.way.do(settle, lambda told: self.on_event(account(shapes, settings, *told)))
+
+    def _stored(self, name: str, shape: tuple[int, int], part: Any) -> dict[str, torch.Tensor]:
+        """What the file holds of a module, from what came home of it."""
+        if isinstance(part, Grid):
+            return self.packing.encode(name, part)
+        if name in self.packing.planned:
+            return self.packing.finish(name, *shape, part)
+        return part
+
+
+def _not_finite(where: str) -> None:
+    raise InputError(
+        f"the compressed weights of {where} are not finite; raise damp or give more texts"
+    )

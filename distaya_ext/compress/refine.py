@@ -1,0 +1,84 @@
+"""Maths beyond one sweep: masks and kept weights that fit what is aimed at more closely.
+
+default: the sweep chooses the mask, conjugate gradients refit the kept weights; when they are also
+rounded, a second sweep with that mask starts from the refit.
+high: the mask comes from ADMM instead.
+
+For Q on a fixed support, 1/2 (Q - T) H' (Q - T)^T = its least value + 1/2 (Q - Q*) H' (Q - Q*)^T
+with Q* the refit: rounding Q* with the mask kept therefore loses nothing of the aim T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ops import obs as obs_op
+from ..ops.cholesky import LateFactor
+from ..ops.refit import admm, refit
+from .settings import Settings
+
+
+def pattern(settings: Settings) -> dict[str, Any]:
+    """What of the settings says which weights go, and in which order, as obs takes it."""
+    return {
+        "sparsity": settings.sparsity,
+        "nm": settings.nm,
+        "order": settings.order,
+        "damp": settings.damp,
+    }
+
+
+def rounding(settings: Settings) -> dict[str, obs_op.Quant | None]:
+    """The grid of the settings as obs takes it, None when nothing is quantised."""
+    if settings.bits is None:
+        return {"quant": None}
+    quant = obs_op.Quant(
+        bits=settings.bits,
+        group=settings.group,
+        symmetric=settings.symmetric,
+        scale=settings.scale,
+        scale_dtype=settings.scale_dtype,
+        static=settings.static,
+    )
+    return {"quant": quant}
+
+
+def refined(
+    W: torch.Tensor,
+    T: torch.Tensor,
+    H: torch.Tensor,
+    factor: LateFactor,
+    settings: Settings,
+) -> obs_op.ObsResult:
+    """Rows that aim at T fp32 [rows, columns], for H and its factor; the result in W's dtype.
+
+    loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
+    """
+    prunes = settings.sparsity is not None or settings.nm is not None
+    order = {"order": settings.order, "damp": settings.damp}
+    given = {"H": H} if settings.order != "natural" else {"factor": factor}
+    quiet: dict[str, Any] = {"later": lambda factor: None}
+    if not prunes:
+        found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
+        return found._replace(W=found.W.to(W.dtype))
+    if settings.quality == "high":
+        start, mask = admm(T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp)
+    else:
+        found = obs_op.obs(T, **given, **pattern(settings), **quiet)
+        start, mask = found.W, found.mask
+    kept = refit(T, mask, H, start=start, damp=settings.damp)
+    if settings.bits is None:
+        Q = kept.to(W.dtype)
+        return obs_op.ObsResult(Q, mask, None, None, None, _loss(Q, T, H, factor), None, -1)
+    found = obs_op.obs(kept, **given, **order, mask=mask, **rounding(settings), **quiet)
+    Q = found.W.to(W.dtype)
+    return found._replace(W=Q, loss=_loss(Q, T, H, factor))
+
+
+def _loss(Q: torch.Tensor, T: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
+    """1/2 (Q - T) H' (Q - T)^T of every row, fp64 [rows]."""
+    E = Q.float() - T
+    ridge = (factor.damp * factor.mean).float()
+    return ((E @ H).add_(E * ridge)).mul_(E).sum(dim=1, dtype=torch.float64) / 2
