@@ -57,6 +57,9 @@ def search(
     embed_bits: Annotated[
         int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
     ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="Of the recipe: plain, default or high (see compress).")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Calibration tokens over all languages.")
     ] = None,
@@ -97,6 +100,7 @@ def search(
         group=group,
         symmetric=symmetric,
         embed_bits=embed_bits,
+        quality=quality,
         max_ram=max_ram,
     )
     with Reporter(quiet) as reporter:

@@ -116,7 +116,7 @@ class Costs:
         """The recipe that does the same to every Linear."""
         fields = {"model": str(self.checkpoint.folder), **self.common, **choice.fields()}
         if choice.dense:
-            return Recipe(**fields, method="dense")
+            return untouched(fields)
         method = "sparsegpt" if choice.prunes else "gptq"
         return Recipe(**fields, method=method, format="distaya")
 
@@ -173,6 +173,11 @@ class Costs:
         far = 10**self._digits - 1
         about = {"dtype": "BF16", "shape": list(shape), "data_offsets": [far, far]}
         return len(json.dumps({name: about}, separators=(",", ":"))) - 1
+
+
+def untouched(fields: dict[str, Any]) -> Recipe:
+    """The recipe that changes no Linear; fields: what a search has in common."""
+    return Recipe(**{k: v for k, v in fields.items() if k != "quality"}, method="dense")
 
 
 def _kept(choice: Choice, rows: int, columns: int) -> int | None:

@@ -23,6 +23,8 @@ class Options:
     search_tokens    tokens for the measurements, over all languages; half of them decide, the
                      other half is for the table
     polish           swaps that are measured after the allocation
+    quality          of the recipe; variants are made by the plain sweep whatever it is, since they
+                     have to rank choices and are many
     """
 
     target_size: str | int | None = None
@@ -37,6 +39,7 @@ class Options:
     group: int = 128
     symmetric: bool | None = None
     embed_bits: int | None = None
+    quality: str | None = None
     max_ram: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class Options:
             "calibration": self.calibration,
             "group": self.group,
             "symmetric": self.symmetric,
+            "quality": self.quality,
             "max_ram": self.max_ram,
         }
         return fields | ({"embed_bits": self.embed_bits} if self.embed_bits else {})

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..recipe import Recipe
 from .candidate import Candidate, Space
-from .choices import Choice
+from .choices import Choice, untouched
 
 
 def to_recipe(space: Space, candidate: Candidate, fields: dict[str, Any]) -> Recipe:
@@ -28,7 +28,7 @@ def to_recipe(space: Space, candidate: Candidate, fields: dict[str, Any]) -> Rec
         weights[choice] += rows * columns
     packed = [choice for choice, _ in weights.most_common() if not choice.dense]
     if not packed:
-        return Recipe(**fields, method="dense")
+        return untouched(fields)
     common = packed[0]
     fields |= common.fields()
     fields["method"] = "sparsegpt" if common.prunes else "gptq"

@@ -18,10 +18,9 @@ from ..compress.packing import Packing
 from ..compress.store import Store
 from ..device import find_device
 from ..errors import UsageError
-from ..recipe import Recipe
 from .allocate import least_bytes
 from .candidate import Candidate, Judge, Space
-from .choices import Choice, Costs, parse_choices
+from .choices import Choice, Costs, parse_choices, untouched
 from .objective import best_allocation, parse_weights, parts_of, weighted
 from .options import Options
 from .polish import polish
@@ -123,8 +122,7 @@ class _Task:
         self.decide = Windows(self.whole, *sets.decide, spill)
         self.report = Windows(self.whole, *sets.report, spill)
         if self.options.embed_bits:
-            recipe = Recipe(**self.common, method="dense")
-            self.whole.round_ends(Packing(recipe, {}, self.checkpoint))
+            self.whole.round_ends(Packing(untouched(self.common), {}, self.checkpoint))
             self.decide.begin()
             self.report.begin()
         store = Store(folder if memory.variants_on_disk else None)
