@@ -17,7 +17,7 @@ import torch
 
 from ..compress.calibrate import CHUNK_TOKENS
 from ..compress.capture import Calls
-from ..compress.solve import Statistic, quantiser
+from ..compress.refine import pattern, rounding
 from ..compress.store import Store
 from ..errors import InputError
 from ..finite import all_finite
@@ -25,6 +25,7 @@ from ..formats import Grid
 from ..models import Stage
 from ..ops import obs as obs_op
 from ..ops.cholesky import Factor, cholesky
+from ..ops.hessian import Hessian
 from .choices import Choice, Costs
 from .whole import Whole, Windows
 
@@ -148,26 +149,26 @@ class Walk:
 
     def _layer(self, layer: int, found: Sensitivities) -> None:
         start = time.perf_counter()
-        statistics = self._gather(layer)
+        moments = self._gather(layer)
         start = self.seconds.since("gather", start)
-        for stage, statistic in statistics.items():
-            self._solve(layer, stage, statistic)
+        for stage, moment in moments.items():
+            self._solve(layer, stage, moment)
         start = self.seconds.since("solve", start)
         self._measure(layer, found)
         self.seconds.since("measure", start)
 
-    def _gather(self, layer: int) -> dict[Stage, Statistic]:
+    def _gather(self, layer: int) -> dict[Stage, Hessian]:
         """Second moments of the inputs of all stages of a dense layer; the stream moves on."""
         module = self.whole.layers[layer]
-        statistics: dict[Stage, Statistic] = {}
+        moments: dict[Stage, Hessian] = {}
         hooks = []
         for stage in self.whole.architecture.stages:
             first = module.get_submodule(stage.names[0])
-            statistic = Statistic("hessian", first.in_features, self.whole.device)
-            statistics[stage] = statistic
+            moment = Hessian(first.in_features, self.whole.device)
+            moments[stage] = moment
 
-            def see(_: torch.nn.Module, args: tuple, to: Statistic = statistic) -> None:
-                to.add(args[0].reshape(-1, args[0].shape[-1]))
+            def see(_: torch.nn.Module, args: tuple, to: Hessian = moment) -> None:
+                to.add(args[0])
 
             hooks.append(first.register_forward_pre_hook(see))
         try:
@@ -178,13 +179,13 @@ class Walk:
         finally:
             for hook in hooks:
                 hook.remove()
-        return statistics
+        return moments
 
-    def _solve(self, layer: int, stage: Stage, statistic: Statistic) -> None:
+    def _solve(self, layer: int, stage: Stage, moment: Hessian) -> None:
         """Every variant of a stage's matrices, with one factorisation."""
         prefix = f"{self.whole.prefix}.{layer}"
         names = [f"{prefix}.{name}" for name in stage.names]
-        factor = cholesky(statistic.matrix(), self.costs.common.get("damp", 0.01), overwrite=True)
+        factor = cholesky(moment.finish(), self.costs.common.get("damp", 0.01), overwrite=True)
         for choice in self.costs.choices:
             able = [name for name in names if self.costs.fits(name, choice)]
             if choice.dense or not able:
@@ -198,11 +199,7 @@ class Walk:
         settings = self.costs.settings[choice]
         weights = [self.whole.model.get_submodule(name).weight.data for name in names]
         result = obs_op.obs(
-            torch.cat(weights),
-            factor=factor,
-            sparsity=settings.sparsity,
-            nm=settings.nm,
-            quant=quantiser(settings),
+            torch.cat(weights), factor=factor, **pattern(settings), **rounding(settings)
         )
         if not all_finite(result.scales):
             raise InputError(
