@@ -36,6 +36,7 @@ def options(**fields) -> Options:
     fields.setdefault("choices", FEW)
     fields.setdefault("search_tokens", 8 * WINDOW)
     fields.setdefault("group", 32)
+    fields.setdefault("quality", "plain")
     spec = CalibrationSpec(tokens=16 * WINDOW, window=WINDOW)
     return Options(calibration=spec, **fields)
 
@@ -125,7 +126,8 @@ def test_the_table_measures_what_the_recipe_makes(tmp_path, llama):
     cut = windows(24)
     found = search(llama, cut, options(bits_per_weight=9.5, choices="int8,int4"))
     int8 = next(row for row in found.rows if row.name == "int8")
-    recipe = Recipe(model=str(llama), method="gptq", bits=8, group=32, format="distaya")
+    fields = {"bits": 8, "group": 32, "format": "distaya", "quality": "plain"}
+    recipe = Recipe(model=str(llama), method="gptq", **fields)
     # The Hessian windows are all but the last two of each language for the search.
     compress(llama, tmp_path / "int8", recipe, Calibration(cut.ids[:16], cut.languages[:16]))
     dense, packed = (whole_model(folder) for folder in (llama, tmp_path / "int8"))
@@ -285,6 +287,7 @@ def test_the_command_writes_a_recipe_that_compress_takes(tmp_path):
     common = ["--tokens", 1024, "--window", 16, "--search-tokens", 384, "--group", 32, "--quiet"]
     arguments = ["search", model, "--calib", texts, "--bits-per-weight", 6, "--json", *common]
     arguments += ["--out", tmp_path / "recipe.yaml", "--choices", "int8,int4,int3", "--polish", 2]
+    arguments += ["--quality", "plain"]
     ran = CliRunner().invoke(app, [str(a) for a in arguments])
     assert ran.exit_code == 0, ran.output
     told = json.loads(ran.stdout)
