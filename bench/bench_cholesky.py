@@ -1,7 +1,8 @@
-"""Factor, inverse factor and inverse at the widths of Aya layers, beside torch's textbook route.
+"""Factor, inverses and solves at the widths of Aya layers, beside torch's textbook routes.
 
 tiny-aya 2048; Aya-23-8B: 4096 (q, k, v, gate, up, o) and 14336 (down). The useful work of each of
-ours is n³/3 multiply-adds' worth of flop; extra_info holds Gflop/s of CPU time and the ceiling.
+ours is n³/3 multiply-adds' worth of flop, that of a solve 2 rows n² flop; extra_info holds Gflop/s
+of CPU time and the ceiling.
 """
 
 import time
@@ -19,7 +20,7 @@ def hessian(n: int) -> torch.Tensor:
     return torch.full((n, n), 0.5) + torch.eye(n)  # speed does not depend on the values
 
 
-def record(benchmark, run, setup, n: int, rounds: int) -> None:
+def record(benchmark, run, setup, n: int, rounds: int, flop: float | None = None) -> None:
     """Time run(*setup()) and note CPU seconds: on a busy machine they are what repeats."""
     seconds = []
 
@@ -30,7 +31,7 @@ def record(benchmark, run, setup, n: int, rounds: int) -> None:
 
     benchmark.pedantic(timed, setup=lambda: (setup(), {}), rounds=rounds)
     benchmark.extra_info["cpu_seconds"] = round(min(seconds), 4)
-    benchmark.extra_info["gflops"] = round(n**3 / 3 / min(seconds) * 1e-9, 1)
+    benchmark.extra_info["gflops"] = round((flop or n**3 / 3) / min(seconds) * 1e-9, 1)
     benchmark.extra_info["peak_one_thread"] = round(machine.peak()["fp32"], 1)
     benchmark.extra_info["threads"] = torch.get_num_threads()
 
@@ -72,3 +73,30 @@ def test_ruler_textbook(benchmark, n):
         torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
     record(benchmark, textbook, lambda: (H,), n, rounds=3)
+
+
+def solve_operands(n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    R = room.cholesky(hessian(n)).R
+    return torch.randn(rows, n, generator=torch.Generator().manual_seed(0)), R
+
+
+@pytest.mark.parametrize("rows", [16, 2048])
+@pytest.mark.parametrize("n", WIDTHS[:2])
+def test_solve(benchmark, n, rows):
+    """B (R Rᵀ)⁻¹ in place."""
+    B, R = solve_operands(n, rows)
+    X = torch.empty_like(B)
+    record(benchmark, room.solve_, lambda: (X.copy_(B), R), n, rounds=3, flop=2 * rows * n**2)
+
+
+@pytest.mark.parametrize("rows", [16, 2048])
+@pytest.mark.parametrize("n", WIDTHS[:2])
+def test_ruler_solve(benchmark, n, rows):
+    """torch.linalg.solve_triangular twice."""
+    B, R = solve_operands(n, rows)
+
+    def twice(B: torch.Tensor) -> None:
+        X = torch.linalg.solve_triangular(R.T, B, upper=False, left=False)
+        torch.linalg.solve_triangular(R, X, upper=True, left=False)
+
+    record(benchmark, twice, lambda: (B,), n, rounds=3, flop=2 * rows * n**2)

@@ -1,14 +1,15 @@
 """H += X^T X at Aya-8B's inputs (4096: attention, gate, up; 14336: down), next to torch's way.
 
 Useful Gflop/s counts the upper triangle only, T C (C + 1), beside the measured peak of one thread;
-torch's full product is counted the same way. For one thread: OMP_NUM_THREADS=1.
+torch's full product is counted the same way. G += Y^T X has twice that much to do, all of it
+useful. For one thread: OMP_NUM_THREADS=1.
 """
 
 import pytest
 import torch
 
 from distaya_ext.ops import machine
-from distaya_ext.ops.hessian import column_sq_, hessian_, symmetrize_
+from distaya_ext.ops.hessian import column_sq_, cross_, hessian_, symmetrize_
 
 HIDDEN, FF = 4096, 14336
 ROUNDS = {"rounds": 3, "warmup_rounds": 1}
@@ -18,9 +19,9 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def note_flops(benchmark, X: torch.Tensor) -> None:
+def note_flops(benchmark, X: torch.Tensor, useful: int | None = None) -> None:
     tokens, columns = X.shape
-    useful = tokens * columns * (columns + 1)
+    useful = useful or tokens * columns * (columns + 1)
     benchmark.extra_info["useful Gflop/s"] = round(useful / benchmark.stats.stats.min * 1e-9)
     benchmark.extra_info["threads"] = machine.threads()
     peaks = machine.peak()
@@ -67,6 +68,22 @@ def test_ruler_tuned(benchmark):
 
     benchmark.pedantic(add, **ROUNDS)
     note_flops(benchmark, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cross(benchmark, dtype):
+    """The cross moment of two inputs; twice the tiles of test_hessian."""
+    Y, X = activations(2048, HIDDEN, dtype), activations(2048, HIDDEN, dtype).neg()
+    benchmark.pedantic(cross_, args=(torch.zeros(HIDDEN, HIDDEN), Y, X), **ROUNDS)
+    note_flops(benchmark, X, 2 * X.numel() * HIDDEN)
+
+
+def test_ruler_cross(benchmark):
+    """The same in torch: one conversion of each input and no temporary."""
+    Y, X = (activations(2048, HIDDEN, torch.bfloat16) for _ in range(2))
+    G = torch.zeros(HIDDEN, HIDDEN)
+    benchmark.pedantic(lambda: G.addmm_(Y.float().t(), X.float()), **ROUNDS)
+    note_flops(benchmark, X, 2 * X.numel() * HIDDEN)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

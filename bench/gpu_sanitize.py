@@ -56,11 +56,13 @@ def hessian(make: Inputs) -> None:
         for tokens, cols in ((70, 200), (1, 33), (300, 129)):
             X, w = make.normal(tokens, cols, dtype=dtype), make.normal(tokens).abs()
             H, s = make.normal(cols, cols).zero_(), make.normal(cols).zero_()
+            G = make.normal(cols, cols).zero_()
             for weights in (None, w):
                 room.hessian_(H, X, weights)
                 room.column_sq_(s, X, weights)
+                room.cross_(G, X.neg(), X, weights)
             room.symmetrize_(H)
-    finite(H, s)
+    finite(H, s, G)
 
 
 def cholesky(make: Inputs) -> None:
@@ -69,6 +71,7 @@ def cholesky(make: Inputs) -> None:
     for n in (1, 70, 129, 300):
         R = room.cholesky(make.hessian(n)).R
         finite(R, room.inverse_factor(R), room.inverse(R))
+        finite(room.solve(make.normal(37, n), R))
 
 
 def obs(make: Inputs) -> None:

@@ -41,14 +41,23 @@ def test_weights(simulator, dtype, kind, columns):
     check(simulator, rand(columns, columns, seed=1), Y, X, some_weights(kind, len(X)))
 
 
-@pytest.mark.parametrize("kind", ["none", "sequences", "mixed"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("columns", [264, 259])
+def test_tokens_left_out_where_rows_lie_right_of_columns(simulator, dtype, columns):
+    """Y's third panel, of 8 or 3 columns, against X's first: NaN in padding must not get in."""
+    Y, X = rand(60, columns, seed=2).to(dtype), rand(60, columns).to(dtype)
+    check(simulator, torch.zeros(columns, columns), Y, X, some_weights("sequences", 60))
+
+
+@pytest.mark.parametrize(
+    ("columns", "tokens", "kind"), [(136, 40, "none"), (137, 55, "sequences"), (72, 33, "mixed")]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [136, 137])
-def test_of_equal_inputs_is_the_hessian_to_the_bit(simulator, dtype, kind, columns):
+def test_of_equal_inputs_is_the_hessian_to_the_bit(simulator, dtype, columns, tokens, kind):
     """So the difference of a dense stream and an equal compressed one is exactly zero."""
     acc, hessian = CrossMoment(columns), Hessian(columns)
     for seed in range(2):
-        X, weights = rand(70, columns, seed=seed).to(dtype), some_weights(kind, 70)
+        X, weights = rand(tokens, columns, seed=seed).to(dtype), some_weights(kind, tokens)
         with simulator.use():
             hessian.add(X, weights)
             acc.add(X.clone(), X, weights)
@@ -60,7 +69,7 @@ def test_of_equal_inputs_is_the_hessian_to_the_bit(simulator, dtype, kind, colum
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("offsets", [(1, 0), (0, 4), (8, 8)], ids=str)
 def test_any_alignment_of_rows(simulator, dtype, offsets):
-    """C a multiple of 8, Y or X off 16 bytes; G off 8, also where a warp's 64 x 64 are all there."""
+    """C a multiple of 8, Y or X off 16 bytes; G off 8, also where all of a warp's 64 x 64 exist."""
     Y, X = (rand(40 * 136 + o, seed=o).to(dtype)[o:].view(40, 136) for o in offsets)
     G = torch.zeros(136 * 136 + 1)[1:].view(136, 136)
     check(simulator, G, Y, X, some_weights("padded", len(X)))

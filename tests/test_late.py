@@ -16,6 +16,8 @@ from transformers import CohereConfig
 
 from distaya_ext.compress import calibrate, compress, driver, ferry, layers
 from distaya_ext.compress.ferry import Checks, Ferry
+from distaya_ext.compress.settings import Settings
+from distaya_ext.compress.solve import Statistic, solve
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError
 from distaya_ext.formats import Grid, ModuleScheme, bitmask, late
@@ -192,15 +194,13 @@ def test_errors_are_the_same_sentences(tmp_path, what, words, in_time, request):
             compress(source, tmp_path / "out", recipe("sparsegpt-2:4"), calibration)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
         return
-    settings = layers.Settings(
-        "sparsegpt", None, (2, 4), None, 128, False, "minmax", "natural", 0.01
-    )
+    settings = Settings("sparsegpt", None, (2, 4), None, 128, False, "minmax", "natural", 0.01)
     W = tensors["model.layers.1.self_attn.q_proj.weight"].half()
-    statistic = layers.Statistic("hessian", W.shape[1], CPU)
+    statistic = Statistic("hessian", W.shape[1], CPU)
     statistic.add(torch.randn(200, W.shape[1]))
     checks = Checks(late=not in_time)
     with pytest.raises(InputError, match=words):
-        layers.solve([W], settings, statistic, checks)
+        solve([W], settings, statistic, checks)
         ferry.judge(checks.take())
 
 
@@ -210,13 +210,13 @@ def test_a_singular_hessian_and_unranked_scores_are_told_late():
         ("sparsegpt", "hessian", "H .16 x 16. is not finite: .* input 3"),
         ("wanda", "norms", "scores .8, 16. is NaN at row 0, column 3: it has no rank"),
     ]:
-        settings = layers.Settings(method, 0.5, None, None, 128, False, "minmax", "natural", 0.01)
-        statistic = layers.Statistic(kind, 16, CPU)
+        settings = Settings(method, 0.5, None, None, 128, False, "minmax", "natural", 0.01)
+        statistic = Statistic(kind, 16, CPU)
         x = torch.randn(64, 16)
         x[4, 3] = torch.nan
         statistic.add(x)
         checks = Checks(late=True)
-        layers.solve([W], settings, statistic, checks)
+        solve([W], settings, statistic, checks)
         with pytest.raises(ValueError, match=words):
             ferry.judge(checks.take())
 

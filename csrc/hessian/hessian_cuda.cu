@@ -38,7 +38,7 @@ static_assert(kRun % kDepth == 0, "promotion happens between slices");
 // ordinary units. Each element is summed over t by one thread, promoted every kRun tokens: no order
 // to vary.
 template <class T, bool cross>
-__global__ void __launch_bounds__(256) plain_syrk_kernel(const Hessian p) {
+__global__ void __launch_bounds__(256, 3) plain_syrk_kernel(const Hessian p) {
   const Square square = cross ? Square{blockIdx.y, blockIdx.x} : square_of_block();
   const int64_t i0 = square.row * kSide, j0 = square.column * kSide;
   if (j0 >= p.C) return;
