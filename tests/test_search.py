@@ -96,6 +96,21 @@ def test_a_file_of_the_target_size_is_written(tmp_path, llama, embed_bits):
             assert found.best.bytes - file_bytes(out) < 60 * len(found.allocation)
 
 
+def test_choices_of_different_groups_keep_theirs(tmp_path, llama):
+    """The group of the recipe itself is one choice's; rules must not inherit it."""
+    asked = options(bits_per_weight=3.9, choices="int3-g32,int3-g0,int4,int4-g0", group=64)
+    found = search(llama, windows(), asked)
+    assert len(set(found.allocation.values())) > 2
+    compress(llama, tmp_path / "out", found.recipe, windows())
+    assert 0 <= found.best.bytes - file_bytes(tmp_path / "out") < 60 * len(found.allocation)
+    held = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = {"int3-g32": 32, "int3-g0": 0, "int4": 64, "int4-g0": 0}
+    for name, choice in found.allocation.items():
+        columns = open_checkpoint(llama).entries[f"{name}.weight"].shape[1]
+        wanted = groups[choice] if groups[choice] < columns else 0
+        assert held["modules"][name]["group"] == wanted
+
+
 def test_the_recipe_beats_uniform_choices_of_no_more_bytes(llama):
     found = search(llama, windows(48), options(bits_per_weight=6.0, search_tokens=24 * WINDOW))
     rivals = [row for row in found.rows[1:] if row.bytes <= found.best.bytes]

@@ -14,7 +14,8 @@ from .choices import Choice, untouched
 def to_recipe(space: Space, candidate: Candidate, fields: dict[str, Any]) -> Recipe:
     """The recipe of a candidate; fields: what it has in common with every other of the search.
 
-    The choice of most weights becomes the recipe's own, the others are rules.
+    The choice of most weights becomes the recipe's own, the others are rules. fields["group"] is
+    that of choices which name none.
     """
     chosen: dict[str, Choice] = {}
     for unit, pick in zip(space.units, candidate.picks, strict=True):
@@ -30,13 +31,15 @@ def to_recipe(space: Space, candidate: Candidate, fields: dict[str, Any]) -> Rec
     if not packed:
         return untouched(fields)
     common = packed[0]
+    group = fields["group"]
     fields |= common.fields()
     fields["method"] = "sparsegpt" if common.prunes else "gptq"
     rules = []
     for choice in weights:
         if choice == common:
             continue
-        said = {"dense": True} if choice.dense else choice.fields()
+        # Else it would get the group of the recipe, which is that of another choice.
+        said = {"dense": True} if choice.dense else {"group": group, **choice.fields()}
         names = [name for name in chosen if chosen[name] == choice]
         prefix = space.costs.checkpoint.architecture.layers
         rules += [{"match": match, **said} for match in patterns(names, prefix)]
