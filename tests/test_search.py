@@ -101,6 +101,7 @@ def test_choices_of_different_groups_keep_theirs(tmp_path, llama):
     asked = options(bits_per_weight=3.9, choices="int3-g32,int3-g0,int4,int4-g0", group=64)
     found = search(llama, windows(), asked)
     assert len(set(found.allocation.values())) > 2
+    assert asked.common()["group"] == 64
     compress(llama, tmp_path / "out", found.recipe, windows())
     assert 0 <= found.best.bytes - file_bytes(tmp_path / "out") < 60 * len(found.allocation)
     held = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

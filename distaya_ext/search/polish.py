@@ -62,8 +62,8 @@ def _swap(
     v: np.ndarray,
     rng: random.Random,
 ) -> Candidate | None:
-    """Another choice for one random unit, then the cheapest change of another that makes it fit, or
-    the best use of what became free.
+    """Another choice for one random unit, then the change of another one that costs least and makes
+    it fit (or saves most in the room there is).
     """
     alive = [i for i, unit in enumerate(space.units) if unit.layer not in candidate.dropped]
     unit = rng.choice(alive)
@@ -73,12 +73,9 @@ def _swap(
     picks = list(candidate.picks)
     picks[unit] = rng.choice(others)
     room = budget - space.candidate(tuple(picks), candidate.dropped).bytes
-    best = (0.0 if room >= 0 else np.inf, None)
-    for other in alive:
-        if other == unit:
-            continue
-        sizes, cost = space.sizes[other], found.kl[space.units[other]] @ v
-        now = picks[other]
+    best: tuple[float, tuple[int, int] | None] = (0.0 if room >= 0 else np.inf, None)
+    for other in (i for i in alive if i != unit):
+        sizes, cost, now = space.sizes[other], found.kl[space.units[other]] @ v, picks[other]
         for k in range(len(sizes)):
             change = float(cost[k] - cost[now])
             if k != now and sizes[k] - sizes[now] <= room and change < best[0]:

@@ -112,24 +112,23 @@ def plan_memory(
     """What fits where. ResourceError when the model itself has no room beside its work."""
     itemsize = run_dtype(checkpoint).itemsize
     model = sum(e.nbytes // e.dtype.itemsize for e in checkpoint.entries.values()) * itemsize
-    tokens = sets.hessian.numel() + sets.decide[0].numel() + sets.report[0].numel()
     window = 12 * sets.hessian.shape[1] * checkpoint.config.vocab_size
     least = model + working_bytes(checkpoint) + max(3 * CHUNK_BYTES, window)
     have = parse_size(limit) if limit is not None else physical_bytes()
     if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0]
-        if least > free:
-            raise ResourceError(
-                f"the search holds the whole model: {least / GIB:.1f} GiB of GPU memory are "
-                f"needed and {free / GIB:.1f} GiB are free on {place}"
-            )
-    if least > have:
-        raise ResourceError(
-            f"the search holds the whole model in memory: it needs {least / GIB:.2f} GiB and has "
-            f"{have / GIB:.2f} GiB"
-        )
-    room = have - least
+        _check(least, torch.cuda.mem_get_info(place)[0], f"on {place}")
+    _check(least, have, "in memory")
+    tokens = sets.hessian.numel() + sets.decide[0].numel() + sets.report[0].numel()
     waiting = 3 * activation_bytes(checkpoint, tokens) + KEPT_BYTES
     packed = [choice for choice in costs.choices if not choice.dense]
     weights = sum(rows * columns for rows, columns in map(costs.shape, costs.names))
+    room = have - least
     return Memory(waiting > room // 2, len(packed) * weights * 9 // 8 > room // 4)
+
+
+def _check(needed: int, have: int, where: str) -> None:
+    if needed > have:
+        raise ResourceError(
+            f"the search holds the whole model {where}: it needs {needed / GIB:.2f} GiB and has "
+            f"{have / GIB:.2f} GiB"
+        )

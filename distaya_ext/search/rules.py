@@ -32,7 +32,7 @@ def to_recipe(space: Space, candidate: Candidate, fields: dict[str, Any]) -> Rec
         return untouched(fields)
     common = packed[0]
     group = fields["group"]
-    fields |= common.fields()
+    fields = {**fields, **common.fields()}
     fields["method"] = "sparsegpt" if common.prunes else "gptq"
     rules = []
     for choice in weights:
