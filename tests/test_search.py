@@ -17,9 +17,11 @@ from distaya_ext.errors import InputError, ResourceError, UsageError
 from distaya_ext.evaluate import load
 from distaya_ext.recipe import CalibrationSpec, Recipe
 from distaya_ext.search import Options, search
-from distaya_ext.search.choices import parse_choices
+from distaya_ext.search.candidate import Space
+from distaya_ext.search.choices import Costs, parse_choices
 from distaya_ext.search.objective import parse_weights
-from distaya_ext.search.rules import patterns
+from distaya_ext.search.prepare import make_units
+from distaya_ext.search.rules import patterns, to_recipe
 
 FEW = "bf16,int8,int4,int3,mask-50+int4"
 
@@ -101,7 +103,6 @@ def test_choices_of_different_groups_keep_theirs(tmp_path, llama):
     asked = options(bits_per_weight=3.9, choices="int3-g32,int3-g0,int4,int4-g0", group=64)
     found = search(llama, windows(), asked)
     assert len(set(found.allocation.values())) > 2
-    assert asked.common()["group"] == 64
     compress(llama, tmp_path / "out", found.recipe, windows())
     assert 0 <= found.best.bytes - file_bytes(tmp_path / "out") < 60 * len(found.allocation)
     held = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -110,6 +111,16 @@ def test_choices_of_different_groups_keep_theirs(tmp_path, llama):
         columns = open_checkpoint(llama).entries[f"{name}.weight"].shape[1]
         wanted = groups[choice] if groups[choice] < columns else 0
         assert held["modules"][name]["group"] == wanted
+
+
+def test_a_recipe_leaves_the_fields_it_is_made_from_alone(llama):
+    """They serve every budget of a walk."""
+    fields = {"model": str(llama), "group": 128}
+    costs = Costs(open_checkpoint(llama), parse_choices("int4-g32,int3"), fields)
+    space = Space(costs, make_units(costs, "matrix"), whole_files=True, drop=False)
+    made = [to_recipe(space, space.uniform(choice), fields) for choice in costs.choices]
+    assert [(recipe.bits, recipe.group) for recipe in made] == [(4, 32), (3, 128)]
+    assert fields == {"model": str(llama), "group": 128}
 
 
 def test_the_recipe_beats_uniform_choices_of_no_more_bytes(llama):

@@ -72,15 +72,30 @@ def _swap(
         return None
     picks = list(candidate.picks)
     picks[unit] = rng.choice(others)
+    _amend(space, found, candidate, picks, unit, budget, v)
+    made = space.candidate(tuple(picks), candidate.dropped)
+    return made if made.bytes <= budget else None
+
+
+def _amend(
+    space: Space,
+    found: Sensitivities,
+    candidate: Candidate,
+    picks: list[int],
+    fixed: int,
+    budget: int,
+    v: np.ndarray,
+) -> None:
+    """Change the pick of one unit other than `fixed` as _swap says, if any change serves."""
     room = budget - space.candidate(tuple(picks), candidate.dropped).bytes
     best: tuple[float, tuple[int, int] | None] = (0.0 if room >= 0 else np.inf, None)
-    for other in (i for i in alive if i != unit):
-        sizes, cost, now = space.sizes[other], found.kl[space.units[other]] @ v, picks[other]
+    for other, unit in enumerate(space.units):
+        if other == fixed or unit.layer in candidate.dropped:
+            continue
+        sizes, cost, now = space.sizes[other], found.kl[unit] @ v, picks[other]
         for k in range(len(sizes)):
             change = float(cost[k] - cost[now])
             if k != now and sizes[k] - sizes[now] <= room and change < best[0]:
                 best = (change, (other, k))
     if best[1] is not None:
         picks[best[1][0]] = best[1][1]
-    made = space.candidate(tuple(picks), candidate.dropped)
-    return made if made.bytes <= budget else None
