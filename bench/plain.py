@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Method:
     """One row of the table."""
 
     name: str
-    kind: str  # dense | magnitude | wanda | sparsegpt | gptq | rtn
+    kind: str  # dense | magnitude | wanda | ria | dass | sparsegpt | gptq | rtn
     side: str = "textbook"  # or ours
     sparsity: float = 0.0
     nm: tuple[int, int] | None = None
@@ -34,6 +35,7 @@ class Method:
     group: int = 0
     symmetric: bool = False
     order: str = "natural"
+    mlp_only: bool = False  # attention stays dense, as in everything DaSS is published with
 
 
 def read_folder(folder: Path) -> dict[str, list[str]]:
@@ -83,6 +85,21 @@ def balanced(texts: dict[str, list[str]], tokenizer, total: int, length: int) ->
         raise SystemExit(f"{total} windows asked, the texts give {len(turns)}")
     ids, languages = zip(*turns[:total], strict=True)
     return Drawn(torch.stack(ids), list(languages))
+
+
+def drawn(texts: dict[str, list[str]], tokenizer, total: int, length: int, seed: int) -> Drawn:
+    """Calibration windows of a seed, exactly `total` of them, the same for every row of a bench.
+
+    The documents of each language are shuffled by the seed and the language's code, the languages
+    by the seed; then as balanced(): the first window of each language, the second of each, ...
+    128 windows of 23 languages are five of each and a sixth of the first 13 in the seed's order.
+    """
+    shuffled = {lang: list(documents) for lang, documents in texts.items()}
+    for lang, documents in shuffled.items():
+        random.Random(f"{seed}{lang}").shuffle(documents)
+    order = list(shuffled)
+    random.Random(seed).shuffle(order)
+    return balanced({lang: shuffled[lang] for lang in order}, tokenizer, total, length)
 
 
 @torch.inference_mode()
@@ -141,24 +158,31 @@ def through(layer: nn.Module, hidden: list[Tensor], calls: list[tuple]) -> Itera
 
 @torch.inference_mode()
 def textbook_compress(model, ids: Tensor, method: Method) -> None:
-    """Compress every Linear of every decoder layer of `model` in place."""
+    """Compress every Linear of every decoder layer of `model` in place (or those of its MLPs)."""
     layers = model.model.layers
     hidden, calls = first_inputs(model, layers, ids)
     for layer in layers:
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        chosen = layer.mlp if method.mlp_only else layer
+        linears = {n: m for n, m in chosen.named_modules() if isinstance(m, nn.Linear)}
         hessians = {n: textbook.Hessian(m.in_features) for n, m in linears.items()}
 
         def watch(name: str, store=hessians):
             return lambda _module, args, _out: store[name].add(args[0])
 
         handles = [m.register_forward_hook(watch(n)) for n, m in linears.items()]
-        if method.kind in ("wanda", "sparsegpt", "gptq"):
+        if method.kind not in ("magnitude", "rtn"):
             for _ in through(layer, hidden, calls):
                 pass
         for handle in handles:
             handle.remove()
         for name, linear in linears.items():
-            W = solve(linear.weight.detach(), hessians[name], method)
+            W = linear.weight.detach()
+            if method.kind == "dass" and not name.endswith("down_proj"):
+                (down,) = (h for other, h in hessians.items() if other.endswith("down_proj"))
+                pattern = {"sparsity": method.sparsity, "nm": method.nm}
+                W = W * textbook.dass(W, down.column_norms(), **pattern)
+            else:
+                W = solve(W, hessians[name], method)
             # the files hold bf16: both sides are judged on what they can write
             linear.weight.copy_(W.to(torch.bfloat16))
         hidden = list(through(layer, hidden, calls))
@@ -169,8 +193,10 @@ def solve(W: Tensor, hessian: textbook.Hessian, method: Method) -> Tensor:
     grids = {"bits": method.bits, "group": method.group, "symmetric": method.symmetric}
     if method.kind == "magnitude":
         return W * textbook.magnitude(W, **pattern)
-    if method.kind == "wanda":
+    if method.kind in ("wanda", "dass"):
         return W * textbook.wanda(W, hessian.column_norms(), **pattern)
+    if method.kind == "ria":
+        return W * textbook.ria(W, hessian.column_norms(), **pattern)
     if method.kind == "rtn":
         return textbook.rtn(W, **grids).W
     if method.kind == "gptq":

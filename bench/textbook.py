@@ -1,11 +1,11 @@
 """The textbook PyTorch route, written out plainly: the ruler for speed, masks, codes and quality.
 
-It computes what the published SparseGPT, GPTQ and Wanda do, in their order and with their counting
+It computes what the published SparseGPT and GPTQ do, in their order and with their counting
 conventions: fp32 X^T X with a running mean, dead columns, relative damping, Cholesky -> inverse ->
 upper Cholesky, a blocked sweep with a full sort for the threshold. It needs torch only.
 
-Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1); GPTQ (Frantar et al. 2022, algorithm 1);
-Wanda (Sun et al. 2023, section 3).
+Sources: SparseGPT (Frantar & Alistarh 2023, algorithm 1); GPTQ (Frantar et al. 2022, algorithm 1).
+Masks without a Hessian (magnitude, Wanda, RIA, DaSS) stand in textbook_masks.py.
 
 Letters: W [rows, cols] = (out, in) weights, X [tokens, cols] inputs, H [cols, cols] = 2/N X^T X,
 U upper with H^-1 = U^T U. Masks are bool [rows, cols], True where the weight is KEPT.
@@ -18,6 +18,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bench.textbook_masks import dass, magnitude, ria, wanda
+
+__all__ = [
+    "Hessian",
+    "Result",
+    "dass",
+    "factor",
+    "fix_dead",
+    "gptq",
+    "grid",
+    "magnitude",
+    "ria",
+    "round_to",
+    "rtn",
+    "sweep",
+    "wanda",
+]
 
 
 class Result(NamedTuple):
@@ -273,33 +291,3 @@ def rtn(W: Tensor, bits: int, group: int = 0, symmetric: bool = False, mse: bool
     value, code, scale, zero = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     keep = torch.ones_like(W, dtype=torch.bool)
     return Result(value, keep, code, scale, zero, W.new_zeros(W.shape[0]))
-
-
-def magnitude(W: Tensor, sparsity: float = 0.0, nm: tuple[int, int] | None = None) -> Tensor:
-    """Mask [rows, cols] by |W|: one threshold for the whole matrix, or n of m inputs kept."""
-    score = W.float().abs()
-    if nm is not None:
-        return _keep_nm(score, *nm)
-    threshold = torch.sort(score.flatten())[0][int(score.numel() * sparsity)]
-    return score > threshold
-
-
-def wanda(
-    W: Tensor, norms: Tensor, sparsity: float = 0.0, nm: tuple[int, int] | None = None
-) -> Tensor:
-    """Mask [rows, cols] by |W_ij| * ||X_j||: the floor(cols*sparsity) least of each row go."""
-    score = W.float().abs() * norms.reshape(1, -1)
-    if nm is not None:
-        return _keep_nm(score, *nm)
-    order = torch.sort(score, dim=1, stable=True)[1]
-    drop = torch.zeros_like(score, dtype=torch.bool)
-    drop.scatter_(1, order[:, : int(score.shape[1] * sparsity)], True)
-    return ~drop
-
-
-def _keep_nm(score: Tensor, n: int, m: int) -> Tensor:
-    drop = torch.zeros_like(score, dtype=torch.bool)
-    for j in range(0, score.shape[1], m):
-        least = torch.topk(score[:, j : j + m], m - n, dim=1, largest=False)[1]
-        drop.scatter_(1, j + least, True)
-    return ~drop

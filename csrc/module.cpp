@@ -111,8 +111,8 @@ PYBIND11_MODULE(_C, m) {
 
   // --- refit -------------------------------------------------------------------------------------
   m.def("refit", &refit, "target"_a, "mask"_a, "H"_a, "start"_a, "damp"_a, "iterations"_a, "out"_a,
-        "before"_a, "after"_a, "work"_a, "Least squares for the kept weights, by conjugate gradients",
-        release_gil());
+        "before"_a, "after"_a, "work"_a,
+        "Least squares for the kept weights, by conjugate gradients", release_gil());
   m.def("refit_work", &refit_work, "out"_a);
   m.def("admm", &admm, "G"_a, "X"_a, "mask"_a, "Y"_a, "inverse"_a, "rho"_a, "ratio"_a,
         release_gil());

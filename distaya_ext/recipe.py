@@ -108,7 +108,7 @@ class Recipe(Strict):
     group: int = 128
     symmetric: bool | None = None
     scale: Literal["minmax", "mse"] = "minmax"
-    order: Literal["natural", "activation"] = "natural"
+    order: Literal["natural", "activation", "group", "block"] = "natural"
     quality: Literal["plain", "default", "high"] | None = None
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     calibration: CalibrationSpec = CalibrationSpec()
@@ -177,32 +177,40 @@ class Recipe(Strict):
             raise ValueError(
                 f"method dense changes nothing, so bits ({self.bits}) must be left out"
             )
-        if self.order == "activation" and (self.method not in SWEEPING or self.nm is not None):
-            why = f"pattern {self.nm} is one" if self.nm else f"method {self.method} has no sweep"
-            raise ValueError(
-                f"order activation is for sparsegpt and gptq without an N:M pattern; {why}"
-            )
         if self.quality not in (None, "plain") and self.method not in SWEEPING:
             raise ValueError(
                 f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no sweep"
             )
         self._rules()
+        self._ordered()
         self._storable()
         return self
 
     def _rules(self) -> None:
-        """ValueError for rules that the method or the order has no sweep for."""
+        """ValueError for rules that the method has no sweep for."""
         if self.modules and self.method not in SWEEPING:
             raise ValueError(
                 f"modules (rules for some Linears) are for {' and '.join(SWEEPING)}, which sweep; "
                 f"method {self.method} does not"
             )
-        for index, rule in enumerate(self.modules, 1):
-            if self.order == "activation" and rule.nm is not None:
-                raise ValueError(
-                    f"rule {index} of modules: order activation is not for an N:M pattern such as "
-                    f"{rule.nm}"
-                )
+
+    def _ordered(self) -> None:
+        """ValueError for an order that does not go with what is pruned, here or by a rule."""
+        if self.order == "natural":
+            return
+        if self.method not in SWEEPING:
+            raise ValueError(
+                f"order {self.order} is for {' and '.join(SWEEPING)}; method {self.method} has no "
+                "sweep"
+            )
+        ruled = [(f"rule {i} of modules: ", r) for i, r in enumerate(self.modules, 1)]
+        for where, part in [("", self), *((w, r) for w, r in ruled if not r.dense)]:
+            if self.order == "activation" and part.nm is not None:
+                raise ValueError(f"{where}order activation is not for an N:M pattern: {part.nm}")
+            if self.order == "group" and part.nm is None:
+                raise ValueError(f"{where}order group is for an N:M pattern such as 2:4")
+            if self.order == "block" and not part.sparsity:
+                raise ValueError(f"{where}order block is for a share of the weights such as 0.5")
 
     def _storable(self) -> None:
         """ValueError when the format cannot hold what the recipe makes."""

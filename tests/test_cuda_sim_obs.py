@@ -26,6 +26,7 @@ from test_obs import (
 
 from distaya_ext.ops import obs as room
 from distaya_ext.ops.obs import Quant, sweep_
+from distaya_ext.ops.order import permutation
 
 SCHEDULES = ("forward", "reverse", "random", "greedy", "greedy-reverse")
 
@@ -223,3 +224,18 @@ def test_empty(simulator):
         for rows, cols in ((0, 8), (4, 0), (0, 0)):
             got = sweep_(torch.zeros(rows, cols), torch.eye(cols), nm=(2, 4), quant=Quant(4, 32))
             assert got.mask.shape == got.codes.shape == (rows, cols)
+
+
+@pytest.mark.parametrize("order", ["group", "block"])
+def test_orders_by_expected_loss(simulator, order):
+    """The CPU's order, the same under every schedule, and the sweep that follows it."""
+    W, H = problem(6, 260, seed=4)
+    H = H.float()
+    pattern = {"nm": (2, 4)} if order == "group" else {"sparsity": 0.5}
+    perm = permutation(order, W, H, (2, 4), 0.5)
+    assert torch.equal(simulator.same_always(lambda: permutation(order, W, H, (2, 4), 0.5)), perm)
+    with simulator.use():
+        got = room.obs(W, H, order=order, **pattern)
+    want = room.reference(W[:, perm], damped(H.double())[perm][:, perm], **pattern)
+    assert torch.equal(got.perm, perm) and want.clear.any()
+    assert torch.equal(got.mask[:, perm][want.clear], want.mask[want.clear])

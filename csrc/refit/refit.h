@@ -14,18 +14,21 @@
 // the mean, as in cholesky. A column with D_j = 0 is left as it was.
 //
 // Rounding, u = 2^-24. Let |x|_D^2 = sum x_j^2 D_j, k the columns and n the terms' worth of u that
-// a product loses (core/gemm.h: 384 + k / 384 at most; core/gemm.cuh: k / 16 + 48). As |H'_ij| <=
-// sqrt(D_i D_j), the r that is carried along differs from the r of the stored Q, in the norm in
+// a product loses (core/gemm.h: at most 384 + k / 384; core/gemm.cuh: k / 16 + 48). As |H'_ij| <=
+// sqrt(D_i D_j), the r that is carried along differs from that of the stored Q, in the norm in
 // which |r|^2 = rz, by
 //
-//   drift <= (n + 4) u k size,   size^2 = |E|_D^2 + |Q|_D^2 + sum over the steps of |a p|_D^2
+//   drift <= (n + 4) u k (|E|_D + |Q|_D + sum over the steps of |a p|_D)
 //
-// at worst. Signs of errors being fair, one sees drift = tau = u k size at most, which is 1 + sqrt
-// n times what sums of k errors of sqrt(k) u each come to. A step gains a (rz - 2 p drift) / 2, and
-// |p|_D^2 = rz^2 sum 1 / rz over the steps so far (successive z are orthogonal): so a row stops as
-// soon as 4 tau^2 sum 1 / rz >= 1, where it could no longer be told whether the step would gain.
-// That makes L fall from step to step, in fp32; the last rounding to W's dtype is not in it.
-// A row also stops where p y <= 0 (H' is then not positive definite). NaN spreads over its row.
+// at worst, E and Q those of the start. Errors have both signs, and no more was seen than
+//
+//   tau = u k size,   size^2 = |E|_D^2 + |Q|_D^2 + sum over the steps of |a p|_D^2
+//
+// (tests/test_refit.py). A step gains a (rz - 2 p drift) / 2, and |p|_D^2 = rz^2 sum 1 / rz over
+// the steps so far (successive z are orthogonal): so a row stops as soon as 4 tau^2 sum 1 / rz >=
+// 1, where one could no longer tell whether the step would gain.
+// Hence L falls from step to step, in fp32; the last rounding, to W's dtype, is not in it. A row
+// also stops where p y <= 0 (H' is not positive definite then). NaN spreads over its row.
 //
 // admm (Meng et al. 2024, section 3; Boza 2024, 2401.02938), on unit columns: d = sqrt(diag H), A =
 // H / d / d^T + damp I with diagonal 1 + damp, Y = (T d) A. With G the weights, D = G where kept

@@ -19,10 +19,10 @@ from ..models import Architecture, Stage
 from . import events, ferry
 from .aim import Aim
 from .calibrate import Calibration, check_activations
-from .capture import Calls
+from .capture import Call, Calls
 from .packing import Packing
 from .plan import Plan, groups
-from .reconstruct import reconstruct
+from .reconstruct import BATCH_TOKENS, Course, reconstruct
 from .report import Report
 from .settings import Settings
 from .solve import Figures, Statistic, solve
@@ -46,12 +46,24 @@ class Replay:
     ):
         self.calibration, self.hidden, self.tape, self.dense = calibration, hidden, tape, dense
         self.calls = Calls()
+        self.short: list[Call] = []  # of every layer for a training batch, see course()
+
+    @property
+    def batch(self) -> int:
+        """Windows of a training batch."""
+        ids = self.calibration.ids
+        return min(len(ids), max(1, BATCH_TOKENS // ids.shape[1]))
+
+    def course(self, layer: int) -> Course:
+        """What a layer is trained on, once its dense twin has run."""
+        sizes = [len(ids) for ids in self.calibration.chunks()]
+        return Course(self.short[layer], self.batch, self.hidden, self.dense[0], sizes)
 
 
 @dataclass
 class Stack:
-    """Linears of one stage and the same settings, solved together. grids: of those that the file
-    holds as codes.
+    """Linears of one stage and the same settings, solved together. grids: of those that were
+    rounded to groups of neighbouring columns; masks: of those that a sweep pruned.
     """
 
     names: list[str]
@@ -79,6 +91,7 @@ class AtWork:
     ):
         self.plan, self.packing, self.report, self.on_event = plan, packing, report, on_event
         self.way, self.checks = way, checks
+        self.trained: dict[str, torch.Tensor] = {}  # what reconstruct() returned
 
     def compress(
         self,
@@ -113,8 +126,8 @@ class AtWork:
         if twin is not None:
             twin.finish()
         if trains and held:
-            reconstruct(layer, held, walk, twin, replay.calibration)
-            walk.changed()
+            walk.step_aside()
+            self.trained = reconstruct(layer, held, replay.course(index))
             for stack in held:
                 self._send(index, prefix, layer, stack, changed)
         return changed
@@ -198,7 +211,7 @@ class AtWork:
         for name, (rows, _) in shapes.items():
             part = slice(row, row + rows)
             layer.get_submodule(name).weight.data = solution.W[part].clone()
-            if f"{prefix}.{name}" in self.packing.planned:
+            if solution.grid is not None:
                 grids[name] = solution.grid.part(row, row + rows)
             if masks is not None:
                 masks[name] = solution.mask[part]
@@ -218,9 +231,9 @@ class AtWork:
         parts: dict[str, Any] = {}
         for name in stack.names:
             full = f"{prefix}.{name}"
-            grid = stack.grids.get(name)
             parts[full] = {"weight": layer.get_submodule(name).weight.data}
-            if grid is not None:
+            if full in self.packing.planned:
+                grid = stack.grids[name]
                 parts[full] = self.packing.start(full, grid) if self.way.late else grid
         come = self.way.home((parts, vars(stack.figures), self.checks.take()))
         shapes, settings, begin, end = stack.shapes, stack.settings, stack.begin, stack.end

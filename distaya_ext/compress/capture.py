@@ -8,7 +8,7 @@ verbatim, layer by layer, and no model code is written twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +29,27 @@ class Call:
     kwargs: dict[str, Any]
     by_name: bool  # the hidden states were passed as hidden_states=...
 
-    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """Output hidden states of the layer, whether it returns a tensor or a tuple."""
         if self.by_name:
             out = layer(*self.args, hidden_states=hidden, **self.kwargs)
         else:
             out = layer(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def in_float(self) -> Call:
+        """The same with masks and tables in float32."""
+        return Call(_float(self.args), _float(self.kwargs), self.by_name)
+
+
+def _float(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.float() if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {key: _float(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_float(value) for value in tree)
+    return tree
 
 
 class _StandIn(nn.Module):

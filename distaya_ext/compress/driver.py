@@ -29,11 +29,11 @@ from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
 from . import events
+from .at_work import Replay
 from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
-from .at_work import Replay
 from .layers import Layers
 from .packing import Packing
 from .plan import make_plan, shares_statistics
@@ -227,6 +227,9 @@ class _Run:
             embed = ends.model.get_submodule(self.architecture.embed)
             rounded = self.packing.embedding(self.architecture.embed, self.device)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
+        if any(settings.quality == "high" for settings in self.plan.values()):
+            few = self.calibration.ids[: self.replay.batch]
+            self.replay.short = ends.inputs(few.to(self.device))[1]
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
             self.replay.hidden.put(("hidden", chunk), hidden)

@@ -188,7 +188,7 @@ class Packing:
             name: dataclasses.replace(
                 settings,
                 scale_dtype=self.dtype,
-                static=settings.order == "activation",
+                static=settings.order != "natural",
                 symmetric=symmetric,
             )
             if settings.bits in PACKED_BITS

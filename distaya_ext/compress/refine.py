@@ -16,6 +16,7 @@ import torch
 
 from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor
+from ..ops.order import permutation
 from ..ops.refit import admm, refit
 from .settings import Settings
 
@@ -57,8 +58,10 @@ def refined(
     loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
     """
     prunes = settings.sparsity is not None or settings.nm is not None
-    order = {"order": settings.order, "damp": settings.damp}
-    given = {"H": H} if settings.order != "natural" else {"factor": factor}
+    # One order for both sweeps: the second has a mask, from which none could be made.
+    perm = permutation(settings.order, T, H, settings.nm, settings.sparsity)
+    order = {"order": "natural" if perm is None else perm, "damp": settings.damp}
+    given = {"factor": factor} if perm is None else {"H": H}
     quiet: dict[str, Any] = {"later": lambda factor: None}
     if not prunes:
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
@@ -66,7 +69,7 @@ def refined(
     if settings.quality == "high":
         start, mask = admm(T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp)
     else:
-        found = obs_op.obs(T, **given, **pattern(settings), **quiet)
+        found = obs_op.obs(T, **given, **(pattern(settings) | order), **quiet)
         start, mask = found.W, found.mask
     kept = refit(T, mask, H, start=start, damp=settings.damp)
     if settings.bits is None:

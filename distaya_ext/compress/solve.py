@@ -102,8 +102,9 @@ class Figures:
 class Solution:
     """Compressed rows W [rows, columns] and what it cost.
 
-    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as codes, scales and zeros, None when nothing was rounded or when groups are
-    not neighbouring columns.
+    mask: of the kept weights, None where nothing was pruned by a sweep. grid: the same rows as
+    codes, scales and zeros, None when nothing was rounded or when groups are not neighbouring
+    columns.
     """
 
     W: torch.Tensor
@@ -218,7 +219,7 @@ def _score_and_round(
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:
         return (W.clone() if keep is None else W,)
-    W, *rest = obs_op.quantize(W, rounding(settings)['quant'])
+    W, *rest = obs_op.quantize(W, rounding(settings)["quant"])
     # A grid always contains 0, so this changes nothing but the sign of -0.0.
     return (W if keep is None else W.masked_fill(~keep, 0.0), *rest)
 

@@ -23,6 +23,7 @@ from .capture import Call
 from .ferry import Checks
 from .store import Store
 
+
 class _Boundary(Exception):
     """Raised inside a layer's forward when it reaches the stage being gathered."""
 
@@ -60,7 +61,7 @@ class LayerWalk:
         self._gathering: Stage | None = None
         self._reached: torch.Tensor | None = None  # the input of the stage being gathered
         self._chunk = 0
-        self._last = False
+        self._last = self._aside = False
         self._seen: dict[Stage, torch.Tensor] = {}  # inputs of chunk 0: proof that a stage shares
         self._inside = {
             block: [name for name in self._stage_of if name.startswith(block + ".")]
@@ -129,8 +130,9 @@ class LayerWalk:
         """What a Linear gives for a chunk, computed elsewhere: it is not run again."""
         self.tape.put((name, chunk), out)
 
-    def changed(self) -> None:
-        """The weights are no longer those that earlier passes ran: nothing they gave is used."""
+    def step_aside(self) -> None:
+        """From now on the layer runs as it is: weights may change, nothing kept is used."""
+        self._aside = True
         for chunk in range(len(self.calls)):
             self._forget(chunk)
 
@@ -149,6 +151,8 @@ class LayerWalk:
         forward = module.forward
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._aside:
+                return forward(*args, **kwargs)
             return around(name, forward, args, kwargs)
 
         module.forward = wrapped

@@ -21,6 +21,7 @@ from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.errors import InputError
 from distaya_ext.finite import all_finite
+from distaya_ext.ops.order import check_order, permutation
 from distaya_ext.quant import Quant
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def sweep_(
     return Swept(mask, codes, scales, zeros, loss)
 
 
-def _check(W: Tensor, H: Tensor | None, factor: object, nm, order: str) -> None:
+def _check(W: Tensor, H: Tensor | None, factor: object) -> None:
     if W.dim() != 2:
         raise InputError(f"W must be [rows, cols] but has shape {list(W.shape)}")
     if (H is None) == (factor is None):
@@ -203,12 +204,6 @@ def _check(W: Tensor, H: Tensor | None, factor: object, nm, order: str) -> None:
         raise InputError(
             f"H of shape {list(H.shape)} does not fit W of {W.shape[1]} columns (inputs)"
         )
-    if order not in ("natural", "activation"):
-        raise InputError(f"order must be 'natural' or 'activation', not {order!r}")
-    if order == "activation" and H is None:
-        raise InputError("order='activation' needs H: the factor depends on the order")
-    if order == "activation" and nm is not None:
-        raise InputError(f"order='activation' would tear the {nm[0]}:{nm[1]} groups apart")
 
 
 def need_finite(W: Tensor) -> None:
@@ -241,7 +236,7 @@ def obs(
     nm: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     quant: Quant | None = None,
-    order: str = "natural",
+    order: str | Tensor = "natural",
     damp: float = 0.01,
     reference: bool = False,
     overwrite_H: bool = False,
@@ -250,8 +245,10 @@ def obs(
     """Compress W [rows, cols] (not modified) for inputs with second moments H. See ``sweep_``.
 
     H        float32 [cols, cols] symmetric (``Hessian.finish()``), or factor=cholesky(H)
-    order    "activation" sweeps columns by descending diagonal of H (GPTQ's act-order); the result
-             comes back in the original order with the permutation
+    order    "activation" sweeps columns by descending diagonal of H (GPTQ's act-order), "group"
+             whole N:M groups and "block" blocks and their columns by what pruning is expected to
+             cost there (ops.order); or an int64 [cols] permutation such as the perm of a result,
+             which must leave N:M groups whole. The result comes back in the original order
     damp     share of the mean diagonal added to it (ignored with factor=)
     reference  the published conventions: SparseGPT's counts, GPTQ's group grids from the weights on
              entry to the block, and columns whose input never fired (H_jj = 0) get a unit diagonal
@@ -265,11 +262,12 @@ def obs(
     """
     from distaya_ext.ops.cholesky import cholesky_late  # lazily: a sweep from R needs none
 
-    _check(W, H, factor, nm, order)
+    _check(W, H, factor)
+    check_order(order, W, H, nm, sparsity, wait=later is None)
     if later is None:
         need_finite(W)
     W0, W = W, W.clone(memory_format=torch.contiguous_format)
-    perm = group_of = given = None
+    group_of = given = None
     if quant is not None and not quant.group:
         given = grids(W, quant)  # published: whole-row grids precede everything else
     if H is not None and reference and (dead := H.diagonal() == 0).any():
@@ -278,8 +276,7 @@ def obs(
         W[:, dead] = 0
     if quant is not None and quant.group and quant.static:
         given = grids(W, quant)
-    if order == "activation":
-        perm = torch.argsort(H.diagonal(), descending=True, stable=True)
+    if (perm := permutation(order, W, H, nm, sparsity)) is not None:
         W, H = W[:, perm].contiguous(), H[perm][:, perm].contiguous()
         mask = None if mask is None else mask[:, perm]
         if given is not None and quant.group:

@@ -23,8 +23,6 @@ from distaya_ext.errors import InputError, UsageError
 from distaya_ext.ops import mask as mask_op
 from distaya_ext.ops.cholesky import cholesky_late, inverse_, inverse_factor_
 
-LEVELS = 6  # values of rho at most, since each costs an inverse
-
 
 class Refitted(NamedTuple):
     """W [rows, cols] as ``refit`` returns it; before, after: float64 [rows], L of the start and of
@@ -116,14 +114,16 @@ def refit(
     return refitted(W, mask, H, **options).W
 
 
-def _schedule(rho: tuple[float, float], iterations: int) -> list[tuple[float, int]]:
+def _schedule(rho: tuple[float, float], iterations: int, levels: int) -> list[tuple[float, int]]:
     """(rho, iterations with it): geometric from the first to the last, earlier ones longer."""
     first, last = rho
     if not (0 < first <= last < math.inf):
         raise UsageError(f"rho must rise from a number > 0 to a finite one, not {first} to {last}")
     if iterations < 0:
         raise UsageError(f"iterations must be at least 0, not {iterations}")
-    levels = min(LEVELS, iterations)
+    if levels < 1:
+        raise UsageError(f"levels must be at least 1, not {levels}")
+    levels = min(levels, iterations)
     steps = [iterations // levels + (i < iterations % levels) for i in range(levels)]
     ratio = (last / first) ** (1 / max(1, levels - 1))
     return [(first * ratio**i, n) for i, n in enumerate(steps)]
@@ -149,7 +149,7 @@ def unit_columns(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     has d = 1 / d = 0, so that its weights are the first to go."""
     d = H.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(d > 0, 1 / d, 0.0)
-    A = (H * inverse).mul_(inverse[:, None])
+    A = (H.contiguous() * inverse).mul_(inverse[:, None])
     A.diagonal().fill_(1.0)
     return A, d, inverse
 
@@ -164,6 +164,7 @@ def admm(
     damp: float = 0.01,
     iterations: int = 30,
     rho: tuple[float, float] = (0.03, 3.0),
+    levels: int = 6,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sparse weights D close to T in the outputs they give, and their mask: (D, mask).
@@ -173,7 +174,9 @@ def admm(
     sparsity 0 <= s < 1: exactly floor(size * s) weights go, of the matrix or of each row (`along`)
     nm       (n, m): n kept of every m inputs; m divides cols
     damp     added to the Gram matrix of unit columns, whose diagonal is 1
-    rho      first and last; at most 6 values in geometric steps, each with one inverse of cols³
+    rho      first and last of `levels` values in geometric steps, each with one inverse (2 cols³
+             flop, an iteration has 2 rows cols²). With (0.1, 1.0) it chooses better masks on the
+             layers of small language models than with the default, and with 10 levels again
     start    weights to begin with [rows, cols] (their largest count as kept), if not T itself
 
     D is the last projection: ``refit(T, mask, H, start=D)`` improves on it. Nothing waits for the
@@ -184,8 +187,10 @@ def admm(
         raise InputError(f"H of shape {list(H.shape)} does not fit T of shape {list(T.shape)}")
     if start is not None and start.shape != T.shape:
         raise InputError(f"start of {list(start.shape)} does not fit T of {list(T.shape)}")
+    if not (math.isfinite(damp) and damp >= 0):
+        raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
     project = _selection(T.shape, sparsity, nm, along)
-    schedule = _schedule(rho, iterations)
+    schedule = _schedule(rho, iterations, levels)
     A, d, inverse_d = unit_columns(H)
     X = (T.float() * d).contiguous()
     Y = damp * X
@@ -265,6 +270,7 @@ def reference_admm(
     damp: float = 0.01,
     iterations: int = 30,
     rho: tuple[float, float] = (0.03, 3.0),
+    levels: int = 6,
 ) -> tuple[Tensor, Tensor]:
     """``admm`` in float64 with weights B, D and dual V apart, as published: (D, mask)."""
     project = _selection(T.shape, sparsity, nm, along)
@@ -275,7 +281,7 @@ def reference_admm(
     Y, V = X @ A, torch.zeros_like(X)
     mask = project(X.float().abs())
     D = X * mask
-    for now, steps in _schedule(rho, iterations):
+    for now, steps in _schedule(rho, iterations, levels):
         inverse = torch.linalg.inv(A + now * eye)
         for _ in range(steps):
             B = (Y - V + now * D) @ inverse

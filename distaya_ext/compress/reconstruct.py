@@ -1,0 +1,206 @@
+"""The last stage of quality "high": a layer's attention and MLP are trained on the layer's output.
+
+What the sweeps fixed stays fixed: masks, and codes where weights were rounded. Trained are the kept
+weights of Linears that are not rounded and the scales of those that are, in fp32, by Adam on the
+squared distance between the layer's output and that of the dense stream. Every eighth calibration
+window is held out; of all epochs, and of no training at all, the one that comes closest on those
+windows is kept.
+
+Source of the idea: block-wise reconstruction, BRECQ (Li et al. 2021), and for pruned models
+Wagner et al. 2025 (2510.14444), who train attention and MLP one by one; in a parallel block the two
+add up to one output, so here they are trained together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .capture import Call
+from .store import Store
+
+if TYPE_CHECKING:
+    from .at_work import Stack
+
+EPOCHS = 2
+HELD_OUT = 8  # every eighth window
+STEP = 0.02  # step of Adam, as a share of the root mean square of the weights trained
+SCALE_STEP = 0.002  # the same of scales
+BATCH_TOKENS = 1024  # per step: a window where that is longer
+
+
+@dataclass
+class Course:
+    """What to train on. call: the layer's call for `windows` windows; inputs and targets hold
+    [n, length, hidden] under ("hidden", chunk); sizes: n of each chunk; seed: of the order.
+    """
+
+    call: Call
+    windows: int
+    inputs: Store
+    targets: Store
+    sizes: list[int]
+    seed: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def held_out(self, chunk: int) -> torch.Tensor:
+        """Whether each window of a chunk is held out, bool [n]."""
+        first = sum(self.sizes[:chunk])
+        return (torch.arange(first, first + self.sizes[chunk]) % HELD_OUT) == HELD_OUT - 1
+
+    def places(self, held: bool, epoch: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(chunk, rows) of the batches, `windows` windows each, chunk by chunk; the last batch of a
+        chunk is filled up with its first windows.
+        """
+        order = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+        chunks = torch.randperm(len(self.sizes), generator=order).tolist()
+        for chunk in range(len(self.sizes)) if held else chunks:
+            out = self.held_out(chunk)
+            rows = (out if held else ~out).nonzero().flatten()
+            if not len(rows):
+                continue
+            if not held:
+                rows = rows[torch.randperm(len(rows), generator=order)]
+            short = -len(rows) % self.windows
+            rows = torch.cat([rows, rows.repeat(-(-short // len(rows)))[:short]])
+            for part in rows.split(self.windows):
+                yield chunk, part
+
+    def batches(self, held: bool, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs, targets) of the batches, [windows, length, hidden] each."""
+        at, x, y = -1, None, None
+        for chunk, rows in self.places(held, epoch):
+            if chunk != at:
+                at = chunk
+                x, y = (store.get(("hidden", chunk)) for store in (self.inputs, self.targets))
+            here = rows.to(x.device, non_blocking=True)
+            yield x[here], y[here]
+
+
+class _Trained:
+    """One Linear: the tensor that is trained, and the weight that follows from it."""
+
+    def __init__(self, layer: nn.Module, name: str, stack: Stack):
+        self.linear, self.name, self.stack = layer.get_submodule(name), name, stack
+        self.grid = stack.grids.get(name)
+        W = self.linear.weight.data
+        if self.grid is None:
+            mask = None if stack.masks is None else stack.masks[name]
+            self.fixed = torch.ones_like(W) if mask is None else mask
+            theta, kept = W.float(), self.fixed.sum().clamp(min=1)
+            step = STEP * (theta.square().sum() / kept).sqrt()
+        else:
+            self.fixed = self.grid.centred()
+            # A scale changes by shares of itself.
+            theta = torch.ones_like(self.grid.scales, dtype=torch.float32)
+            step = torch.tensor(SCALE_STEP)
+        self.theta = theta.clone().requires_grad_(True)
+        self.step = step
+        self.best = theta
+
+    def weight(self) -> torch.Tensor:
+        """fp32 [rows, columns], differentiable in theta."""
+        if self.grid is None:
+            return self.theta * self.fixed
+        return self.grid.spread(self.theta * self.grid.scales.float()) * self.fixed
+
+    def keep(self, better: torch.Tensor) -> None:
+        """Note theta as the best where the flag on the device says so."""
+        self.best = torch.where(better, self.theta.detach(), self.best)
+
+    def settle(self) -> None:
+        """Put the best into the layer, and into what the file will hold."""
+        with torch.no_grad():
+            self.theta.copy_(self.best)
+            dtype = self.linear.weight.dtype
+            if self.grid is not None:
+                scales = self.theta * self.grid.scales.float()
+                self.grid = replace(self.grid, scales=scales.to(self.grid.scales.dtype))
+                self.stack.grids[self.name] = self.grid
+                self.theta.fill_(1)
+            self.linear.weight.data = self.weight().to(dtype)
+
+
+def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[str, torch.Tensor]:
+    """Train the Linears of the stacks in place. The host reads no value of the device.
+
+    Returns the mean squared error on the held-out windows over the mean square of the targets,
+    fp32 [] on the device: "before", and "after" as kept. With fewer than HELD_OUT windows nothing
+    could be held out, so nothing is done and the result is empty.
+    """
+    if course.total < HELD_OUT:
+        return {}
+    trained = [
+        _Trained(layer, name, stack)
+        for stack in stacks
+        if stack.settings.quality == "high"
+        for name in stack.names
+        # Groups of an activation order are no grid; they keep their weights.
+        if stack.settings.bits is None or name in stack.grids
+    ]
+    if not trained:
+        return {}
+    rest = {k: v.detach().float() for k, v in layer.named_parameters()}
+    call = course.call.in_float()
+    least = before = _held_out(layer, call, rest, trained, course)
+    groups = [{"params": [t.theta], "lr": t.step.to(t.theta.device)} for t in trained]
+    steps = [t.step.to(t.theta.device) for t in trained]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
+    for epoch in range(EPOCHS):
+        for x, y in course.batches(False, epoch):
+            share = 0.5 * (1 + math.cos(math.pi * done / total))
+            for group, step in zip(adam.param_groups, steps, strict=True):
+                group["lr"] = step * share
+            loss, energy = _distance(layer, call, rest, trained, x, y)
+            adam.zero_grad()
+            (loss / energy).backward()
+            adam.step()
+            done += 1
+        now = _held_out(layer, call, rest, trained, course)
+        for t in trained:
+            t.keep(now < least)
+        least = torch.minimum(now, least)
+    for t in trained:
+        t.settle()
+    return {"before": before, "after": least}
+
+
+def _distance(
+    layer: nn.Module,
+    call: Call,
+    rest: dict[str, torch.Tensor],
+    trained: list[_Trained],
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared distance of the layer's output for x from y, and the mean square of y."""
+    weights = rest | {f"{t.name}.weight": t.weight() for t in trained}
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        out = call.run(
+            lambda *args, **kwargs: functional_call(layer, weights, args, kwargs), x.float()
+        )
+    wanted = y.float()
+    return (out.float() - wanted).square().mean(), wanted.square().mean()
+
+
+@torch.no_grad()
+def _held_out(
+    layer: nn.Module,
+    call: Call,
+    rest: dict[str, torch.Tensor],
+    trained: list[_Trained],
+    course: Course,
+) -> torch.Tensor:
+    """Relative squared distance over the held-out windows, fp32 []."""
+    parts = [_distance(layer, call, rest, trained, x, y) for x, y in course.batches(True, 0)]
+    return sum(loss for loss, _ in parts) / sum(energy for _, energy in parts)
