@@ -1,8 +1,8 @@
 """H += X^T X at Aya-8B's inputs (4096: attention, gate, up; 14336: down), next to torch's way.
 
 Useful Gflop/s counts the upper triangle only, T C (C + 1), beside the measured peak of one thread;
-torch's full product is counted the same way. G += Y^T X has twice that much to do, all of it
-useful. For one thread: OMP_NUM_THREADS=1.
+torch's full product is counted the same way. G += Y^T X of K by C columns has 2 T K C to do, all of
+it useful; K = 4096 by C = 14336 is down's output by its input. For one thread: OMP_NUM_THREADS=1.
 """
 
 import pytest
@@ -12,6 +12,7 @@ from distaya_ext.ops import machine
 from distaya_ext.ops.hessian import column_sq_, cross_, hessian_, symmetrize_
 
 HIDDEN, FF = 4096, 14336
+CROSS = [(2048, HIDDEN, HIDDEN), (512, HIDDEN, FF)]  # tokens, columns of Y, columns of X
 ROUNDS = {"rounds": 3, "warmup_rounds": 1}
 
 
@@ -71,19 +72,23 @@ def test_ruler_tuned(benchmark):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_cross(benchmark, dtype):
-    """The cross moment of two inputs; twice the tiles of test_hessian."""
-    Y, X = activations(2048, HIDDEN, dtype), activations(2048, HIDDEN, dtype).neg()
-    benchmark.pedantic(cross_, args=(torch.zeros(HIDDEN, HIDDEN), Y, X), **ROUNDS)
-    note_flops(benchmark, X, 2 * X.numel() * HIDDEN)
+@pytest.mark.parametrize("shape", CROSS, ids=str)
+def test_cross(benchmark, shape, dtype):
+    """The cross moment of two inputs; of equal width twice the tiles of test_hessian."""
+    tokens, rows, columns = shape
+    Y, X = activations(tokens, rows, dtype).neg(), activations(tokens, columns, dtype)
+    benchmark.pedantic(cross_, args=(torch.zeros(rows, columns), Y, X), **ROUNDS)
+    note_flops(benchmark, X, 2 * X.numel() * rows)
 
 
-def test_ruler_cross(benchmark):
+@pytest.mark.parametrize("shape", CROSS, ids=str)
+def test_ruler_cross(benchmark, shape):
     """The same in torch: one conversion of each input and no temporary."""
-    Y, X = (activations(2048, HIDDEN, torch.bfloat16) for _ in range(2))
-    G = torch.zeros(HIDDEN, HIDDEN)
+    tokens, rows, columns = shape
+    Y, X = (activations(tokens, n, torch.bfloat16) for n in (rows, columns))
+    G = torch.zeros(rows, columns)
     benchmark.pedantic(lambda: G.addmm_(Y.float().t(), X.float()), **ROUNDS)
-    note_flops(benchmark, X, 2 * X.numel() * HIDDEN)
+    note_flops(benchmark, X, 2 * X.numel() * rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -56,13 +56,15 @@ def hessian(make: Inputs) -> None:
         for tokens, cols in ((70, 200), (1, 33), (300, 129)):
             X, w = make.normal(tokens, cols, dtype=dtype), make.normal(tokens).abs()
             H, s = make.normal(cols, cols).zero_(), make.normal(cols).zero_()
-            G = make.normal(cols, cols).zero_()
+            G, tall = make.normal(cols, cols).zero_(), make.normal(cols + 61, cols).zero_()
+            Y = make.normal(tokens, cols + 61, dtype=dtype)
             for weights in (None, w):
                 room.hessian_(H, X, weights)
                 room.column_sq_(s, X, weights)
                 room.cross_(G, X.neg(), X, weights)
+                room.cross_(tall, Y, X, weights)
             room.symmetrize_(H)
-    finite(H, s, G)
+    finite(H, s, G, tall)
 
 
 def cholesky(make: Inputs) -> None:

@@ -6,6 +6,7 @@
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/probe.h"
+#include "dass/dass.h"
 #include "hessian/hessian.h"
 #include "mask/mask.h"
 #include "obs/obs.h"
@@ -95,6 +96,20 @@ PYBIND11_MODULE(_C, m) {
       "mask = the k best scores of each row, each column or the matrix", release_gil());
   m.def("mask_keep_nm", &mask_keep_nm, "scores"_a, "n"_a, "m"_a, "along"_a, "mask"_a, "bad"_a,
         "mask = the n best of every m consecutive inputs or outputs", release_gil());
+
+  // --- dass --------------------------------------------------------------------------------------
+  m.def("dass_score", &dass_score, "W"_a, "norms"_a, "power"_a, "S"_a,
+        "S_ij = |W_ij| norm_i^power, norms of the outputs", release_gil());
+  m.def(
+      "dass_moments",
+      [](const Tensor& s, const Tensor& gate, const Tensor& up, const std::string& act,
+         const MaybeTensor& weights) {
+        dass_moments(s, gate, up, act, weights ? &*weights : nullptr);
+      },
+      "s"_a, "gate"_a, "up"_a, "act"_a, "weights"_a,
+      "s += sum over tokens of (act(g) u)^2, act(g)^2 and (act'(g) u)^2", release_gil());
+  m.def("dass_balance", &dass_balance, "scores"_a, "n"_a, "m"_a, "rounds"_a, "order"_a,
+        "Exchanges neurons between N:M groups while that lowers what is pruned", release_gil());
 
   // --- obs ---------------------------------------------------------------------------------------
   py::class_<GridOptions>(m, "GridOptions", py::module_local())

@@ -19,6 +19,7 @@ from .errors import UsageError
 from .recipe_file import MAX_YAML_BYTES, read_fields
 from .recipe_parts import (
     GROUPS,
+    DassSpec,
     Rule,
     Strict,
     is_16,
@@ -29,6 +30,7 @@ from .recipe_parts import (
     parse_sparsity,
     regular,
 )
+from .weighting import Quotas, Weights
 
 __all__ = [
     "GROUPS",
@@ -39,6 +41,7 @@ __all__ = [
     "STANDARD_BITS",
     "SWEEPING",
     "CalibrationSpec",
+    "DassSpec",
     "Recipe",
     "Rule",
     "parse_nm",
@@ -47,8 +50,8 @@ __all__ = [
     "read_fields",
 ]
 
-METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense")
-PRUNING = ("sparsegpt", "wanda", "magnitude", "ria")
+METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense")
+PRUNING = ("sparsegpt", "wanda", "magnitude", "ria", "dass")
 SWEEPING = ("sparsegpt", "gptq")
 PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
 STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
@@ -58,12 +61,20 @@ class CalibrationSpec(Strict):
     """What the calibration statistics are gathered from.
 
     tokens is the total over all languages, window the tokens per sample (both counted with BOS).
+    quotas gives languages tokens of their own (0: leaves one out); the others share what is left.
+
+    weights says how much each language counts in H = sum_l w_l H_l: "proportional" every token as
+    much as any other; "equal" every language as much as any other, however many tokens it has;
+    {lang: weight} a token of that language as much as `weight` tokens of a language not named;
+    "worst" begins like equal and raises, layer after layer, the languages that lose most.
     """
 
     path: str | None = None
     tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
     window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    weights: Weights = "proportional"
+    quotas: Quotas = None
 
     @model_validator(mode="after")
     def _one_window(self) -> CalibrationSpec:
@@ -92,6 +103,10 @@ class Recipe(Strict):
     ones, and refits the kept weights; high chooses masks by ADMM and then trains the layer's
     weights or scales on its outputs.
 
+    permute lets the neurons of gated MLPs change places (rows of gate and up with columns of down,
+    so the model stays the same function) before sparsegpt prunes them to an N:M pattern: then less
+    is pruned from any group of down. Method dass has a permute of its own.
+
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
@@ -99,7 +114,9 @@ class Recipe(Strict):
     """
 
     model: Annotated[str, Field(min_length=1)]
-    method: Literal["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn", "dense"] = "sparsegpt"
+    method: Literal["sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense"] = (
+        "sparsegpt"
+    )
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     nm: str | None = None
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
@@ -111,6 +128,8 @@ class Recipe(Strict):
     order: Literal["natural", "activation", "group", "block"] = "natural"
     quality: Literal["plain", "default", "high"] | None = None
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    dass: DassSpec | None = None
+    permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: str | None = None
     skip: list[str] = Field(default=[])
@@ -123,6 +142,8 @@ class Recipe(Strict):
         fields = one_pattern(fields)
         if isinstance(fields, dict) and is_16(fields.get("bits")):
             fields = fields | {"bits": None}
+        if isinstance(fields, dict) and fields.get("method") == "dass":
+            fields = fields | {"dass": fields.get("dass") or {}}
         return fields
 
     @field_validator("nm")
@@ -177,7 +198,14 @@ class Recipe(Strict):
             raise ValueError(
                 f"method dense changes nothing, so bits ({self.bits}) must be left out"
             )
-        if self.quality not in (None, "plain") and self.method not in SWEEPING:
+        self._dass_fits()
+        if self.permute and (self.method != "sparsegpt" or self.nm is None):
+            raise ValueError(
+                "permute balances the groups of an N:M pattern for method sparsegpt (and, under "
+                "dass, for method dass)"
+            )
+        updates = self.dass is not None and self.dass.update
+        if self.quality not in (None, "plain") and self.method not in SWEEPING and not updates:
             raise ValueError(
                 f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no sweep"
             )
@@ -185,6 +213,18 @@ class Recipe(Strict):
         self._ordered()
         self._storable()
         return self
+
+    def _dass_fits(self) -> None:
+        """ValueError when the options of dass do not go with the rest."""
+        if self.dass is None:
+            return
+        if self.method != "dass":
+            raise ValueError(f"the options under dass are for method dass, not {self.method}")
+        if self.dass.permute and self.nm is None and not self.dass.dense_neurons:
+            raise ValueError(
+                "permute balances the groups of an N:M pattern and gathers dense_neurons; with a "
+                "share and no dense neurons there is nothing to permute"
+            )
 
     def _rules(self) -> None:
         """ValueError for rules that the method has no sweep for."""

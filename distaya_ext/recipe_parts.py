@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -111,6 +111,34 @@ class Rule(Strict):
         return self.sparsity is not None or self.nm is not None
 
 
+class DassSpec(Strict):
+    """How method dass prunes gated MLPs.
+
+    alpha: power of a neuron's activation norm in the scores of gate and up. direction: what the
+    patterns of gate and up run along, "outputs" (neurons, as published) or "inputs" (as sparse
+    tensor cores read them). update: the kept weights make up for the pruned ones in a sweep, which
+    along inputs chooses them, too (there a neuron's norm is a factor of the whole row).
+    permute: neurons change places (the model stays the same function) so that N:M groups are
+    balanced and dense neurons stand at the end. dense_neurons: share of the neurons whose rows of
+    gate and up and columns of down stay dense.
+    """
+
+    alpha: Annotated[float, Field(ge=0.0, le=4.0)] = 0.5
+    direction: Literal["outputs", "inputs"] = "outputs"
+    update: bool = False
+    dense_neurons: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    permute: bool = False
+
+    @model_validator(mode="after")
+    def _contiguous(self) -> DassSpec:
+        if self.dense_neurons and not self.permute:
+            raise ValueError(
+                f"dense_neurons ({self.dense_neurons:g}) stand together at the end of the MLP, so "
+                "they need permute: true"
+            )
+        return self
+
+
 def parse_nm(text: str) -> tuple[int, int]:
     """(N, M) of "N:M", N kept of every M. UsageError unless 0 < N < M <= 32."""
     found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
@@ -205,7 +233,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         return f"{'it' if model is Rule else 'the recipe'} lacks {name!r}"
     if first["type"] == "value_error":  # our own sentences
         inner = str(first["ctx"]["error"])
-        nested = name == "calibration" or name.startswith("rule ")
+        nested = name in ("calibration", "dass") or name.startswith("rule ")
         return f"{name}: {inner}" if nested else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"

@@ -1,31 +1,23 @@
-"""Text in many languages: read a folder strictly, cut it into windows balanced over languages.
-
-A TEXTS folder holds one file per language, named by its code: `<lang>.txt` (one document or
-sentence per line), `<lang>.jsonl` (objects with "text") or `<lang>.parquet` (column "text").
-"""
+"""Text in many languages, cut into windows: as many in every language, or by quotas."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .documents import read_texts
 from .errors import InputError, UsageError
 from .tokenizer import check_tokenised, encode, separator
 
-MAX_LINE_BYTES = 100_000_000
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
+__all__ = ["Windows", "check_window", "counts", "planned", "read_texts", "share", "windows"]
 
 _OVERSAMPLE = 4  # a seeded choice is made among this many times the windows asked for
 _BATCH = 64  # documents tokenised at once
+_BATCH_CHARACTERS = 1 << 20  # and about as many characters at most, where texts are streamed
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,8 @@ class Windows:
     tokens_per_language counts the tokens in the windows, fertility is tokens per character and
     bytes_per_token the UTF-8 bytes a token stands for, both over the text that was tokenised.
     limited_by names the language whose text ran out first when fewer windows than asked for were
-    cut; duplicates counts the documents that repeat an earlier one, where there are any.
+    cut; duplicates counts the documents that repeat an earlier one, where there are any; left_out
+    names the languages that quotas leave without a window.
     """
 
     ids: torch.Tensor
@@ -45,73 +38,53 @@ class Windows:
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     limited_by: str | None = None
     duplicates: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def per_language(self) -> int:
-        """Windows per language."""
+        """Windows per language, where every language has as many."""
         return len(self.languages) // max(1, len(self.tokens_per_language))
 
 
-def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str, list[str]]:
-    """Documents per language, in file order. InputError names file and line of what cannot be used.
-
-    parallel=True asks for line i to be the same sentence in every language: the same number of
-    lines everywhere and none of them blank. Otherwise blank lines are skipped.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(
-            f"text folder {root} {what}; it must hold <lang>.txt, .jsonl or .parquet files"
-        )
-    files = [
-        p
-        for p in sorted(root.iterdir())
-        if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith(".")
-    ]
-    if not files:
-        raise InputError(
-            f"text folder {root} holds no {', '.join('<lang>' + s for s in SUFFIXES)} file"
-        )
-    texts: dict[str, list[str]] = {}
-    for path in files:
-        if not LANGUAGE.fullmatch(path.stem):
-            raise InputError(
-                f"{path} is not named by a language code such as en, zh-Hant or fil, so its "
-                "language is unknown"
-            )
-        documents = [text for text in _documents(path, parallel) if text.strip()]
-        if not documents:
-            raise InputError(f"{path} is empty: it holds no text")
-        texts.setdefault(path.stem, []).extend(documents)
-    if parallel and len({len(lines) for lines in texts.values()}) > 1:
-        raise InputError(
-            f"parallel texts need as many lines in every language, not {counts(texts, len)}"
-        )
-    return texts
-
-
 def windows(
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, Iterable[str]],
     tokenizer: Any,
     *,
     tokens: int | None,
     window: int,
     seed: int = 0,
+    quotas: Mapping[str, int] | None = None,
 ) -> Windows:
-    """Cut texts into windows of `window` tokens, as many in every language, `tokens` at most in
-    all.
+    """Cut texts into windows of `window` tokens, `tokens` at most in all: as many in every
+    language, or quotas[lang] tokens of the languages named and an equal share of the rest of
+    `tokens` of each other one.
 
     Each window starts with BOS where the tokenizer has one. The documents of a language are joined
     with a separator between them and a seeded choice is made among the windows, the same on every
-    machine. tokens=None takes what the shortest language can give. InputError with the counts when
-    a language has too little.
+    machine. Without quotas it is made among all of a language's documents. With quotas documents
+    are read in file order only until they hold four times the tokens asked for, and the choice is
+    made among those: what stands further down in the file is neither read nor checked, and memory
+    depends on the quota, not on the file.
+
+    tokens=None takes what the shortest language can give (with quotas: nothing beside them).
+    Without a quota, languages with less text than their share limit all that share, which
+    limited_by tells; InputError with the counts when one has not even a window, or not its quota.
     """
-    wanted = share(tokens, window, len(texts))
+    wanted = planned(list(texts), tokens, window, quotas)
     bos = tokenizer.bos_token_id
     body = window - (bos is not None)
+    texts = {lang: texts[lang] for lang, n in wanted.items() if n != 0}
+    if quotas is None:
+        texts = {lang: list(documents) for lang, documents in texts.items()}
     streams = {
-        lang: _Stream(lang, documents, tokenizer, seed, None if wanted is None else wanted * body)
+        lang: _Stream(
+            lang,
+            documents,
+            tokenizer,
+            seed,
+            None if wanted[lang] is None else wanted[lang] * body,
+            streamed=quotas is not None,
+        )
         for lang, documents in texts.items()
     }
     able = {lang: len(stream.ids) // body for lang, stream in streams.items()}
@@ -120,18 +93,93 @@ def windows(
             f"too little text for one window of {window} tokens in "
             f"{counts({lang: streams[lang].ids for lang, n in able.items() if not n}, len)} tokens"
         )
-    shortest = min(able, key=able.__getitem__)
-    count = able[shortest] if wanted is None else min(wanted, able[shortest])
-    chosen = {lang: stream.choose(count, body, bos, seed) for lang, stream in streams.items()}
+    count, limited_by = _agreed(wanted, able, quotas or {}, window)
+    chosen = {lang: stream.choose(count[lang], body, bos, seed) for lang, stream in streams.items()}
+    turns = sorted((place, at) for at, lang in enumerate(chosen) for place in _places(count[lang]))
+    taken = {lang: iter(rows) for lang, rows in chosen.items()}
+    languages = [list(chosen)[at] for _, at in turns]
     return Windows(
-        ids=torch.stack(list(chosen.values()), dim=1).reshape(-1, window).contiguous(),
-        languages=list(texts) * count,
-        tokens_per_language=dict.fromkeys(texts, count * window),
+        ids=torch.stack([next(taken[lang]) for lang in languages]),
+        languages=languages,
+        tokens_per_language={lang: n * window for lang, n in count.items()},
         fertility={lang: stream.tokens / stream.characters for lang, stream in streams.items()},
         bytes_per_token={lang: stream.bytes / stream.tokens for lang, stream in streams.items()},
-        limited_by=shortest if wanted is not None and count < wanted else None,
-        duplicates={lang: n for lang, d in texts.items() if (n := len(d) - len(set(d)))},
+        limited_by=limited_by,
+        duplicates={lang: n for lang, stream in streams.items() if (n := stream.duplicates)},
+        left_out=[lang for lang, n in wanted.items() if n == 0],
     )
+
+
+def planned(
+    languages: list[str], tokens: int | None, window: int, quotas: Mapping[str, int] | None
+) -> dict[str, int | None]:
+    """Windows per language out of `tokens` in all (None: as many as there are).
+
+    InputError for quotas of languages that are not there, below one window, or beyond `tokens`,
+    and when no language gets anything. A quota of 0 leaves a language out.
+    """
+    if quotas is None:
+        return dict.fromkeys(languages, share(tokens, window, len(languages)))
+    share(None, window, len(languages))  # a window too short, no language at all
+    strange = sorted(set(quotas) - set(languages))
+    if strange:
+        raise InputError(
+            f"there is a quota for {', '.join(strange)}, but the texts are in "
+            f"{', '.join(sorted(languages))}"
+        )
+    for lang, quota in quotas.items():
+        if quota < 0 or 0 < quota < window:
+            raise InputError(
+                f"the quota of {quota} tokens for {lang} does not fill one window of {window}"
+            )
+    asked = sum(quotas.values())
+    if not asked and not set(languages) - set(quotas):
+        raise InputError("every quota is 0, so there is nothing to calibrate with")
+    if tokens is not None and asked > tokens:
+        raise InputError(
+            f"the quotas ask for {asked} tokens, more than the {tokens} allowed; raise tokens"
+        )
+    others = len(languages) - len(quotas)
+    rest = 0 if tokens is None or not others else (tokens - asked) // (window * others)
+    if not asked and not rest:
+        raise InputError(
+            f"{tokens} tokens are fewer than one window of {window} in each of {others} "
+            f"languages, {window * others} tokens"
+        )
+    return {lang: quotas[lang] // window if lang in quotas else rest for lang in languages}
+
+
+def _agreed(
+    wanted: Mapping[str, int | None],
+    able: Mapping[str, int],
+    quotas: Mapping[str, int],
+    window: int,
+) -> tuple[dict[str, int], str | None]:
+    """Windows per language that there are, and the language that limits those without a quota."""
+    short = {lang: able[lang] for lang in able if lang in quotas and able[lang] < wanted[lang]}
+    if short:
+        raise InputError(
+            "too little text for the quotas in tokens: "
+            + ", ".join(
+                f"{lang} has {n * window} of {wanted[lang] * window}"
+                for lang, n in sorted(short.items())
+            )
+        )
+    count = {lang: wanted[lang] for lang in able if lang in quotas}
+    sharing = {lang: n for lang, n in able.items() if lang not in quotas}
+    if not sharing:
+        return {lang: count[lang] for lang in able}, None
+    shortest = min(sharing, key=sharing.__getitem__)
+    asked = wanted[shortest]
+    each = sharing[shortest] if asked is None else min(asked, sharing[shortest])
+    count |= dict.fromkeys(sharing, each)
+    limited_by = shortest if asked is not None and each < asked else None
+    return {lang: count[lang] for lang in able}, limited_by
+
+
+def _places(count: int) -> list[float]:
+    """Where a language's windows stand in the row of all, from 0 to 1: evenly spread."""
+    return [(i + 0.5) / count for i in range(count)]
 
 
 def share(tokens: int | None, window: int, languages: int) -> int | None:
@@ -160,18 +208,24 @@ class _Stream:
     """Tokens of one language: documents in seeded order, each behind a separator, until enough."""
 
     def __init__(
-        self, lang: str, documents: list[str], tokenizer: Any, seed: int, needed: int | None
+        self,
+        lang: str,
+        documents: Iterable[str],
+        tokenizer: Any,
+        seed: int,
+        needed: int | None,
+        streamed: bool,
     ):
         self.lang = lang
-        self.tokens = self.characters = self.bytes = 0
-        order = np.arange(len(documents))
-        if needed is not None:
-            _rng(seed, lang, 0).shuffle(order)
+        self.tokens = self.characters = self.bytes = self.duplicates = 0
         mark = separator(tokenizer)
         parts: list[np.ndarray] = []
         length = 0
-        for start in range(0, len(order), _BATCH):
-            batch = [documents[i] for i in order[start : start + _BATCH]]
+        if streamed:
+            batches = self._as_they_come(documents)
+        else:
+            batches = self._shuffled(documents, None if needed is None else seed)
+        for batch in batches:
             for ids in encode(tokenizer, batch):
                 self.tokens += len(ids)
                 length += len(mark) + len(ids)
@@ -181,7 +235,34 @@ class _Stream:
             if needed is not None and length >= _OVERSAMPLE * needed:
                 break
         check_tokenised(lang, self.tokens, self.characters)
+        if streamed:
+            order = np.arange(len(parts))
+            _rng(seed, lang, 0).shuffle(order)
+            parts = [parts[i] for i in order]
         self.ids = np.concatenate(parts)
+
+    def _shuffled(self, documents: list[str], seed: int | None) -> Iterator[list[str]]:
+        """All documents, a batch at a time, in seeded order (None: as they stand)."""
+        self.duplicates = len(documents) - len(set(documents))
+        order = np.arange(len(documents))
+        if seed is not None:
+            _rng(seed, self.lang, 0).shuffle(order)
+        for start in range(0, len(order), _BATCH):
+            yield [documents[i] for i in order[start : start + _BATCH]]
+
+    def _as_they_come(self, documents: Iterable[str]) -> Iterator[list[str]]:
+        """Documents in file order, a batch at a time, read no sooner than they are asked for."""
+        seen: set[int] = set()
+        batch: list[str] = []
+        for number, text in enumerate(documents, 1):
+            batch.append(text)
+            seen.add(hash(text))
+            self.duplicates = number - len(seen)
+            if len(batch) == _BATCH or sum(map(len, batch)) >= _BATCH_CHARACTERS:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
 
     def choose(self, count: int, body: int, bos: int | None, seed: int) -> torch.Tensor:
         """`count` windows [count, body + BOS] out of those the stream holds, in reading order."""
@@ -194,102 +275,6 @@ class _Stream:
 def _rng(seed: int, lang: str, purpose: int) -> np.random.Generator:
     # A stream of its own for each language: adding a language does not change the others' windows.
     return np.random.default_rng([seed, purpose, *lang.encode()])
-
-
-def _documents(path: Path, parallel: bool) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        yield from _parquet(path)
-        return
-    blank = 0
-    for number, line in _lines(path):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank and parallel:
-            raise InputError(
-                f"{path} line {blank} is blank, so its lines cannot be paired with other languages"
-            )
-        yield line if path.suffix == ".txt" else _json_text(path, number, line)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) of a UTF-8 file, checked strictly."""
-    offset = number = 0
-    with open(path, "rb") as file:
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?"
-                )
-            if b"\0" in raw:
-                at = offset + raw.index(b"\0")
-                raise InputError(
-                    f"{path} line {number} holds a NUL byte (at byte {at}); is it text?"
-                )
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                # utf-8-sig counts from behind the mark it took off.
-                at = offset + error.start + 3 * raw.startswith(b"\xef\xbb\xbf") * (number == 1)
-                raise InputError(
-                    f"{path} line {number} is not UTF-8: byte 0x{raw[at - offset]:02x} at byte "
-                    f"{at} of the file"
-                ) from None
-            offset += len(raw)
-            yield number, line.rstrip("\r\n")
-
-
-def _json_text(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise InputError(f"{path} line {number} is not a JSON object: {reason}") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{path} line {number} is not a JSON object with a string "text"')
-    return _clean(text, f"{path} line {number}")
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UsageError(
-            f"reading {path} needs pyarrow: pip install 'distaya-ext[parquet]'"
-        ) from error
-    row = 0
-    try:
-        file = pq.ParquetFile(path)
-        column = file.schema_arrow.field("text").type if "text" in file.schema_arrow.names else None
-        if column is None or not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-            found = "none" if column is None else f"one of type {column}"
-            raise InputError(f'{path} needs a string column "text" and has {found}')
-        for batch in file.iter_batches(columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text is None:
-                    raise InputError(f"{path} row {row} has no text")
-                yield _clean(text, f"{path} row {row}")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} holds text that is not UTF-8 near row {row + 1}") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable parquet file: {reason}") from None
-
-
-def _clean(text: str, where: str) -> str:
-    if "\0" in text:
-        raise InputError(f"{where} holds a NUL character; is it text?")
-    if len(text) > MAX_LINE_BYTES:
-        raise InputError(f"{where} is longer than {MAX_LINE_BYTES} characters; is it text?")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds half a surrogate pair (character {error.start})") from None
-    return text
 
 
 def counts(mapping: Mapping[str, Any], count: Any) -> str:

@@ -26,6 +26,12 @@ METHODS = {
     "unstructured": tiny.recipe("sparsegpt", sparsity=0.5, bits=4, group=32, format="distaya"),
     "activation": tiny.recipe("gptq", bits=4, group=32, order="activation"),
     "wanda": tiny.recipe("wanda", sparsity=0.5),
+    "dass": tiny.recipe("dass", nm="2:4", dass={"permute": True, "dense_neurons": 0.1}),
+    "dass-update": tiny.recipe(
+        "dass",
+        nm="2:4",
+        dass={"permute": True, "dense_neurons": 0.1, "update": True, "direction": "inputs"},
+    ),
 }
 
 

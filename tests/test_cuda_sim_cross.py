@@ -10,6 +10,10 @@ from test_cuda_sim_hessian import DTYPES, HALVES, KINDS, SHAPES, rand, some_weig
 from distaya_ext.ops import hessian as room
 from distaya_ext.ops.hessian import CrossMoment, Hessian, cross_, hessian_, symmetrize_
 
+# tokens, rows, columns: one row or column, one panel of rows or a pair and a rest, on and off 16
+# bytes on either side
+RECTANGLES = [(7, 1, 40), (40, 40, 1), (33, 130, 17), (40, 264, 64), (17, 200, 136), (35, 72, 520)]
+
 
 def check(
     simulator, G: torch.Tensor, Y: torch.Tensor, X: torch.Tensor, weights: torch.Tensor | None
@@ -33,6 +37,27 @@ def test_matches_double_precision(simulator, shape, dtype):
     check(simulator, rand(columns, columns, seed=1), Y, X, None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", RECTANGLES, ids=str)
+def test_rectangles(simulator, shape, dtype):
+    tokens, rows, columns = shape
+    Y, X = rand(tokens, rows, seed=2).to(dtype), rand(tokens, columns).to(dtype)
+    for kind in ("none", "mixed"):
+        check(simulator, rand(rows, columns, seed=1), Y, X, some_weights(kind, tokens))
+
+
+@pytest.mark.parametrize("kind", ["none", "sequences"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 150])
+def test_of_two_parts_of_an_input_is_a_part_of_its_hessian_to_the_bit(simulator, rows, dtype, kind):
+    Z, weights = rand(55, 200).to(dtype), some_weights(kind, 55)
+    H, G = torch.zeros(200, 200), torch.zeros(rows, 200 - rows)
+    with simulator.use():
+        hessian_(H, Z, weights)
+        cross_(G, Z[:, :rows].contiguous(), Z[:, rows:].contiguous(), weights)
+    assert torch.equal(G, H[:rows, rows:])
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [40, 51])
@@ -42,11 +67,12 @@ def test_weights(simulator, dtype, kind, columns):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("columns", [264, 259])
-def test_tokens_left_out_where_rows_lie_right_of_columns(simulator, dtype, columns):
+@pytest.mark.parametrize("rows", [264, 259])
+@pytest.mark.parametrize("columns", [264, 259, 24])
+def test_tokens_left_out_where_rows_lie_right_of_columns(simulator, dtype, rows, columns):
     """Y's third panel, of 8 or 3 columns, against X's first: NaN in padding must not get in."""
-    Y, X = rand(60, columns, seed=2).to(dtype), rand(60, columns).to(dtype)
-    check(simulator, torch.zeros(columns, columns), Y, X, some_weights("sequences", 60))
+    Y, X = rand(60, rows, seed=2).to(dtype), rand(60, columns).to(dtype)
+    check(simulator, torch.zeros(rows, columns), Y, X, some_weights("sequences", 60))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +81,7 @@ def test_tokens_left_out_where_rows_lie_right_of_columns(simulator, dtype, colum
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_of_equal_inputs_is_the_hessian_to_the_bit(simulator, dtype, columns, tokens, kind):
     """So the difference of a dense stream and an equal compressed one is exactly zero."""
-    acc, hessian = CrossMoment(columns), Hessian(columns)
+    acc, hessian = CrossMoment(columns, columns), Hessian(columns)
     for seed in range(2):
         X, weights = rand(tokens, columns, seed=seed).to(dtype), some_weights(kind, tokens)
         with simulator.use():
@@ -70,19 +96,23 @@ def test_of_equal_inputs_is_the_hessian_to_the_bit(simulator, dtype, columns, to
 @pytest.mark.parametrize("offsets", [(1, 0), (0, 4), (8, 8)], ids=str)
 def test_any_alignment_of_rows(simulator, dtype, offsets):
     """C a multiple of 8, Y or X off 16 bytes; G off 8, also where all of a warp's 64 x 64 exist."""
-    Y, X = (rand(40 * 136 + o, seed=o).to(dtype)[o:].view(40, 136) for o in offsets)
-    G = torch.zeros(136 * 136 + 1)[1:].view(136, 136)
-    check(simulator, G, Y, X, some_weights("padded", len(X)))
+    for rows in (136, 72):
+        Y, X = (
+            rand(40 * c + o, seed=o).to(dtype)[o:].view(40, c)
+            for c, o in zip((rows, 136), offsets, strict=True)
+        )
+        G = torch.zeros(rows * 136 + 1)[1:].view(rows, 136)
+        check(simulator, G, Y, X, some_weights("padded", len(X)))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("panels", [17, 18])
+@pytest.mark.parametrize("panels", [(17, 17), (18, 18), (1, 33), (3, 18), (19, 2)], ids=str)
 def test_every_tile_once(simulator, dtype, panels):
     """More panels than a group of columns, odd and even. One token of small integers: exact."""
-    columns = panels * 128 - 3
-    Y = (torch.arange(columns) % 5 - 2.0).to(dtype)[None]
+    rows, columns = (n * 128 - 3 for n in panels)
+    Y = (torch.arange(rows) % 5 - 2.0).to(dtype)[None]
     X = (torch.arange(columns) % 7 - 3.0).to(dtype)[None]
-    G = torch.zeros(columns, columns)
+    G = torch.zeros(rows, columns)
     with simulator.use():
         cross_(G, Y, X, torch.tensor([2.0]))
     assert torch.equal(G, 2 * torch.outer(Y[0].float(), X[0].float()))
@@ -94,9 +124,11 @@ def test_more_tokens_than_a_launch_takes(simulator):
     text = (build.ROOT / path).read_text()
     assert text.count("kMost = 1 << 30;") == 1
     split = Simulator(build.build({path: text.replace("kMost = 1 << 30;", "kMost = 40;")}))
-    Y, X = rand(97, 24, seed=2).half(), rand(97, 24).half()
-    for kind in ("none", "mixed"):
-        check(split, rand(24, 24, seed=1), Y, X, some_weights(kind, len(X)))
+    X = rand(97, 24).half()
+    for rows in (24, 9):
+        Y = rand(97, rows, seed=2).half()
+        for kind in ("none", "mixed"):
+            check(split, rand(rows, 24, seed=1), Y, X, some_weights(kind, len(X)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,13 +163,14 @@ def test_weights_that_no_check_refuses(simulator, dtype):
 
 @pytest.mark.parametrize("kind", ["none", "sequences"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [40, 51, 200])
-def test_the_same_bits_under_every_schedule(simulator, dtype, kind, columns):
-    tokens = 40 if columns == 200 else 150
-    Y, X = rand(tokens, columns, seed=2).to(dtype), rand(tokens, columns).to(dtype)
+@pytest.mark.parametrize("shape", [(40, 40), (51, 51), (200, 200), (140, 24), (9, 200)], ids=str)
+def test_the_same_bits_under_every_schedule(simulator, dtype, kind, shape):
+    rows, columns = shape
+    tokens = 40 if rows + columns > 150 else 150
+    Y, X = rand(tokens, rows, seed=2).to(dtype), rand(tokens, columns).to(dtype)
 
     def run():
-        G = rand(columns, columns, seed=1)
+        G = rand(rows, columns, seed=1)
         cross_(G, Y, X, some_weights(kind, tokens))
         return G
 

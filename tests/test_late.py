@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_compress import METHODS, recipe_of
 from transformers import CohereConfig
 
-from distaya_ext.compress import calibrate, compress, driver, ferry, layers
+from distaya_ext.compress import calibrate, compress, driver, events, ferry, layers
 from distaya_ext.compress.ferry import Checks, Ferry
 from distaya_ext.compress.settings import Settings
 from distaya_ext.compress.solve import Statistic, solve
@@ -131,7 +131,7 @@ def test_no_layer_waits_and_every_file_is_the_same(tmp_path, key, monkeypatch, r
     compress(source, tmp_path / "late", recipe(key), tiny.windows(), on_event=told.append)
     assert found == [[], []], "a layer read a value"
     assert files(tmp_path / "late") == files(tmp_path / "now")
-    inside = [event for event in told if hasattr(event, "layer")]
+    inside = [e for e in told if hasattr(e, "layer") and not isinstance(e, events.LanguagesDone)]
     starts = [(type(event).__name__, event.layer) for event in inside]
     stages = [("StageDone", 0)] * 3
     first = [("LayerStart", 0), *stages, ("LayerDone", 0)]
@@ -148,6 +148,18 @@ def test_other_families_do_not_wait_either(tmp_path, family, monkeypatch, reques
     found = request.getfixturevalue("as_on_a_gpu")
     compress(source, tmp_path / "late", joint, tiny.windows())
     assert len(found) >= 2 and not any(found)
+    assert files(tmp_path / "late") == files(tmp_path / "now")
+
+
+@pytest.mark.parametrize("fields", [{"quality": "plain"}, {"method": "wanda"}], ids=str)
+def test_weights_that_follow_the_losses_do_not_wait_either(tmp_path, fields, monkeypatch, request):
+    monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 5 * tiny.WINDOW)
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["cohere"], dtype=torch.bfloat16)
+    worst = tiny.recipe(calibration={"weights": "worst"}, **fields)
+    compress(source, tmp_path / "now", worst, tiny.windows())
+    found = request.getfixturevalue("as_on_a_gpu")
+    compress(source, tmp_path / "late", worst, tiny.windows())
+    assert found == [[], []], "a layer read a value"
     assert files(tmp_path / "late") == files(tmp_path / "now")
 
 

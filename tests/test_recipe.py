@@ -9,6 +9,7 @@ from distaya_ext.recipe import (
     MAX_YAML_BYTES,
     PRUNING,
     CalibrationSpec,
+    DassSpec,
     Recipe,
     parse_nm,
     parse_size,
@@ -26,8 +27,21 @@ def refused(call, *words):
 
 
 @st.composite
+def dass_options(draw, groups):
+    share = draw(st.floats(0.0, 1.0, exclude_max=True))
+    options = {
+        "alpha": draw(st.floats(0.0, 4.0)),
+        "direction": draw(st.sampled_from(["outputs", "inputs"])),
+        "update": draw(st.booleans()),
+        "permute": (groups or share > 0) and draw(st.booleans()),
+    }
+    return options | {"dense_neurons": share if options["permute"] else 0.0}
+
+
+@st.composite
 def recipes(draw):
-    method = draw(st.sampled_from(["sparsegpt", "wanda", "magnitude", "ria", "gptq", "rtn"]))
+    methods = ["sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn"]
+    method = draw(st.sampled_from(methods))
     fields = {"model": draw(st.text(min_size=1, max_size=20)), "method": method}
     if method in PRUNING:
         if draw(st.booleans()):
@@ -36,6 +50,8 @@ def recipes(draw):
             m = draw(st.integers(2, 32))
             fields["nm"] = f"{draw(st.integers(1, m - 1))}:{m}"
         fields["bits"] = draw(st.none() | st.integers(2, 8))
+        if method == "dass":
+            fields["dass"] = draw(dass_options("nm" in fields))
     else:
         fields["bits"] = draw(st.integers(2, 8))
     fields["group"] = draw(st.sampled_from([0, 32, 64, 128]))
@@ -175,3 +191,47 @@ def test_sparsity_flag():
     assert parse_nm("31:32") == (31, 32)
     for text in ("half", "1", "-0.5", "3:2", "nan"):
         refused(lambda text=text: parse_sparsity(text), text)
+
+
+def test_dass_has_options_of_its_own():
+    updates = Recipe(model="m", method="dass", nm="2:4", dass={"update": True}, quality="default")
+    assert updates.effort == "default"
+    refused(
+        lambda: Recipe(model="m", method="dass", nm="2:4", quality="default"),
+        "has no sweep",
+        "dass",
+    )
+    assert Recipe(model="m", method="dass", nm="2:4").dass == DassSpec()
+    assert Recipe(model="m", nm="2:4").dass is None
+    recipe = Recipe(model="m", method="dass", nm="2:4", dass={"update": True, "permute": True})
+    assert (recipe.dass.direction, recipe.dass.update, recipe.dass.permute) == (
+        "outputs",
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dense_neurons": 0.1}, ["dass: dense_neurons (0.1)", "permute: true"]),
+        ({"dense_neurons": 1.0, "permute": True}, ["dense_neurons", "less than 1"]),
+        ({"dense_neurons": -0.1}, ["dense_neurons", "greater than or equal to 0"]),
+        ({"direction": "rows"}, ["direction", "'outputs' or 'inputs'"]),
+        ({"alpha": -1}, ["alpha -1", "greater than or equal to 0"]),
+        ({"updat": True}, ["updat", "did you mean 'update'?"]),
+    ],
+)
+def test_dass_options_that_cannot_run(options, words):
+    refused(lambda: Recipe(model="m", method="dass", nm="2:4", dass=options), *words)
+
+
+def test_dass_options_that_do_not_fit_the_rest():
+    refused(lambda: Recipe(model="m", method="dass"), "dass prunes: say how much")
+    refused(lambda: Recipe(model="m", nm="2:4", dass={}), "for method dass, not sparsegpt")
+    refused(lambda: Recipe(model="m", sparsity=0.5, permute=True), "permute balances", "N:M")
+    refused(lambda: Recipe(model="m", method="wanda", nm="2:4", permute=True), "permute balances")
+    permute = {"permute": True}
+    refused(
+        lambda: Recipe(model="m", method="dass", sparsity=0.5, dass=permute), "nothing to permute"
+    )

@@ -32,7 +32,7 @@ ACTS = ["silu", "gelu", "gelu_tanh"]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTS)
 def test_gated_unit(isa, act, dtype, exact):
-    """|act'| <= 1.13 and the activation itself is computed within 10 u |g| (epilogue.h)."""
+    """|act'| <= 1.13 and the activation itself is computed within 10 u |g| (core/activation.h)."""
     for kind, tokens, with_bias in (("int4", 1, True), ("int4-2:4", 5, False), ("int8", 3, True)):
         size = 1.0 if kind != "int8" else 0.05  # gates of all sizes, far into both tails
         gate = matrix(kind, 75, 140, 64, False, seed=1, size=size)

@@ -11,7 +11,7 @@ from speaking import SENTENCES, save_texts, tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import distaya_ext.texts as texts_module
+import distaya_ext.documents as documents_module
 from distaya_ext.errors import InputError
 from distaya_ext.evaluate import cut_lines, cut_windows
 from distaya_ext.texts import read_texts, windows
@@ -84,7 +84,7 @@ def test_folders_that_are_none(tmp_path):
 
 
 def test_absurdly_long_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 1000)
     write(tmp_path, "en.txt", "short\n" + "x" * 1000 + "\n")
     refused(lambda: read_texts(tmp_path), "en.txt line 2", "longer than 1000 bytes")
     write(tmp_path, "en.txt", "x" * 999 + "\n")

@@ -78,6 +78,6 @@ def windows(count: int = 12, length: int = WINDOW, vocab: int = VOCAB) -> Calibr
 
 def recipe(method: str = "sparsegpt", **fields: Any) -> Recipe:
     """A recipe with the fields a test cares about."""
-    if method in ("sparsegpt", "wanda", "magnitude", "ria") and "nm" not in fields:
+    if method in ("sparsegpt", "wanda", "magnitude", "ria", "dass") and "nm" not in fields:
         fields.setdefault("sparsity", 0.5)
     return Recipe(model="tiny", method=method, **fields)

@@ -28,33 +28,25 @@ const void* checked(const Tensor& X, const char* name = "X") {
   return data;
 }
 
-// The square sum over X's tokens, called `name`, and the operands' places.
-Hessian checked(const Tensor& H, const char* name, const Tensor* Y, const Tensor& X,
+// What H and G have in common: X's side of the sum, called `name`.
+Hessian checked(const Tensor& sum, const char* name, const Tensor& X,
                 const std::optional<Tensor>& weights) {
   const auto [T, C] = X.shape<2>("X");
-  const auto [rows, cols] = H.shape<2>(name);
-  check(rows == C && cols == C, name, " is ", rows, "x", cols, " but X has ", C, " columns, so ",
-        name, " must be ", C, "x", C);
-  H.need_contiguous(name);
-  same_device(H, name, X, "X");
-  if (Y) {
-    const auto [tokens, columns] = Y->shape<2>("Y");
-    check(tokens == T && columns == C, "Y is ", tokens, "x", columns, " but X is ", T, "x", C);
-    check(Y->dtype == X.dtype, "Y (", *Y, ") and X (", X, ") must have the same dtype");
-    same_device(*Y, "Y", X, "X");
-  }
+  sum.need_contiguous(name);
+  same_device(sum, name, X, "X");
   return {.T = T,
+          .K = C,
           .C = C,
           .dtype = X.dtype,
           .X = checked(X),
-          .Y = Y ? checked(*Y, "Y") : nullptr,
+          .Y = nullptr,
           .weights = checked(weights, X, T),
-          .H = H.as<float>(name),
+          .H = sum.as<float>(name),
           .device = X.device};
 }
 
 void add(const Hessian& p, const Tensor& X) {
-  if (p.T == 0 || p.C == 0) return;
+  if (p.T == 0 || p.K == 0 || p.C == 0) return;
   if constexpr (has_cuda)
     if (X.on_cuda) return hessian_cuda(p, stream_of(X));
   hessian_cpu(p);
@@ -63,12 +55,25 @@ void add(const Hessian& p, const Tensor& X) {
 }  // namespace
 
 void hessian(const Tensor& H, const Tensor& X, const std::optional<Tensor>& weights) {
-  add(checked(H, "H", nullptr, X, weights), X);
+  const Hessian p = checked(H, "H", X, weights);
+  const auto [rows, cols] = H.shape<2>("H");
+  check(rows == p.C && cols == p.C, "H is ", rows, "x", cols, " but X has ", p.C,
+        " columns, so H must be ", p.C, "x", p.C);
+  add(p, X);
 }
 
 void cross(const Tensor& G, const Tensor& Y, const Tensor& X,
            const std::optional<Tensor>& weights) {
-  add(checked(G, "G", &Y, X, weights), X);
+  Hessian p = checked(G, "G", X, weights);
+  const auto [tokens, columns] = Y.shape<2>("Y");
+  check(tokens == p.T, "Y has ", tokens, " tokens but X has ", p.T);
+  check(Y.dtype == X.dtype, "Y (", Y, ") and X (", X, ") must have the same dtype");
+  same_device(Y, "Y", X, "X");
+  const auto [rows, cols] = G.shape<2>("G");
+  check(rows == columns && cols == p.C, "G is ", rows, "x", cols, " but Y has ", columns,
+        " columns and X has ", p.C, ", so G must be ", columns, "x", p.C);
+  p.K = columns, p.Y = checked(Y, "Y");
+  add(p, X);
 }
 
 void column_sq(const Tensor& s, const Tensor& X, const std::optional<Tensor>& weights) {

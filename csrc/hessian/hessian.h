@@ -3,8 +3,9 @@
 // only elements H[i, j] with j >= i are computed and written, half of the flops of X^T X.
 //
 // G += sum_t w_t y_t x_t^T, the cross moment of two inputs, by the same kernels over the whole
-// square. Every product and every sum of G[i, j] is that of H[i, j] with y_ti for x_ti, also in its
-// order, and swapping Y and X transposes G to the bit: for Y = X, G is H and its mirror image.
+// rectangle; y_t and x_t may differ in length. Every product and every sum of G[i, j] is that of
+// H[i, j] with y_ti for x_ti, also in its order, whatever other columns there are, and swapping Y
+// and X transposes G to the bit: for Y = X, G is H and its mirror image.
 //
 // Accuracy. Products are summed in fp32 over a run of at most kRun tokens, and each run is then
 // added to H (promotion). With u = 2^-24, T tokens in one call and S = sum_t w_t |x_ti| |x_tj|:
@@ -40,12 +41,12 @@ inline constexpr int64_t kRun = 256;  // tokens summed in registers between two 
 inline constexpr int kCudaRun = 32;   // the same for 16-bit X on CUDA
 
 struct Hessian {
-  int64_t T, C;          // tokens, columns (inputs of the layer)
+  int64_t T, K, C;       // tokens, columns of Y, columns of X; K is C without Y
   Dtype dtype;           // of X and Y: f32, f16 or bf16
   const void* X;         // [T, C]
-  const void* Y;         // [T, C] whose columns are the rows of a cross moment. Null: X, for H
+  const void* Y;         // [T, K] whose columns are the rows of a cross moment. Null: X, for H
   const float* weights;  // [T], finite, >= 0; a token of weight 0 is not read. Null: all 1
-  float* H;              // [C, C]; upper triangle, whole with Y
+  float* H;              // [K, C]; upper triangle, whole with Y
   int device;            // CUDA ordinal
 };
 
@@ -64,7 +65,7 @@ struct Symmetrize {
   int device;
 };
 
-// Doors: X, Y [T, C], weights [T] or none, H, G [C, C], s [C]; all on one device.
+// Doors: X [T, C], Y [T, K], weights [T] or none, H [C, C], G [K, C], s [C]; all on one device.
 void hessian(const Tensor& H, const Tensor& X, const std::optional<Tensor>& weights);
 void cross(const Tensor& G, const Tensor& Y, const Tensor& X, const std::optional<Tensor>& weights);
 void column_sq(const Tensor& s, const Tensor& X, const std::optional<Tensor>& weights);

@@ -24,6 +24,8 @@ constexpr int64_t kPackedBytes = 64LL << 20;  // scratch: more runs at once rere
 
 constexpr int64_t steps_of(int64_t tokens, bool pairs) { return pairs ? (tokens + 1) / 2 : tokens; }
 
+constexpr int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // kLanes words from n >= 1 columns at x (and at y, the pair's second token, or null).
 template <bool pairs, class T>
 DISTAYA_INLINE vf words(const T* x, const T* y, int64_t n) {
@@ -134,51 +136,57 @@ void tile(int64_t steps, const float* A, const float* B, float weight, float* H,
   promote_edge(part, weight, H, ldh, rows, cols, skew);
 }
 
-// The square of H at (i0, j0), all runs [r0, r1) of a chunk, packed in A (left) and B (right).
+// The square of H at (i0, j0), all runs [r0, r1) of a chunk, packed in A (left) and B (right), of
+// which a step takes `left` and `right` words.
 template <bool pairs>
 void square(const Hessian& p, const Tokens& tokens, int64_t r0, int64_t r1, int64_t i0, int64_t j0,
-            const float* A, const float* B) {
-  const int64_t width = (p.C + kNR - 1) / kNR * kNR;
-  const int64_t i1 = std::min(p.C, i0 + kBlock), j1 = std::min(p.C, j0 + kBlock);
+            const float* A, int64_t left, const float* B, int64_t right) {
+  const int64_t i1 = std::min(p.K, i0 + kBlock), j1 = std::min(p.C, j0 + kBlock);
   for (int64_t r = r0; r < r1; ++r) {
     const Run& run = tokens.run[r];
     const int64_t steps = steps_of(run.count, pairs);
     for (int64_t j = j0; j < j1; j += kNR)
       for (int64_t i = i0; i < (p.Y ? i1 : std::min(i1, j + kNR)); i += kMR)
         tile<pairs>(steps, A + i / kNR * kNR * steps + i % kNR, B + j * steps, run.weight,
-                    p.H + i * p.C + j, p.C, p.C - i, p.C - j, p.Y ? -kMR : i - j);
-    A += steps * width, B += steps * width;
+                    p.H + i * p.C + j, p.C, p.K - i, p.C - j, p.Y ? -kMR : i - j);
+    A += steps * left, B += steps * right;
   }
 }
 
 template <bool pairs, class T>
 void multiply(const Hessian& p, const Tokens& tokens) {
   const T *X = static_cast<const T*>(p.X), *Y = p.Y ? static_cast<const T*>(p.Y) : X;
-  const int64_t width = (p.C + kNR - 1) / kNR * kNR, sides = Y == X ? 1 : 2;
-  const int64_t run_words = steps_of(kRun, pairs) * width;
-  const int64_t fit = kPackedBytes / (sides * run_words * static_cast<int64_t>(sizeof(float)));
+  const bool two = Y != X || p.K != p.C;                                        // sides to pack
+  const int64_t right = pieces(p.C, kNR) * kNR, left = pieces(p.K, kNR) * kNR;  // words of a step
+  const int64_t run_words = steps_of(kRun, pairs) * (two ? left + right : right);
+  const int64_t fit = kPackedBytes / (run_words * static_cast<int64_t>(sizeof(float)));
   const int64_t chunk = std::min(tokens.runs, std::max<int64_t>(1, fit));
-  const auto B = cpu::scratch<float>(sides * chunk * run_words);
-  float* A = B.get() + (sides - 1) * chunk * run_words;
-  const int64_t panels = (width + kPanel - 1) / kPanel, blocks = (p.C + kBlock - 1) / kBlock;
-  const auto start = cpu::scratch<int64_t>(chunk);  // first word of each run of the chunk
+  const auto B = cpu::scratch<float>(chunk * run_words);
+  float* A = two ? B.get() + chunk * steps_of(kRun, pairs) * right : B.get();
+  const int64_t of_x = pieces(right, kPanel), panels = of_x + (two ? pieces(left, kPanel) : 0);
+  const int64_t rows = pieces(p.K, kBlock), columns = pieces(p.C, kBlock);
+  const auto start = cpu::scratch<int64_t>(chunk);  // first step of each run of the chunk
   for (int64_t r0 = 0; r0 < tokens.runs; r0 += chunk) {
     const int64_t r1 = std::min(tokens.runs, r0 + chunk);
     for (int64_t r = r0, at = 0; r < r1; ++r) {
       start[r - r0] = at;
-      at += steps_of(tokens.run[r].count, pairs) * width;
+      at += steps_of(tokens.run[r].count, pairs);
     }
-    cpu::parallel_for((r1 - r0) * panels * sides, [&](int64_t k) {
-      const int64_t side = k % sides, r = k / sides / panels, j0 = k / sides % panels * kPanel;
-      pack<pairs, T>(side ? Y : X, p.C, tokens, tokens.run[r0 + r], j0,
-                     std::min(width, j0 + kPanel), (side ? A : B.get()) + start[r]);
+    cpu::parallel_for((r1 - r0) * panels, [&](int64_t k) {
+      const int64_t r = k / panels, panel = k % panels;
+      const Run& run = tokens.run[r0 + r];
+      if (const int64_t j0 = panel * kPanel; panel < of_x)
+        return pack<pairs, T>(X, p.C, tokens, run, j0, std::min(right, j0 + kPanel),
+                              B.get() + start[r] * right);
+      const int64_t i0 = (panel - of_x) * kPanel;
+      pack<pairs, T>(Y, p.K, tokens, run, i0, std::min(left, i0 + kPanel), A + start[r] * left);
     });
-    cpu::parallel_for(p.Y ? blocks * blocks : blocks * (blocks + 1) / 2, [&](int64_t k) {
-      int64_t row = p.Y ? k / blocks : 0;
-      if (p.Y) k %= blocks;
-      while (!p.Y && k >= blocks - row) k -= blocks - row++;  // row by row of the upper triangle
+    cpu::parallel_for(p.Y ? rows * columns : columns * (columns + 1) / 2, [&](int64_t k) {
+      int64_t row = p.Y ? k / columns : 0;
+      if (p.Y) k %= columns;
+      while (!p.Y && k >= columns - row) k -= columns - row++;  // row by row of the upper triangle
       const int64_t column = p.Y ? k : row + k;
-      square<pairs>(p, tokens, r0, r1, row * kBlock, column * kBlock, A, B.get());
+      square<pairs>(p, tokens, r0, r1, row * kBlock, column * kBlock, A, left, B.get(), right);
     });
   }
 }

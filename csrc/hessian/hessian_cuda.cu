@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(256, 3) plain_syrk_kernel(const Hessian p) {
   __shared__ __align__(16) float right[kDepth][kSide + kPad];
   const T* X = static_cast<const T*>(p.X);
   const T* Y = cross ? static_cast<const T*>(p.Y) : X;
+  const int64_t rows = cross ? p.K : p.C;
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   float total[4][4] = {}, run[4][4] = {};
   for (int64_t t0 = 0; t0 < p.T; t0 += kDepth) {
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(256, 3) plain_syrk_kernel(const Hessian p) {
       const float w = t >= p.T ? 0.f : p.weights ? p.weights[t] : 1.f;
       // A token of weight 0 may hold anything (padding), so it must not be multiplied but dropped.
       const float root = sqrtf(fabsf(w)), other = copysignf(root, w);
-      left[s][c] = w != 0 && i0 + c < p.C ? root * load_float(Y + t * p.C + i0 + c) : 0.f;
+      left[s][c] = w != 0 && i0 + c < rows ? root * load_float(Y + t * rows + i0 + c) : 0.f;
       right[s][c] = w != 0 && j0 + c < p.C ? other * load_float(X + t * p.C + j0 + c) : 0.f;
     }
     __syncthreads();
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(256, 3) plain_syrk_kernel(const Hessian p) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t row = i0 + ty * 4 + i, col = j0 + tx * 4 + j;
-      if (col < p.C && (cross ? row < p.C : row <= col)) p.H[row * p.C + col] += total[i][j];
+      if (col < p.C && (cross ? row < rows : row <= col)) p.H[row * p.C + col] += total[i][j];
     }
 }
 
@@ -188,15 +189,18 @@ void tensor_syrk(const Hessian& p, cudaStream_t stream) {
                                     syrk::kSharedBytes));
     allowed.fetch_or(bit);
   }
+  const int64_t rows = ceil_div<int64_t>(p.K, syrk::kPanel);
   const int64_t panels = ceil_div<int64_t>(p.C, syrk::kPanel);
-  const int64_t tiles = cross ? syrk::cross_tiles(panels) : syrk::tiles(panels);
-  check(tiles <= INT32_MAX, "H of ", p.C, " columns exceeds the CUDA grid");
+  const int64_t tiles = cross ? syrk::cross_tiles(rows, panels) : syrk::tiles(panels);
+  constexpr int64_t kWidest = 1 << 29;  // columns: the kernel counts a token's bytes in 32 bits
+  check(tiles <= INT32_MAX && p.K < kWidest && p.C < kWidest, cross ? "G" : "H", " of ", p.K, "x",
+        p.C, " exceeds the CUDA grid");
   constexpr int64_t kMost = 1 << 30;  // tokens: the kernel counts them in 32 bits
   for (int64_t t = 0; t < p.T; t += kMost) {
     Hessian part = p;
     part.T = p.T - t < kMost ? p.T - t : kMost;
     part.X = static_cast<const T*>(p.X) + t * p.C;
-    if (cross) part.Y = static_cast<const T*>(p.Y) + t * p.C;
+    if (cross) part.Y = static_cast<const T*>(p.Y) + t * p.K;
     if (p.weights) part.weights = p.weights + t;
     launch(kernel, static_cast<unsigned>(tiles), syrk::kThreads, syrk::kSharedBytes, stream, part);
   }
@@ -205,15 +209,15 @@ void tensor_syrk(const Hessian& p, cudaStream_t stream) {
 template <bool cross>
 void start(const Hessian& p, cudaStream_t stream) {
   if (p.dtype == Dtype::f32) {
-    const int64_t n = ceil_div<int64_t>(p.C, kSide);
-    check(!cross || n <= 65535, "G of ", p.C, " columns exceeds the CUDA grid (", 65535 * kSide,
-          " columns)");
-    const dim3 all(static_cast<unsigned>(n), static_cast<unsigned>(n));
+    const int64_t rows = ceil_div<int64_t>(p.K, kSide), columns = ceil_div<int64_t>(p.C, kSide);
+    check(!cross || (rows <= 65535 && columns <= INT32_MAX), "G of ", p.K, "x", p.C,
+          " exceeds the CUDA grid (", 65535 * kSide, " rows)");
+    const dim3 all(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
     return launch(plain_syrk_kernel<float, cross>, cross ? all : triangle(p.C, kSide), 256, 0,
                   stream, p);
   }
   dispatch<f16, bf16>(p.dtype, "X", [&]<class T>() {
-    if (aligned_rows(p.X, p.C, p.dtype) && (!cross || aligned_rows(p.Y, p.C, p.dtype)))
+    if (aligned_rows(p.X, p.C, p.dtype) && (!cross || aligned_rows(p.Y, p.K, p.dtype)))
       tensor_syrk<T, true, cross>(p, stream);
     else
       tensor_syrk<T, false, cross>(p, stream);

@@ -100,7 +100,7 @@ __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float* const H = p.H + static_cast<int64_t>(i0 + lane / 4) * p.C + j0 + lane % 4 * 2;
   const bool pairs = p.C % 2 == 0 && reinterpret_cast<uintptr_t>(p.H) % 8 == 0;
-  const bool whole = pairs && (cross ? i0 + 64 <= p.C : i0 < j0) && j0 + 64 <= p.C;
+  const bool whole = pairs && (cross ? i0 + 64 <= p.K : i0 < j0) && j0 + 64 <= p.C;
 #pragma unroll
   for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -123,7 +123,7 @@ __device__ inline void exchange(const Hessian& p, float (&total)[4][8][4], int i
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int i = i0 + 16 * m + 8 * half + lane / 4, j = j0 + 8 * n + lane % 4 * 2 + e;
-          if ((cross ? i >= p.C : i > j) || j >= p.C) continue;
+          if ((cross ? i >= p.K : i > j) || j >= p.C) continue;
           if constexpr (store)
             row[8 * n + e] = total[m][n][2 * half + e];
           else

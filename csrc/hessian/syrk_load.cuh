@@ -34,15 +34,16 @@ struct alignas(32) Place {
 
 // What all threads of a block know, beside X.
 struct Common {
-  int column;          // first one of the first panel
-  int right;           // first one of X's panel of a cross moment
-  unsigned beyond[2];  // bytes from there to the others; more than a token has for one not there
+  int column;  // first one of the first panel
+  int right;   // first one of X's panel of a cross moment
+  unsigned
+      beyond[2];  // bytes from the first to the others; more than a token has for one not there
   Place place[kThreads / 32];
   Slice slice[kStages];
 };
 
 template <bool cross>
-__device__ inline Place place_of(const Tile& tile, int warp, int64_t C) {
+__device__ inline Place place_of(const Tile& tile, int warp, int64_t K, int64_t C) {
   const int i = warp / 2 % 2 * 64, j = warp % 2 * 64;
   const auto panel = [&](int k) {
     return k == 0 ? tile.panel[0] : k == 1 ? tile.panel[1] : tile.panel[2];
@@ -51,20 +52,21 @@ __device__ inline Place place_of(const Tile& tile, int warp, int64_t C) {
   const int row = there ? warp / 4 : 0, column = row ? tile.columns[1] : tile.columns[0];
   const int i0 = panel(row) * kPanel + i, j0 = panel(column) * kPanel + j;
   return {row * kPanelBytes + 2 * i, column * kPanelBytes + 2 * j, i0, j0,
-          there && (cross ? i0 < C : i0 <= j0) && j0 < C};
+          there && (cross ? i0 < K : i0 <= j0) && j0 < C};
 }
 
 // Called by a thread for each warp.
 template <bool cross>
 __device__ inline void prepare(Common& common, const Hessian& p) {
+  const int rows = static_cast<int>(cuda::ceil_div<int64_t>(p.K, kPanel));
   const int panels = static_cast<int>(cuda::ceil_div<int64_t>(p.C, kPanel));
-  const Tile tile = cross ? cross_tile_of(blockIdx.x, panels) : tile_of(blockIdx.x, panels);
+  const Tile tile = cross ? cross_tile_of(blockIdx.x, rows, panels) : tile_of(blockIdx.x, panels);
   const int thread = static_cast<int>(threadIdx.x);
-  common.place[thread] = place_of<cross>(tile, thread, p.C);
+  common.place[thread] = place_of<cross>(tile, thread, p.K, p.C);
   if (thread != 0) return;
   common.column = tile.panel[0] * kPanel;
   common.right = tile.panel[2] * kPanel;
-  for (int k = 1; k < 3; ++k)
+  for (int k = 1; k < 3 - cross; ++k)
     common.beyond[k - 1] = tile.panel[k] < 0 ? 1u << 30 : (tile.panel[k] - tile.panel[0]) * kRow;
 }
 
@@ -123,15 +125,14 @@ class Loader {
   // Tokens t_ .. t_ + 31, of which those whose bit is set are read.
   __device__ void copy(int stage, unsigned tokens) const {
     const int chunk = threadIdx.x % 16, token = static_cast<int>(threadIdx.x) / 16;
-    const int column = common_.column + chunk * kChunk;
-    const int64_t first = static_cast<int64_t>(t_ + token) * p_.C + column;
-    const auto* from =
-        reinterpret_cast<const char*>(static_cast<const T*>(cross ? p_.Y : p_.X) + first);
+    const int64_t wide = cross ? p_.K : p_.C, at = t_ + token;
+    const int column = common_.column + chunk * kChunk, right = common_.right + chunk * kChunk;
+    const auto* from = address(cross ? p_.Y : p_.X, at * wide + column);
+    const auto* other = address(p_.X, at * p_.C + right);  // of a cross moment
     char* to = shared_ + stage * kStageBytes + token * kRow + 16 * (chunk ^ token % 8);
-    const int row = 2 * (static_cast<int>(p_.C) - column);  // bytes from there on
+    // Bytes from there on.
+    const int row = 2 * static_cast<int>(wide - column), rest = 2 * static_cast<int>(p_.C - right);
     const unsigned beyond[3] = {0, common_.beyond[0], cross ? 0 : common_.beyond[1]};
-    const int shift = cross ? common_.right - common_.column : 0;  // from Y's columns to X's
-    const auto* other = reinterpret_cast<const char*>(static_cast<const T*>(p_.X) + first + shift);
 #pragma unroll(aligned ? 2 : 1)
     for (int i = 0; i < 2; ++i) {
       const bool there = tokens >> (token + 16 * i) & 1;
@@ -139,9 +140,13 @@ class Loader {
 #pragma unroll
       for (int k = 0; k < 3 - cross; ++k)
         copy(to + k * kPanelBytes, from + beyond[k], left - static_cast<int>(beyond[k]));
-      if constexpr (cross) copy(to + 2 * kPanelBytes, other, there ? row - 2 * shift : 0);
-      from += 32 * p_.C, other += 32 * p_.C, to += 16 * kRow;
+      if constexpr (cross) copy(to + 2 * kPanelBytes, other, there ? rest : 0);
+      from += 32 * wide, other += 32 * p_.C, to += 16 * kRow;
     }
+  }
+
+  __device__ static const char* address(const void* X, int64_t element) {
+    return reinterpret_cast<const char*>(static_cast<const T*>(X) + element);
   }
 
   // A chunk, of which `left` bytes exist, if any.

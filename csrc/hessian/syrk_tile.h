@@ -44,17 +44,18 @@ DISTAYA_HD constexpr Tile tile_of(int64_t k, int panels) {
   return {{top, top + 2 < panels ? top + 2 : -1, -1}, {0, 1}};
 }
 
-// The same for all squares of a cross moment: squares (2r, j) and (2r + 1, j) of every r and j, in
-// groups of columns likewise; 4096 columns make 512 tiles.
-constexpr int64_t cross_tiles(int64_t panels) { return (panels + 1) / 2 * panels; }
+// The same for all squares of a cross moment, of `rows` panels of Y and `panels` of X: squares
+// (2r, j) and (2r + 1, j) of every r and j, in groups of columns likewise; 4096 columns of both
+// make 512 tiles, and 14336 of X 1792.
+constexpr int64_t cross_tiles(int64_t rows, int64_t panels) { return (rows + 1) / 2 * panels; }
 
-DISTAYA_HD constexpr Tile cross_tile_of(int64_t k, int panels) {
-  const int64_t pairs = (panels + 1) / 2;
+DISTAYA_HD constexpr Tile cross_tile_of(int64_t k, int rows, int panels) {
+  const int64_t pairs = (rows + 1) / 2;
   const int first = static_cast<int>(k / (pairs * kGroup)) * kGroup;
   const int wide = panels - first < kGroup ? panels - first : kGroup;
   k -= pairs * first;
   const int top = static_cast<int>(2 * (k / wide)), column = first + static_cast<int>(k % wide);
-  return {{top, top + 1 < panels ? top + 1 : -1, column}, {2, 2}};
+  return {{top, top + 1 < rows ? top + 1 : -1, column}, {2, 2}};
 }
 
 }  // namespace distaya::syrk

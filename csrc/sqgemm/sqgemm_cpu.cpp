@@ -6,6 +6,7 @@
 #include "core/foreach_isa.h"
 
 #ifdef DISTAYA_ISA_PASS
+#include "core/activation.h"
 
 namespace distaya::DISTAYA_ISA {
 namespace {

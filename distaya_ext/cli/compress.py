@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from . import options
+from .languages import parse_quotas, parse_weights
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -23,7 +24,7 @@ def compress(
         typer.Argument(help="Local Hugging Face folder or hub id; the recipe may name it instead."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, gptq, rtn or dense.")
+        str | None, typer.Option(help="sparsegpt, wanda, magnitude, ria, dass, gptq, rtn, dense.")
     ] = None,
     sparsity: Annotated[
         str | None, typer.Option(help="Share to remove such as 0.5, or N:M kept such as 2:4.")
@@ -47,6 +48,14 @@ def compress(
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    language_weights: Annotated[
+        str | None,
+        typer.Option(help="equal, proportional, worst, a YAML file {lang: weight} or en=2,sw=5."),
+    ] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibration tokens of one language, such as en=4096; repeatable."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe; flags given beside it win.")
     ] = None,
@@ -77,7 +86,14 @@ def compress(
         format=format,
         drop_layers=parse_layers(drop_layers),
         max_ram=max_ram,
-        calibration={"path": calib, "tokens": tokens, "window": window, "seed": seed},
+        calibration={
+            "path": calib,
+            "tokens": tokens,
+            "window": window,
+            "seed": seed,
+            "weights": parse_weights(language_weights) if language_weights else None,
+            "quotas": parse_quotas(quota) if quota else None,
+        },
     )
     if group is not None and whole.bits is None:
         raise UsageError("--group says how weights share a scale, so it needs --bits")

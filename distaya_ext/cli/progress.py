@@ -33,6 +33,7 @@ class Reporter:
         self._start = time.monotonic()
         self._last = -_HEARTBEAT_SECONDS  # the first sign of life comes at once
         self._worst: tuple[float, str] | None = None
+        self._languages = ""
 
     def __enter__(self) -> Reporter:
         if self.terminal:
@@ -77,6 +78,8 @@ class Reporter:
                     self._advance("layers", layer, layers)
             case events.StageDone():
                 self._stage(event)
+            case events.LanguagesDone(shares=shares, errors=errors):
+                self._languages = _most_lost(shares, errors)
             case events.LayerDone(layer, layers, seconds):
                 worst = (
                     f", largest relative loss {self._worst[0]:.2e} ({self._worst[1]})"
@@ -84,7 +87,8 @@ class Reporter:
                     else ""
                 )
                 # A bar of 80 columns has no room for the details.
-                detail = "" if self._bar is not None else f"{seconds:.1f} s{worst}"
+                told = f"{seconds:.1f} s{worst}{self._languages}"
+                detail = "" if self._bar is not None else told
                 self._advance("layers", layer + 1, layers, detail, always=True)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
@@ -145,3 +149,11 @@ class Reporter:
             return False
         self._last = now
         return True
+
+
+def _most_lost(shares: dict[str, float], errors: dict[str, float]) -> str:
+    """Which language a layer's output has moved most in, and what it counts beside an equal one."""
+    if not errors:
+        return ""
+    worst = max(errors, key=errors.__getitem__)
+    return f", most moved {worst} {errors[worst]:.2e} (weight {shares[worst] * len(shares):.2f})"

@@ -5,6 +5,7 @@ from .driver import compress
 from .events import (
     Calibrated,
     Event,
+    LanguagesDone,
     LayerDone,
     LayerStart,
     Notice,
@@ -19,6 +20,7 @@ __all__ = [
     "Calibrated",
     "Calibration",
     "Event",
+    "LanguagesDone",
     "LayerDone",
     "LayerStart",
     "ModuleReport",

@@ -24,6 +24,7 @@ class Aim:
     def __init__(self, rows: int, columns: int, device: torch.device, *, outputs: bool):
         self.outputs = outputs
         self.tokens = 0
+        self._weight: torch.Tensor | None = None  # sum of the token weights, fp64
         self._moment: CrossMoment | torch.Tensor | None = CrossMoment(
             rows if outputs else columns, columns, device
         )
@@ -32,6 +33,9 @@ class Aim:
         """Add tokens: y [T, rows] wanted or x_d [T, columns]; x [T, columns]; weights fp32 [T]."""
         self.tokens += x.shape[0]
         self._moment.add(y, x, weights)
+        if weights is not None:
+            more = weights.sum(dtype=torch.float64)
+            self._weight = more if self._weight is None else self._weight + more
 
     def weights(
         self, W: torch.Tensor, H: torch.Tensor, R: torch.Tensor, *, last: bool = True
@@ -43,13 +47,18 @@ class Aim:
         if not share:
             return W.float()
         if isinstance(self._moment, CrossMoment):
-            self._moment = self._moment.finish()
+            self._moment = self._finish(self._moment)
         moment = self._moment
         if last:
             self._moment = None
         shift = moment - W.float() @ H if self.outputs else W.float() @ (moment - H)
         solve_(shift, R)
         return shift.mul_(share).add_(W)
+
+    def _finish(self, moment: CrossMoment) -> torch.Tensor:
+        if self._weight is None:
+            return moment.finish()
+        return moment.G.div_(self._weight)  # as finish(), which would wait for the weights
 
 
 def shrink(tokens: int, columns: int) -> float:

@@ -16,10 +16,11 @@ from torch import nn
 from ..errors import InputError
 from ..formats import Grid
 from ..models import Architecture, Stage
-from . import events, ferry
+from . import events, ferry, glu
 from .aim import Aim
 from .calibrate import Calibration, check_activations
 from .capture import Call, Calls
+from .languages import Account, Mixture
 from .packing import Packing
 from .plan import Plan, groups
 from .reconstruct import BATCH_TOKENS, Course, reconstruct
@@ -42,9 +43,11 @@ class Replay:
         calibration: Calibration,
         hidden: Store,
         tape: Store,
+        mixture: Mixture,
         dense: tuple[Store, Store] | None = None,
     ):
         self.calibration, self.hidden, self.tape, self.dense = calibration, hidden, tape, dense
+        self.mixture = mixture
         self.calls = Calls()
         self.short: list[Call] = []  # of every layer for a training batch, see course()
 
@@ -57,7 +60,17 @@ class Replay:
     def course(self, layer: int) -> Course:
         """What a layer is trained on, once its dense twin has run."""
         sizes = [len(ids) for ids in self.calibration.chunks()]
-        return Course(self.short[layer], self.batch, self.hidden, self.dense[0], sizes)
+        return Course(
+            self.short[layer], self.batch, self.hidden, self.dense[0], sizes, self.mixture
+        )
+
+    def account(self) -> Account:
+        """What the layer that has just been finished tells of the languages."""
+        if self.dense is not None:
+            for chunk in range(len(self.calls)):
+                key = ("hidden", chunk)
+                self.mixture.observe(chunk, self.hidden.get(key), self.dense[0].get(key))
+        return self.mixture.close_layer()
 
 
 @dataclass
@@ -92,6 +105,7 @@ class AtWork:
         self.plan, self.packing, self.report, self.on_event = plan, packing, report, on_event
         self.way, self.checks = way, checks
         self.trained: dict[str, torch.Tensor] = {}  # what reconstruct() returned
+        self.mlp: glu.GatedMLP | None = None  # where method dass prunes the layer
 
     def compress(
         self,
@@ -109,6 +123,7 @@ class AtWork:
         """
         changed: dict[str, dict[str, torch.Tensor]] = {}
         held: list[Stack] = []
+        self.mlp = glu.of(prefix, layer, self.plan, self.checks)
         trains = twin is not None and self._trains(prefix, architecture)
         for stage in architecture.stages:
             stacks = groups(self.plan, prefix, stage.names)
@@ -156,7 +171,11 @@ class AtWork:
             if twin is not None and settings.aims:
                 aim = Aim(rows, columns, self.way.device, outputs=twin.ends(stage))
             statistic = Statistic(
-                settings.statistic, columns, self.way.device, aim=aim, readers=len(stacks)
+                settings.statistic,
+                columns,
+                self.way.device,
+                aim=aim,
+                readers=len(stacks) + (self.mlp is not None and self.mlp.sweeps_twice),
             )
             self._gather(f"{prefix}.{stacks[0][0]}", stage, replay, walk, twin, statistic)
         done = []
@@ -177,7 +196,10 @@ class AtWork:
         def add(chunk: int, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
             check_activations(x, chunk, where, replay.calibration, self.checks)
             flat = None if wanted is None else wanted.flatten(0, -2)
-            statistic.add(x.reshape(-1, x.shape[-1]), flat)
+            weights = replay.mixture.gather(where, chunk, x)
+            statistic.add(x.reshape(-1, x.shape[-1]), flat, weights)
+            if self.mlp is not None:
+                self.mlp.see(stage, x)
 
         if statistic.aim is not None:
             for chunk, x, wanted in twin.pairs(stage):
@@ -200,10 +222,11 @@ class AtWork:
         """
         where = f"{prefix}.{names[0]}"
         settings = self.plan[where]
+        masks = self.mlp.masks(names, statistic) if self.mlp is not None else None
         weights = [layer.get_submodule(name).weight.data for name in names]
         shapes = {name: tuple(W.shape) for name, W in zip(names, weights, strict=True)}
-        solution = solve(weights, settings, statistic, self.checks)
-        del weights, statistic
+        solution = solve(weights, settings, statistic, self.checks, masks)
+        del weights, statistic, masks
         self.checks.finite(solution.W, partial(_not_finite, where))
         grids: dict[str, Grid] = {}
         masks = {} if solution.mask is not None else None
@@ -229,22 +252,27 @@ class AtWork:
     ) -> None:
         """Start the way home of what a stack became; it is encoded and accounted for there."""
         parts: dict[str, Any] = {}
+        moved: dict[str, dict[str, torch.Tensor]] = {}
         for name in stack.names:
             full = f"{prefix}.{name}"
             parts[full] = {"weight": layer.get_submodule(name).weight.data}
             if full in self.packing.planned:
                 grid = stack.grids[name]
                 parts[full] = self.packing.start(full, grid) if self.way.late else grid
-        come = self.way.home((parts, vars(stack.figures), self.checks.take()))
+            if self.mlp is not None:
+                moved[full] = self.mlp.moved(name)
+        come = self.way.home((parts, moved, vars(stack.figures), self.checks.take()))
         shapes, settings, begin, end = stack.shapes, stack.settings, stack.begin, stack.end
         account = partial(self.report.account, index, prefix, again=stack.again)
 
         def settle() -> tuple[Figures, float, list[int]]:
-            parts, figures, kept = come()
+            parts, moved, figures, kept = come()
             ferry.judge(kept)
             for name, part in parts.items():
                 changed[name] = self._stored(name, shapes[name[len(prefix) + 1 :]], part)
             sizes = [sum(t.nbytes for t in changed[name].values()) for name in parts]
+            for name, others in moved.items():
+                changed[name] |= others
             return Figures(**figures), self.way.seconds(begin, end), sizes
 
         self.way.do(settle, lambda told: self.on_event(account(shapes, settings, *told)))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
+from ..documents import open_texts, read_texts
 from ..errors import InputError, UsageError
 from ..finite import all_finite
 from ..recipe import Recipe
-from ..texts import check_window, read_texts
+from ..texts import check_window
 from ..texts import windows as token_windows
 from ..tokenizer import check_rows, load_tokenizer
 from .ferry import Checks
@@ -38,6 +39,8 @@ class Calibration:
     limited_by: str | None = None
     fertility: dict[str, float] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     chunk_tokens: int | None = None  # None: CHUNK_TOKENS
 
     @property
@@ -89,6 +92,8 @@ def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Cali
         getattr(windows, "limited_by", None),
         getattr(windows, "fertility", {}),
         getattr(windows, "duplicates", {}),
+        getattr(windows, "bytes_per_token", {}),
+        getattr(windows, "left_out", []),
     )
 
 
@@ -96,11 +101,12 @@ def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     wanted = recipe.calibration
     check_window(wanted.window, checkpoint.config)
     return token_windows(
-        read_texts(folder),
+        read_texts(folder) if wanted.quotas is None else open_texts(folder),
         load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size),
         tokens=wanted.tokens,
         window=wanted.window,
         seed=wanted.seed,
+        quotas=wanted.quotas,
     )
 
 

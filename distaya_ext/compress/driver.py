@@ -28,12 +28,14 @@ from ..models.depth import cut_json
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
-from . import events
+from . import events, glu
 from .at_work import Replay
 from .budget import Budget, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
+from .language_report import LanguageReport
+from .languages import Mixture
 from .layers import Layers
 from .packing import Packing
 from .plan import make_plan, shares_statistics
@@ -139,7 +141,7 @@ class _Run:
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
-        for message in self.packing.notices:
+        for message in [*glu.notices(self.recipe), *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
             self._prepare(staging.scratch)
@@ -184,6 +186,7 @@ class _Run:
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
+        report.languages = LanguageReport.of(calibration, self.recipe.calibration.weights)
         self.on_event(
             events.Calibrated(
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
@@ -196,6 +199,10 @@ class _Run:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
             )
+        if calibration.left_out:
+            self._notice(
+                "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
+            )
         self._warn_few_tokens()
         proof = prove(
             self.checkpoint,
@@ -205,8 +212,9 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch))
-        if any(settings.aims for settings in self.plan.values()):
+        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
+        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
+        if mixture.worst or any(settings.aims for settings in self.plan.values()):
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record()
         if self.device.type == "cuda":

@@ -14,7 +14,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The texts are cut: `tokens` in windows of `window`, the same in every language.
+    """The texts are cut: `tokens` in windows of `window`, the same in every language or by quotas.
 
     fertility is tokens per character, empty where windows were given instead of texts.
     """
@@ -69,6 +69,17 @@ class StageDone:
 
 
 @dataclass(frozen=True)
+class LanguagesDone:
+    """Shares of the languages in the statistics of layer `layer`, summing to 1, and the relative
+    squared error of its outputs in each. Told where the dense model runs beside the compressed one.
+    """
+
+    layer: int
+    shares: dict[str, float]
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
 class LayerDone:
     """Layer `layer` is written; its outputs are the next layer's inputs."""
 
@@ -86,4 +97,14 @@ class Saved:
     bytes: int
 
 
-Event = Notice | Calibrated | Proved | Planned | LayerStart | StageDone | LayerDone | Saved
+Event = (
+    Notice
+    | Calibrated
+    | Proved
+    | Planned
+    | LayerStart
+    | StageDone
+    | LanguagesDone
+    | LayerDone
+    | Saved
+)

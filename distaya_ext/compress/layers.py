@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..checkpoint import Checkpoint, ShardWriter
 from . import events, ferry
 from .at_work import AtWork, Replay
 from .capture import fill_layer, read_layer
+from .languages import Account
 from .packing import Packing
 from .plan import Plan
 from .report import Report
@@ -81,23 +83,38 @@ class Layers:
         at_work = AtWork(self.plan, self.packing, self.report, self.on_event, way, checks)
         changed = at_work.compress(index, prefix, layer, self.architecture, replay, walk, twin)
         way.do(lambda: self._write(prefix, changed, writer))
+        told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()
+            told = vars(replay.account())
         end = way.mark()
-        rest = way.home(checks.take())
+        rest = way.home((checks.take(), told))
 
-        def judge() -> float:
-            ferry.judge(rest())
-            return way.seconds(begin, end)
+        def judge() -> tuple[float, dict[str, Any]]:
+            kept, told = rest()
+            ferry.judge(kept)
+            return way.seconds(begin, end), told
 
-        way.do(judge, lambda seconds: self.on_event(events.LayerDone(index, self.count, seconds)))
+        def tell(found: tuple[float, dict[str, Any]]) -> None:
+            seconds, told = found
+            if told:
+                languages = replay.mixture.languages
+                event = self.report.languages.add(index, languages, Account(**told))
+                if event.errors:
+                    self.on_event(event)
+            self.on_event(events.LayerDone(index, self.count, seconds))
+
+        way.do(judge, tell)
 
     def _write(
         self, prefix: str, changed: dict[str, dict[str, torch.Tensor]], writer: ShardWriter
     ) -> None:
         """What the layer holds, unchanged tensors first, in the dtype they were stored in."""
         for name in self.checkpoint.entries:
-            if name.startswith(prefix + ".") and name.removesuffix(".weight") not in changed:
+            module, _, suffix = name.rpartition(".")
+            new = changed.get(module, {})  # a quantised weight goes by other suffixes
+            replaced = suffix in new or (suffix == "weight" and module in changed)
+            if name.startswith(prefix + ".") and not replaced:
                 writer.add(name, self.checkpoint.read([name])[name])
         while changed:
             name = next(iter(changed))

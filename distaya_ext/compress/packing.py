@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -218,12 +219,15 @@ class Packing:
         return mask if sizes[0] < sizes[1] else dense
 
     def _kept(self, name: str, rows: int, cols: int) -> int:
-        """Weights that pruning leaves; rounding may turn some more of them into zeros."""
+        """Weights that pruning leaves at most; rounding may turn some of them into zeros."""
         settings = self.plan[name]
+        share = settings.dass.dense_neurons if settings.dass is not None else 0.0
+        whole = math.ceil(rows * cols * share)  # in dense neurons
+        rest = rows * cols - whole
         if settings.nm is not None:
             n, m = settings.nm
-            return rows * cols * n // m
-        return rows * cols - int(rows * cols * (settings.sparsity or 0.0))
+            return whole + -(-rest * n // m)
+        return whole + rest - int(rest * (settings.sparsity or 0.0))
 
     def _ends(self) -> list[str]:
         """The embedding, and the head where it is another matrix."""

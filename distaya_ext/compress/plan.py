@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from ..recipe import Recipe, Rule
+from . import glu
 from .settings import Settings, from_recipe, skipped
 
 Plan = dict[str, Settings]  # Linear by full name, in the order of the model -> how it is solved
@@ -23,18 +24,21 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, source_layers: int) -> Pla
     never the first to match.
     """
     architecture, linears = checkpoint.architecture, checkpoint.architecture.linears()
+    pruned = glu.linears(architecture) if recipe.method == "dass" else linears
     every = [f"{architecture.layers}.{i}.{name}" for i in range(source_layers) for name in linears]
     skip = skipped(recipe.skip, every)
     ruled = first_matches(recipe.modules, every)
     base = from_recipe(recipe)
     plan: Plan = {}
     for index, source in enumerate(checkpoint.source_layers):
-        for name in linears:
+        for name in pruned:
             known = f"{architecture.layers}.{source}.{name}"
             rule = ruled.get(known)
             if known not in skip and not (rule is not None and rule.dense):
                 settings = base if rule is None else by_rule(base, rule)
                 plan[f"{architecture.layers}.{index}.{name}"] = settings
+    if recipe.method == "dass":
+        glu.check(plan, recipe, checkpoint)
     return plan
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.func import functional_call
 
 from .capture import Call
+from .languages import Mixture
 from .store import Store
 
 if TYPE_CHECKING:
@@ -36,9 +37,19 @@ BATCH_TOKENS = 1024  # per step: a window where that is longer
 
 
 @dataclass
+class Batch:
+    """inputs and targets [windows, length, hidden]; each: fp32 [windows], what a window counts."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    each: torch.Tensor | None
+
+
+@dataclass
 class Course:
     """What to train on. call: the layer's call for `windows` windows; inputs and targets hold
-    [n, length, hidden] under ("hidden", chunk); sizes: n of each chunk; seed: of the order.
+    [n, length, hidden] under ("hidden", chunk); sizes: n of each chunk; mixture: what each window
+    counts; seed: of the order.
     """
 
     call: Call
@@ -46,6 +57,7 @@ class Course:
     inputs: Store
     targets: Store
     sizes: list[int]
+    mixture: Mixture
     seed: int = 0
 
     @property
@@ -75,15 +87,16 @@ class Course:
             for part in rows.split(self.windows):
                 yield chunk, part
 
-    def batches(self, held: bool, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, targets) of the batches, [windows, length, hidden] each."""
+    def batches(self, held: bool, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, or of the held-out windows."""
         at, x, y = -1, None, None
         for chunk, rows in self.places(held, epoch):
             if chunk != at:
                 at = chunk
                 x, y = (store.get(("hidden", chunk)) for store in (self.inputs, self.targets))
             here = rows.to(x.device, non_blocking=True)
-            yield x[here], y[here]
+            each = self.mixture.of_windows(chunk)
+            yield Batch(x[here], y[here], None if each is None else each[here])
 
 
 class _Trained:
@@ -157,11 +170,11 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
-        for x, y in course.batches(False, epoch):
+        for batch in course.batches(False, epoch):
             share = 0.5 * (1 + math.cos(math.pi * done / total))
             for group, step in zip(adam.param_groups, steps, strict=True):
                 group["lr"] = step * share
-            loss, energy = _distance(layer, call, rest, trained, x, y)
+            loss, energy = _distance(layer, call, rest, trained, batch)
             adam.zero_grad()
             (loss / energy).backward()
             adam.step()
@@ -180,17 +193,22 @@ def _distance(
     call: Call,
     rest: dict[str, torch.Tensor],
     trained: list[_Trained],
-    x: torch.Tensor,
-    y: torch.Tensor,
+    batch: Batch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared distance of the layer's output for x from y, and the mean square of y."""
+    """Squared distance of the layer's output from the targets, and the square of the targets: sums
+    over windows, of their means over the rest.
+    """
     weights = rest | {f"{t.name}.weight": t.weight() for t in trained}
+    x, y = batch.inputs, batch.targets.float()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(layer, weights, args, kwargs)
+
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-        out = call.run(
-            lambda *args, **kwargs: functional_call(layer, weights, args, kwargs), x.float()
-        )
-    wanted = y.float()
-    return (out.float() - wanted).square().mean(), wanted.square().mean()
+        out = call.run(run, x.float())
+    parts = [(out.float() - y).square().mean((1, 2)), y.square().mean((1, 2))]
+    each = torch.ones_like(parts[0]) if batch.each is None else batch.each
+    return parts[0] @ each, parts[1] @ each
 
 
 @torch.no_grad()
@@ -202,5 +220,5 @@ def _held_out(
     course: Course,
 ) -> torch.Tensor:
     """Relative squared distance over the held-out windows, fp32 []."""
-    parts = [_distance(layer, call, rest, trained, x, y) for x, y in course.batches(True, 0)]
+    parts = [_distance(layer, call, rest, trained, batch) for batch in course.batches(True, 0)]
     return sum(loss for loss, _ in parts) / sum(energy for _, energy in parts)

@@ -20,12 +20,19 @@ from ..ops.order import permutation
 from ..ops.refit import admm, refit
 from .settings import Settings
 
+# Measured on the layers of a trained 8-layer Cohere model, held-out layer error after the refit over
+# that of the sweep: 0.78 (2:4) and 0.72 (50 %); refit's own default of (0.03, 3) gave 0.82 and 0.75.
+_ADMM = {"rho": (0.1, 1.0), "levels": 10}
 
-def pattern(settings: Settings) -> dict[str, Any]:
-    """What of the settings says which weights go, and in which order, as obs takes it."""
+
+def pattern(settings: Settings, mask: torch.Tensor | None = None) -> dict[str, Any]:
+    """What of the settings says which weights go, and in which order, as obs takes it. mask: what
+    is kept, where that is known.
+    """
     return {
-        "sparsity": settings.sparsity,
-        "nm": settings.nm,
+        "sparsity": settings.sparsity if mask is None else None,
+        "nm": settings.nm if mask is None else None,
+        "mask": mask,
         "order": settings.order,
         "damp": settings.damp,
     }
@@ -52,10 +59,11 @@ def refined(
     H: torch.Tensor,
     factor: LateFactor,
     settings: Settings,
+    mask: torch.Tensor | None = None,
 ) -> obs_op.ObsResult:
     """Rows that aim at T fp32 [rows, columns], for H and its factor; the result in W's dtype.
 
-    loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
+    mask: what is kept, None: it is chosen here. loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
     """
     prunes = settings.sparsity is not None or settings.nm is not None
     # One order for both sweeps: the second has a mask, from which none could be made.
@@ -66,10 +74,12 @@ def refined(
     if not prunes:
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
         return found._replace(W=found.W.to(W.dtype))
-    if settings.quality == "high":
-        start, mask = admm(T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp)
+    if settings.quality == "high" and mask is None:
+        start, mask = admm(
+            T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp, **_ADMM
+        )
     else:
-        found = obs_op.obs(T, **given, **(pattern(settings) | order), **quiet)
+        found = obs_op.obs(T, **given, **(pattern(settings, mask) | order), **quiet)
         start, mask = found.W, found.mask
     kept = refit(T, mask, H, start=start, damp=settings.damp)
     if settings.bits is None:

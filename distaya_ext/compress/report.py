@@ -13,6 +13,7 @@ import safetensors
 import torch
 
 from .events import StageDone
+from .language_report import LanguageReport
 from .proof import Proof
 from .settings import Settings
 from .solve import Figures
@@ -83,6 +84,7 @@ class Report:
     tokens: int = 0
     window: int = 0
     tokens_per_language: dict[str, int] = field(default_factory=dict)
+    languages: LanguageReport = field(default_factory=LanguageReport)
     notices: list[str] = field(default_factory=list)
     spilled: bool = False
     floored: int = 0  # over all stages, each Hessian counted once
@@ -171,12 +173,13 @@ class Report:
         return sum(known) if known else None
 
     def write(self, folder: Path) -> None:
-        """Write layers.csv and results.json into the folder."""
+        """Write layers.csv, languages.csv and results.json into the folder."""
         with open(folder / "layers.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
             for m in self.modules:
                 writer.writerow(_row(m))
+        self.languages.write(folder)
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
@@ -201,6 +204,8 @@ class Report:
                 "tokens": self.tokens,
                 "window": self.window,
                 "tokens_per_language": self.tokens_per_language,
+                "weights": self.languages.weights,
+                "languages": self.languages.summary(),
                 "spilled_to_disk": self.spilled,
             },
             "proof": {**asdict(self.proof), "exact": self.proof.exact} if self.proof else None,

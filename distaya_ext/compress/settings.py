@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
-from ..recipe import Recipe
+from ..recipe import DassSpec, Recipe
 
 # What each method must know about the inputs of a Linear.
 _STATISTIC = {
@@ -17,6 +17,7 @@ _STATISTIC = {
     "gptq": "hessian",
     "wanda": "norms",
     "ria": "norms",
+    "dass": "norms",
     "magnitude": None,
     "rtn": None,
     "dense": None,
@@ -39,10 +40,14 @@ class Settings:
     scale_dtype: torch.dtype = torch.float32  # what scales are rounded to before they are used
     static: bool = False  # grids from the dense weights, in the order of the columns
     quality: str = "plain"  # or default or high, see Recipe
+    dass: DassSpec | None = None  # of method dass
+    permute: bool = False  # neurons of gated MLPs may change places, for any other method
 
     @property
     def statistic(self) -> str | None:
         """'hessian', 'norms' or None: what must be gathered from calibration tokens."""
+        if self.dass is not None and self.dass.update:
+            return "hessian"
         return _STATISTIC[self.method]
 
     @property
@@ -71,6 +76,8 @@ def from_recipe(recipe: Recipe) -> Settings:
         order=recipe.order,
         damp=recipe.damp,
         quality=recipe.effort,
+        dass=recipe.dass,
+        permute=recipe.permute,
     )
 
 

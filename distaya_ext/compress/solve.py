@@ -14,7 +14,7 @@ from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
-from ..ops.hessian import Hessian, column_sq_
+from ..ops.hessian import Hessian, column_sq_, symmetrize_
 from .aim import Aim
 from .ferry import Checks
 from .refine import pattern, refined, rounding
@@ -47,16 +47,28 @@ class Statistic:
         self._hessian = Hessian(columns, device) if kind == "hessian" else None
         self._matrix: torch.Tensor | None = None
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
+        self._weight: torch.Tensor | None = None  # sum of the token weights, fp64
 
-    def add(self, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them."""
+    def add(
+        self,
+        x: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add tokens x [T, columns], bf16, fp16 or fp32, and what Aim.add takes beside them.
+
+        weights: fp32 [T], None: all 1.
+        """
         self.tokens += x.shape[0]
         if self.aim is not None:
-            self.aim.add(wanted, x)
+            self.aim.add(wanted, x, weights)
         if self._hessian is not None:
-            self._hessian.add(x)
+            self._hessian.add(x, weights)
         else:
-            column_sq_(self._squares, x)
+            column_sq_(self._squares, x, weights)
+        if weights is not None:
+            more = weights.sum(dtype=torch.float64)
+            self._weight = more if self._weight is None else self._weight + more
 
     def matrix(self) -> torch.Tensor:
         """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
@@ -64,11 +76,18 @@ class Statistic:
         The running sum is given up, and with the last reader the matrix, too.
         """
         if self._hessian is not None:
-            self._matrix, self._hessian = self._hessian.finish(), None
+            self._matrix, self._hessian = self._finish(self._hessian), None
         self.readers -= 1
         if self.readers > 0:
             return self._matrix.clone()
         H, self._matrix = self._matrix, None
+        return H
+
+    def _finish(self, hessian: Hessian) -> torch.Tensor:
+        if self._weight is None:
+            return hessian.finish()
+        H = hessian.H.div_(self._weight)  # as finish(), which would wait for the weights
+        symmetrize_(H)
         return H
 
     def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
@@ -78,8 +97,16 @@ class Statistic:
         return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
-        """Root mean square of each input column, fp32 [columns]."""
-        return (self._squares / max(1, self.tokens)).sqrt_()
+        """Weighted root mean square of each input column, fp32 [columns]; of a Hessian before
+        matrix() is called.
+        """
+        if self._hessian is not None:
+            if self._weight is None:
+                return self._hessian.column_norms()
+            return (self._hessian.H.diagonal() / self._weight).float().sqrt_()
+        if self._weight is None:
+            return (self._squares / max(1, self.tokens)).sqrt_()
+        return (self._squares / self._weight).float().sqrt_()
 
 
 @dataclass
@@ -118,30 +145,38 @@ def solve(
     settings: Settings,
     statistic: Statistic | None,
     checks: Checks | None = None,
+    masks: list[torch.Tensor] | None = None,
 ) -> Solution:
     """Compress matrices [rows_i, columns] that share an input; the rows come back stacked in order.
 
     sparsegpt and gptq sweep the whole stack at once. The other methods look at one matrix after the
-    other, since their scores and thresholds are those of a matrix. No value is read here; what has
-    to be looked at goes to checks (None: it is looked at once).
+    other, since their scores and thresholds are those of a matrix. masks: what is kept (bool, one
+    per matrix), where the method chose it before. No value is read here; what has to be looked at
+    goes to checks (None: it is looked at once).
     """
     checks = checks or Checks(late=False)
     if settings.statistic == "hessian":
         sizes = [len(W) for W in weights]
-        solution = _sweep(torch.cat(weights), settings, statistic, sizes, checks)
+        mask = None if masks is None else torch.cat(masks)
+        solution = _sweep(torch.cat(weights), settings, statistic, sizes, checks, mask)
     elif settings.method == "dense":
         solution = Solution(torch.cat(weights), Figures())
     else:
-        solution = _by_matrix(weights, settings, statistic, checks)
+        solution = _by_matrix(weights, settings, statistic, checks, masks)
     solution.figures.zeros = (solution.W == 0).sum(dim=1)
     return solution
 
 
 def _by_matrix(
-    weights: list[torch.Tensor], settings: Settings, statistic: Statistic | None, checks: Checks
+    weights: list[torch.Tensor],
+    settings: Settings,
+    statistic: Statistic | None,
+    checks: Checks,
+    masks: list[torch.Tensor] | None,
 ) -> Solution:
     norms = statistic.norms() if statistic is not None else None
-    parts = [_score_and_round(W, settings, norms, checks) for W in weights]
+    keeps = masks or [_keep(W, settings, norms, checks) for W in weights]
+    parts = [_cut_and_round(W, settings, k) for W, k in zip(weights, keeps, strict=True)]
     figures = Figures(dead=(norms == 0).sum() if norms is not None else 0)
     grid = None
     if settings.bits is not None:
@@ -164,9 +199,13 @@ def _sweep(
     statistic: Statistic,
     sizes: list[int],
     checks: Checks,
+    mask: torch.Tensor | None,
 ) -> Solution:
-    """One OBS sweep over the stack; in activation order the busiest inputs come first."""
-    _check_pattern(W, settings)
+    """One OBS sweep over the stack; in activation order the busiest inputs come first. mask: what
+    is kept; None: the sweep chooses.
+    """
+    if mask is None:
+        _check_pattern(W, settings)
     shape, H = W.shape, statistic.matrix()
     if checks.late:
         checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
@@ -180,12 +219,12 @@ def _sweep(
         checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
 
     if settings.quality == "plain":
-        found = obs_op.obs(W, H, **pattern(settings), **rounding(settings), overwrite_H=True,
+        found = obs_op.obs(W, H, **pattern(settings, mask), **rounding(settings), overwrite_H=True,
                            later=judge)  # fmt: skip
     else:
         factor = cholesky_late(H, settings.damp)
         judge(factor)
-        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings)
+        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings, mask)
     figures.loss, grid = found.loss, None
     if found.codes is not None and (found.perm is None or settings.static or not settings.group):
         grid = _grid(found.codes, found.scales, found.zeros, settings)
@@ -210,11 +249,10 @@ def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.T
     return energy
 
 
-def _score_and_round(
-    W: torch.Tensor, settings: Settings, norms: torch.Tensor | None, checks: Checks
+def _cut_and_round(
+    W: torch.Tensor, settings: Settings, keep: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """The compressed matrix and, where it was rounded, its codes, scales and zeros."""
-    keep = _keep(W, settings, norms, checks)
     if keep is not None:
         W = W.masked_fill(~keep, 0.0)
     if settings.bits is None:

@@ -6,9 +6,10 @@ computed. Sums are fp32, promoted every 256 tokens, every 32 for 16-bit X on CUD
 cores make them: csrc/hessian/hessian.h states the bounds. There a change of weight from one token
 to the next costs the time of up to 32 tokens, so keep tokens of one weight together.
 
-G = sum_t w_t y_t x_t^T is the cross moment of two inputs Y and X of the same Linear, say those that
-the dense model and the compressed one give it. It is summed as H is, product for product: for Y = X
-it equals the symmetrised H to the bit, so G - H is exactly zero where the two inputs agree.
+G = sum_t w_t y_t x_t^T is the cross moment of two inputs at the same tokens: of one Linear's, say
+those that the dense model and the compressed one give it, or of vectors that differ in length, say
+what a Linear's block should still add and its input. It is summed as H is, product for product: for
+Y = X it equals the symmetrised H to the bit, so G - H is exactly zero where the two inputs agree.
 
 A token weight of 0 leaves the token out exactly, whatever it holds (padding). On the CPU weights
 must be finite and >= 0 or the call is refused; on CUDA a raw op does not look, since that would
@@ -60,8 +61,9 @@ def hessian_(H: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
 def cross_(G: Tensor, Y: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
     """G += sum_t w_t y_t x_t^T: element [i, j] gets column i of Y against column j of X.
 
-    G: fp32 [C, C], all of it. Y, X: [T, C], both bf16, fp16 or fp32. weights: fp32 [T], finite and
-    >= 0, or None for all 1. All contiguous, on one device. Raises ValueError for anything else.
+    G: fp32 [K, C], all of it. Y: [T, K] and X: [T, C], both bf16, fp16 or fp32. weights: fp32 [T],
+    finite and >= 0, or None for all 1. All contiguous, on one device. Raises ValueError for
+    anything else.
     """
     hessian_cross_(G, Y, X, weights)
 
@@ -81,7 +83,7 @@ def column_sq_(s: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
 
 
 class _Moment:
-    """What a sum over tokens, [columns, columns], is to be divided by."""
+    """What a sum over tokens of X [..., columns] is to be divided by."""
 
     _name = ""  # what errors call it
 
@@ -104,22 +106,25 @@ class _Moment:
         """Sum of the weights added; a token without weight counts 1."""
         return self._plain + self._checked()[1]
 
-    def _flat(self, X: Tensor, weights: Tensor | None, name: str = "X") -> Tensor:
+    def _flat(self, X: Tensor, weights: Tensor | None) -> Tensor:
         """X as [tokens, columns]; refuses what does not fit, and everything after finish()."""
-        columns = self._columns
         if self._finished:
             raise ValueError(
                 f"this {self._name} was finished and takes no more tokens; make a new one"
             )
-        if X.ndim == 0 or X.shape[-1] != columns:
-            raise ValueError(
-                f"{name} of shape {list(X.shape)} must have {columns} columns, as the "
-                f"{self._name} has"
-            )
+        flat = self._flat_tokens(X, "X", self._columns, "columns")
         if weights is not None and weights.shape != X.shape[:-1]:
             raise ValueError(
-                f"weights of shape {list(weights.shape)} do not match {name} of shape "
-                f"{list(X.shape)}"
+                f"weights of shape {list(weights.shape)} do not match X of shape {list(X.shape)}"
+            )
+        return flat
+
+    def _flat_tokens(self, X: Tensor, name: str, columns: int, which: str) -> Tensor:
+        """X, called `name`, as [tokens, columns]; `which` says what of the sum they become."""
+        if X.ndim == 0 or X.shape[-1] != columns:
+            raise ValueError(
+                f"{name} of shape {list(X.shape)} must have {columns} columns, as many as the "
+                f"{self._name} has {which}"
             )
         return X.detach().reshape(X.shape[:-1].numel(), columns).contiguous()
 
@@ -202,31 +207,36 @@ class Hessian(_Moment):
 
 
 class CrossMoment(_Moment):
-    """Accumulates G over the tokens of two inputs of one layer, in lock step.
+    """Accumulates G over the tokens of two inputs, in lock step.
 
-    G: fp32 [columns, columns], the sum so far, not divided by anything.
+    G: fp32 [rows, columns], the sum so far, not divided by anything.
     """
 
     _name = "cross moment"
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu"):
         super().__init__(columns)
-        self.G = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.G = torch.zeros(rows, columns, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def add(self, Y: Tensor, X: Tensor, weights: Tensor | None = None) -> None:
-        """Add tokens Y, X [..., columns] (both bf16, fp16 or fp32); weights fp32 [...] or None = 1.
+        """Add tokens Y [..., rows], X [..., columns] with weights fp32 [...] or None = 1.
 
-        Any strides, as in Hessian.add. Raises ValueError after finish(), and as cross_ does.
+        Y and X are both bf16, fp16 or fp32, of any strides, as in Hessian.add. Raises ValueError
+        after finish(), and as cross_ does.
         """
-        if Y.shape != X.shape:
-            raise ValueError(f"Y of shape {list(Y.shape)} must have X's shape {list(X.shape)}")
-        flat, w = self._flat(X, weights), self._flat_weights(weights)
-        cross_(self.G, self._flat(Y, weights, "Y"), flat, w)
-        self._count(len(flat), w)
+        x, w = self._flat(X, weights), self._flat_weights(weights)
+        y = self._flat_tokens(Y, "Y", len(self.G), "rows")
+        if Y.shape[:-1] != X.shape[:-1]:
+            raise ValueError(
+                f"Y of shape {list(Y.shape)} and X of shape {list(X.shape)} must agree in all but "
+                "their last dimension"
+            )
+        cross_(self.G, y, x, w)
+        self._count(len(x), w)
 
     def finish(self) -> Tensor:
-        """G / weight, fp32 [columns, columns], in the memory of the sum.
+        """G / weight, fp32 [rows, columns], in the memory of the sum.
 
         Afterwards add() is refused, and ``G`` is that same tensor. Raises ValueError when no token
         of positive weight was added, or a weight was negative, NaN or infinite.
@@ -246,7 +256,7 @@ def reference(H: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def cross_reference(G: Tensor, Y: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """What cross_ leaves in G, as fp64 [C, C]: plain torch in double precision."""
+    """What cross_ leaves in G, as fp64 [K, C]: plain torch in double precision."""
     y, x = Y.double(), X.double()
     if weights is not None:
         some = weights != 0
