@@ -16,7 +16,7 @@ from distaya_ext.compress import Calibration, compress
 from distaya_ext.errors import InputError, ResourceError, UsageError
 from distaya_ext.evaluate import load
 from distaya_ext.recipe import CalibrationSpec, Recipe
-from distaya_ext.search import Options, search
+from distaya_ext.search import DEFAULT, Options, search
 from distaya_ext.search.candidate import Space
 from distaya_ext.search.choices import Costs, parse_choices
 from distaya_ext.search.objective import parse_weights
@@ -267,6 +267,16 @@ def test_choices_are_read():
         {"nm": "2:4", "bits": 4},
         {"sparsity": 0.6, "bits": 4, "group": 0},
     ]
+
+
+def test_the_least_of_the_default_choices_is_three_bits_and_a_scale_per_row(llama):
+    fields = {"model": str(llama), "group": 64}
+    costs = Costs(open_checkpoint(llama), parse_choices(DEFAULT), fields)
+    least = {c.name: costs.linear(costs.names[-1], c, header=False) for c in costs.choices}
+    rows, columns = costs.shape(costs.names[-1])
+    assert min(least, key=least.get) == "int3-g0"
+    assert least["bf16"] == 2 * rows * columns
+    assert least["int3-g0"] == rows * (columns * 3 // 8 + 2) + (rows * 3 + 31) // 32 * 4 + 16
 
 
 @pytest.mark.parametrize(

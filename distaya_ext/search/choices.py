@@ -15,7 +15,8 @@ from ..errors import UsageError
 from ..formats import ModuleScheme
 from ..recipe import GROUPS, PACKED_BITS, Recipe, parse_nm
 
-DEFAULT = "bf16,int8,int4,int3,2:4+int4,mask-50+int4,4:8+int4"
+# The finer and coarser scales fill the gaps between 4 and 3 bits, and reach below int3 with groups.
+DEFAULT = "bf16,int8,int4-g32,int4,int3-g32,int3,int3-g0,2:4+int4,mask-50+int4,4:8+int4"
 
 _FORM = re.compile(r"(?:(?:mask-(\d{1,2})|(\d{1,3}:\d{1,3}))\+)?int(\d)(?:-g(\d{1,3}))?")
 
