@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .search import search
 
 INTERRUPTED = 130
 
@@ -95,6 +96,7 @@ def root(
 
 
 app.command("compress")(compress)
+app.command("search")(search)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)

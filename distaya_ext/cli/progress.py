@@ -107,6 +107,10 @@ class Reporter:
         """What evaluate() calls: tokens scored, tokens in all, language."""
         self._advance("tokens", done, total, what, always=done == total)
 
+    def on_search(self, done: int, total: int, what: str) -> None:
+        """What search() calls after each measurement."""
+        self._advance("measurements", done, total, what, always=done == total)
+
     def on_module(self, done: int, total: int, name: str) -> None:
         """What export() calls after each module."""
         self._advance("modules", done, total, always=done == total)
