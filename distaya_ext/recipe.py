@@ -107,6 +107,9 @@ class Recipe(Strict):
     so the model stays the same function) before sparsegpt prunes them to an N:M pattern: then less
     is pruned from any group of down. Method dass has a permute of its own.
 
+    bias_correction lets the biases that a model has take up what compression changed in the mean
+    outputs.
+
     format says how quantised weights are stored: "dense" as ordinary floats, "pack-quantized" as
     stock transformers reads them (4 or 8 bits), "distaya" as only we do (3, 4 or 8 bits,
     bitmasks, int8 embeddings), "auto" the first of pack-quantized and distaya that can say it. With
@@ -128,6 +131,7 @@ class Recipe(Strict):
     order: Literal["natural", "activation", "group", "block"] = "natural"
     quality: Literal["plain", "default", "high"] | None = None
     damp: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    bias_correction: bool = False
     dass: DassSpec | None = None
     permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
@@ -209,6 +213,11 @@ class Recipe(Strict):
             raise ValueError(
                 f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no "
                 "sweep"
+            )
+        if self.bias_correction and self.method in ("magnitude", "rtn", "dense"):
+            raise ValueError(
+                f"bias_correction needs the means of inputs, and method {self.method} looks at no "
+                "texts"
             )
         self._rules()
         self._ordered()

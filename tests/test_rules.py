@@ -273,14 +273,20 @@ def test_a_hessian_is_copied_only_for_more_readers():
 
 def test_a_shared_hessian_counts_once_and_takes_memory(tmp_path, monkeypatch):
     checkpoint = checkpoint_of(tmp_path)
-    one, two = (budget.working_bytes(checkpoint, shared=shared) for shared in (False, True))
+    one, two = (
+        budget.working_bytes(checkpoint, needs=budget.Needs(shared=shared))
+        for shared in (False, True)
+    )
     assert 4 * 64 * 64 <= two - one <= 4 * 96 * 96
-    one, two = (budget.device_bytes(checkpoint, 10, shared=shared) for shared in (False, True))
+    one, two = (
+        budget.device_bytes(checkpoint, 10, needs=budget.Needs(shared=shared))
+        for shared in (False, True)
+    )
     assert 0 <= two - one <= 4 * 96 * 96
     asked = []
     least = budget.least_bytes
     monkeypatch.setattr(
-        budget, "least_bytes", lambda c, *, shared=False: asked.append(shared) or least(c)
+        budget, "least_bytes", lambda c, needs: asked.append(needs.shared) or least(c)
     )
     tensors = weights_of(checkpoint.folder)
     tensors["model.layers.1.input_layernorm.weight"][5] = 0.0  # q, k and v see a dead column

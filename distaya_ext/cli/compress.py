@@ -29,6 +29,10 @@ def compress(
     sparsity: Annotated[
         str | None, typer.Option(help="Share to remove such as 0.5, or N:M kept such as 2:4.")
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="plain (the published sweep), default or high, for sparsegpt and gptq."),
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Quantise to 2..8 bits.")] = None,
     group: Annotated[
         int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")
@@ -80,6 +84,7 @@ def compress(
         model=model,
         method=method,
         sparsity=sparsity,
+        quality=quality,
         bits=bits,
         group=group,
         embed_bits=embed_bits,

@@ -18,6 +18,7 @@ from ..formats import Grid
 from ..models import Architecture, Stage
 from . import events, ferry, glu
 from .aim import Aim
+from .bias import Means, corrected
 from .calibrate import Calibration, check_activations
 from .capture import Call, Calls
 from .languages import Account, Mixture
@@ -175,6 +176,7 @@ class AtWork:
                 columns,
                 self.way.device,
                 aim=aim,
+                means=self._means(layer, stage, settings, columns),
                 readers=len(stacks) + (self.mlp is not None and self.mlp.sweeps_twice),
             )
             self._gather(f"{prefix}.{stacks[0][0]}", stage, replay, walk, twin, statistic)
@@ -183,6 +185,12 @@ class AtWork:
             done.append(self._solve(prefix, layer, names, statistic, begin))
             done[-1].again, begin = names is not stacks[0], done[-1].end
         return done
+
+    def _means(
+        self, layer: nn.Module, stage: Stage, settings: Settings, columns: int
+    ) -> Means | None:
+        biased = any(layer.get_submodule(name).bias is not None for name in stage.names)
+        return Means(columns, self.way.device) if settings.bias_correction and biased else None
 
     def _gather(
         self,
@@ -225,15 +233,21 @@ class AtWork:
         masks = self.mlp.masks(names, statistic) if self.mlp is not None else None
         weights = [layer.get_submodule(name).weight.data for name in names]
         shapes = {name: tuple(W.shape) for name, W in zip(names, weights, strict=True)}
+        means = None if statistic is None else statistic.means
+        outputs = statistic is not None and statistic.aim is not None and statistic.aim.outputs
         solution = solve(weights, settings, statistic, self.checks, masks)
-        del weights, statistic, masks
+        del statistic, masks
         self.checks.finite(solution.W, partial(_not_finite, where))
         grids: dict[str, Grid] = {}
         masks = {} if solution.mask is not None else None
         row = 0
-        for name, (rows, _) in shapes.items():
+        for W, (name, (rows, _)) in zip(weights, shapes.items(), strict=True):
             part = slice(row, row + rows)
-            layer.get_submodule(name).weight.data = solution.W[part].clone()
+            linear = layer.get_submodule(name)
+            linear.weight.data = solution.W[part].clone()
+            if means is not None and linear.bias is not None:
+                b, Q = linear.bias.data, linear.weight.data
+                linear.bias.data = corrected(b, W, Q, means, outputs=outputs)
             if solution.grid is not None:
                 grids[name] = solution.grid.part(row, row + rows)
             if masks is not None:
@@ -259,7 +273,10 @@ class AtWork:
             if full in self.packing.planned:
                 grid = stack.grids[name]
                 parts[full] = self.packing.start(full, grid) if self.way.late else grid
-            if self.mlp is not None:
+            linear = layer.get_submodule(name)
+            if stack.settings.bias_correction and linear.bias is not None:
+                moved[full] = {"bias": linear.bias.data}
+            elif self.mlp is not None:
                 moved[full] = self.mlp.moved(name)
         come = self.way.home((parts, moved, vars(stack.figures), self.checks.take()))
         shapes, settings, begin, end = stack.shapes, stack.settings, stack.begin, stack.end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import ResourceError, UsageError
 from .calibrate import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from .reconstruct import BATCH_TOKENS
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -20,15 +22,34 @@ _CONTEXT = GIB  # CUDA's own, and the work spaces of its libraries
 # Per weight of a stage at work on a GPU: its stack, a copy, the result and what goes home in the
 # model's 2 bytes; mask, codes; the errors in fp32; places of a bitmask's codes.
 _SOLVING = 4 * 2 + 1 + 1 + 4 + 1
+# Per weight: the target, the sweep's result, and the refit's residual, direction, product and sum,
+# in fp32; its mask, and the error whose loss is taken.
+_REFINING = 4 * (1 + 1 + 4 + 1) + 1
+# Per weight: the trained copy, its gradient, Adam's two, the best so far and the masked product.
+_TRAINING = 4 * 6
 _WHOLE_PROOF = 2 * GIB  # without a limit, models up to this size are proved against the whole model
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run does that takes memory. shared: some stage is solved in several stacks, see
+    plan.shares_statistics; twin: the dense model's stream is carried along; trains: layers are
+    trained (quality high).
+    """
+
+    shared: bool = False
+    twin: bool = False
+    trains: bool = False
+
+
+_FEW = Needs()
 
 
 class Budget:
     """Bytes for each purpose under a limit (None = no limit). UsageError when it is too small."""
 
-    def __init__(self, checkpoint: Checkpoint, limit: int | None, *, shared: bool = False):
-        """shared: some stage is solved in several stacks, see plan.shares_statistics."""
-        least = least_bytes(checkpoint, shared=shared)
+    def __init__(self, checkpoint: Checkpoint, limit: int | None, needs: Needs = _FEW):
+        least = least_bytes(checkpoint, needs)
         if limit is not None and limit < least:
             raise UsageError(
                 f"this model needs at least {least / GIB:.2f} GiB to be compressed "
@@ -64,28 +85,42 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def least_bytes(checkpoint: Checkpoint, *, shared: bool = False) -> int:
+def least_bytes(checkpoint: Checkpoint, needs: Needs = _FEW) -> int:
     """The smallest limit under which the model can be compressed.
 
     The embedding is read, proved with and copied before the first layer, so only the larger counts.
     """
     embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
-    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint, shared=shared))
+    return _INTERPRETER + _LEAST_SHARD + max(2 * embed, working_bytes(checkpoint, needs))
 
 
-def working_bytes(checkpoint: Checkpoint, *, shared: bool = False) -> int:
+def working_bytes(checkpoint: Checkpoint, needs: Needs = _FEW) -> int:
     """One layer and its largest stage at work: weights, stacked copies, two square matrices (three
-    where stacks share a Hessian), one chunk.
+    where stacks share a Hessian), one chunk; with a twin its weights, moments, target and refit,
+    and its chunk.
     """
-    square = 12 if shared else 8
+    square, weight = _per_square(needs), 8 + (_REFINING if needs.twin else 0)
     prefix = f"{checkpoint.architecture.layers}.0."
     layer = {k[len(prefix) :]: e for k, e in checkpoint.entries.items() if k.startswith(prefix)}
-    worst = 0
+    worst = _training_bytes(checkpoint) if needs.trains else 0
     for stage in checkpoint.architecture.stages:
         shapes = [layer[f"{name}.weight"].shape for name in stage.names]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        worst = max(worst, square * columns * columns + 8 * rows * columns)
-    return 2 * sum(entry.nbytes for entry in layer.values()) + worst + chunk_bytes(checkpoint)
+        worst = max(worst, square * columns * columns + weight * rows * columns)
+    streams = 1 + needs.twin
+    held = (1 + streams) * sum(entry.nbytes for entry in layer.values())
+    return held + worst + streams * chunk_bytes(checkpoint)
+
+
+def _per_square(needs: Needs) -> int:
+    """Bytes per entry of a square matrix: H and its factor, a copy, two cross moments."""
+    return 8 + 4 * needs.shared + 8 * needs.twin
+
+
+def _training_bytes(checkpoint: Checkpoint) -> int:
+    """A layer's weights as they are trained, and a batch with what its gradient needs."""
+    weights = sum(rows * columns for rows, columns in _linears(checkpoint).values())
+    return _TRAINING * weights + 8 * 4 * BATCH_TOKENS * outputs_per_token(checkpoint)
 
 
 def outputs_per_token(checkpoint: Checkpoint) -> int:
@@ -117,46 +152,49 @@ def chunk_bytes(checkpoint: Checkpoint, tokens: int | None = None) -> int:
     return 4 * (tokens or CHUNK_TOKENS) * outputs_per_token(checkpoint)
 
 
-def activation_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+def activation_bytes(checkpoint: Checkpoint, tokens: int, needs: Needs = _FEW) -> int:
     """All calibration tokens waiting between two passes, in the run's dtype."""
-    return tokens * waiting_per_token(checkpoint) * checkpoint.dtype.itemsize
+    return (1 + needs.twin) * tokens * waiting_per_token(checkpoint) * checkpoint.dtype.itemsize
 
 
 # ---- a GPU's memory ----
 
 
-def device_bytes(checkpoint: Checkpoint, tokens: int, *, shared: bool = False) -> int:
+def device_bytes(checkpoint: Checkpoint, tokens: int, needs: Needs = _FEW) -> int:
     """What a run takes on a GPU with the activations of so many tokens waiting there (0: none).
 
     Three layers' weights: at work, coming, and not yet given back. Then the larger of a chunk's
-    forward and the largest stage at work, with its Hessian; both on top of what waits.
+    forward, the largest stage at work with its Hessian, and the layer in training; all on top of
+    what waits.
     """
     prefix = f"{checkpoint.architecture.layers}.0."
     layer = sum(e.nbytes for name, e in checkpoint.entries.items() if name.startswith(prefix))
-    forward, solving, squares = chunk_bytes(checkpoint, CUDA_CHUNK_TOKENS), 0, 0
+    streams = 1 + needs.twin
+    forward, squares = streams * chunk_bytes(checkpoint, CUDA_CHUNK_TOKENS), 0
+    solving = _training_bytes(checkpoint) if needs.trains else 0
+    square, weight = _per_square(needs), _SOLVING + (_REFINING if needs.twin else 0)
     for stage in checkpoint.architecture.stages:
         shapes = [_linears(checkpoint)[name] for name in stage.names]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        squares = max(squares, 4 * columns * columns)
-        square = 12 if shared else 8
-        solving = max(solving, square * columns * columns + _SOLVING * rows * columns)
+        squares = max(squares, 4 * streams * columns * columns)
+        solving = max(solving, square * columns * columns + weight * rows * columns)
     embed = checkpoint.entries[f"{checkpoint.architecture.embed}.weight"].nbytes
-    work = 3 * layer + max(forward + squares, solving)
-    return _CONTEXT + activation_bytes(checkpoint, tokens) + max(embed, work)
+    work = (2 + streams) * layer + max(forward + squares, solving)
+    return _CONTEXT + activation_bytes(checkpoint, tokens, needs) + max(embed, work)
 
 
 def waits_on_host(
-    checkpoint: Checkpoint, tokens: int, device: torch.device, *, shared: bool = False
+    checkpoint: Checkpoint, tokens: int, device: torch.device, needs: Needs = _FEW
 ) -> bool:
     """Whether the activations of so many tokens must wait in the host's memory.
 
     ResourceError when the GPU is too small for the work without them.
     """
     free = torch.cuda.mem_get_info(device)[0]
-    least = device_bytes(checkpoint, 0, shared=shared)
+    least = device_bytes(checkpoint, 0, needs)
     if free < least:
         raise ResourceError(
             f"compressing this model takes at least {least / GIB:.1f} GiB of GPU memory and "
             f"{free / GIB:.1f} GiB are free on {device}"
         )
-    return free < device_bytes(checkpoint, tokens, shared=shared)
+    return free < device_bytes(checkpoint, tokens, needs)

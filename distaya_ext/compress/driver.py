@@ -30,7 +30,7 @@ from ..recipe import Recipe
 from ..texts import counts
 from . import events, glu
 from .at_work import Replay
-from .budget import Budget, activation_bytes, check_disk, waits_on_host
+from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
@@ -116,24 +116,28 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
-        self.shared = shares_statistics(plan, self.checkpoint)
-        self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, shared=self.shared)
+        self.needs = Needs(
+            shared=shares_statistics(plan, self.checkpoint),
+            twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
+            trains=any(s.quality == "high" for s in plan.values()),
+        )
+        self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
         self.away = False  # activations wait in the host's memory, not on the device
         self.packing = Packing(recipe, plan, self.checkpoint)
         self.plan = self.packing.plan
         self.report = Report(settings.method, self.architecture.model_type, out, settings.bits)
-        self.report.format = self.packing.format
+        self.report.format, self.report.quality = self.packing.format, settings.quality
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
         tokens = self.calibration.tokens if self.calibration is not None else 0
-        waiting = activation_bytes(self.checkpoint, tokens)
+        waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, shared=self.shared)
+            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
@@ -214,7 +218,7 @@ class _Run:
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
         self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
-        if mixture.worst or any(settings.aims for settings in self.plan.values()):
+        if self.needs.twin:
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record()
         if self.device.type == "cuda":
@@ -235,7 +239,7 @@ class _Run:
             embed = ends.model.get_submodule(self.architecture.embed)
             rounded = self.packing.embedding(self.architecture.embed, self.device)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
-        if any(settings.quality == "high" for settings in self.plan.values()):
+        if self.needs.trains:
             few = self.calibration.ids[: self.replay.batch]
             self.replay.short = ends.inputs(few.to(self.device))[1]
         for chunk, ids in enumerate(self.calibration.chunks()):

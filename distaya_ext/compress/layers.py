@@ -88,15 +88,17 @@ class Layers:
             walk.finish()
             told = vars(replay.account())
         end = way.mark()
-        rest = way.home((checks.take(), told))
+        rest = way.home((checks.take(), told, at_work.trained))
 
-        def judge() -> tuple[float, dict[str, Any]]:
-            kept, told = rest()
+        def judge() -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+            kept, told, trained = rest()
             ferry.judge(kept)
-            return way.seconds(begin, end), told
+            return way.seconds(begin, end), told, trained
 
-        def tell(found: tuple[float, dict[str, Any]]) -> None:
-            seconds, told = found
+        def tell(found: tuple[float, dict[str, Any], dict[str, torch.Tensor]]) -> None:
+            seconds, told, trained = found
+            if trained:
+                self.report.trained[index] = {key: float(value) for key, value in trained.items()}
             if told:
                 languages = replay.mixture.languages
                 event = self.report.languages.add(index, languages, Account(**told))

@@ -110,12 +110,12 @@ class _Trained:
             mask = None if stack.masks is None else stack.masks[name]
             self.fixed = torch.ones_like(W) if mask is None else mask
             theta, kept = W.float(), self.fixed.sum().clamp(min=1)
-            step = STEP * (theta.square().sum() / kept).sqrt()
+            step = STEP * float((theta.square().sum() / kept).sqrt())
         else:
             self.fixed = self.grid.centred()
             # A scale changes by shares of itself.
             theta = torch.ones_like(self.grid.scales, dtype=torch.float32)
-            step = torch.tensor(SCALE_STEP)
+            step = SCALE_STEP
         self.theta = theta.clone().requires_grad_(True)
         self.step = step
         self.best = theta
@@ -144,7 +144,8 @@ class _Trained:
 
 
 def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[str, torch.Tensor]:
-    """Train the Linears of the stacks in place. The host reads no value of the device.
+    """Train the Linears of the stacks in place. The host waits for the device once, for the sizes
+    of the steps.
 
     Returns the mean squared error on the held-out windows over the mean square of the targets,
     fp32 [] on the device: "before", and "after" as kept. With fewer than HELD_OUT windows nothing
@@ -165,15 +166,14 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     rest = {k: v.detach().float() for k, v in layer.named_parameters()}
     call = course.call.in_float()
     least = before = _held_out(layer, call, rest, trained, course)
-    groups = [{"params": [t.theta], "lr": t.step.to(t.theta.device)} for t in trained]
-    steps = [t.step.to(t.theta.device) for t in trained]
+    groups = [{"params": [t.theta], "lr": t.step} for t in trained]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
         for batch in course.batches(False, epoch):
             share = 0.5 * (1 + math.cos(math.pi * done / total))
-            for group, step in zip(adam.param_groups, steps, strict=True):
-                group["lr"] = step * share
+            for group, t in zip(adam.param_groups, trained, strict=True):
+                group["lr"] = t.step * share
             loss, energy = _distance(layer, call, rest, trained, batch)
             adam.zero_grad()
             (loss / energy).backward()

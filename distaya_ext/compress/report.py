@@ -89,6 +89,8 @@ class Report:
     spilled: bool = False
     floored: int = 0  # over all stages, each Hessian counted once
     dead: int = 0
+    quality: str = "plain"
+    trained: dict[int, dict[str, float]] = field(default_factory=dict)  # by layer: reconstruct()
     seconds: float = 0.0
     format: str = "dense"
     ends: dict[str, dict[str, Any]] = field(default_factory=dict)  # embedding and head
@@ -198,6 +200,7 @@ class Report:
                 "python": platform.python_version(),
             },
             "method": self.method,
+            "quality": self.quality,
             "model_type": self.model_type,
             "dropped_layers": self.dropped_layers,
             "calibration": {
@@ -227,6 +230,7 @@ class Report:
                 "file_bytes": self.file_bytes,
                 "ends": self.ends,
             },
+            "reconstruction": {str(layer): each for layer, each in self.trained.items()},
             "notices": self.notices,
         }
 

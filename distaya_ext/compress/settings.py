@@ -40,6 +40,7 @@ class Settings:
     scale_dtype: torch.dtype = torch.float32  # what scales are rounded to before they are used
     static: bool = False  # grids from the dense weights, in the order of the columns
     quality: str = "plain"  # or default or high, see Recipe
+    bias_correction: bool = False
     dass: DassSpec | None = None  # of method dass
     permute: bool = False  # neurons of gated MLPs may change places, for any other method
 
@@ -76,6 +77,7 @@ def from_recipe(recipe: Recipe) -> Settings:
         order=recipe.order,
         damp=recipe.damp,
         quality=recipe.effort,
+        bias_correction=recipe.bias_correction,
         dass=recipe.dass,
         permute=recipe.permute,
     )

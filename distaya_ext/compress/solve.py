@@ -16,6 +16,7 @@ from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_, symmetrize_
 from .aim import Aim
+from .bias import Means
 from .ferry import Checks
 from .refine import pattern, refined, rounding
 from .settings import Settings
@@ -26,8 +27,8 @@ _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see
 class Statistic:
     """What is gathered from the inputs of one stage: a Hessian or only the column norms.
 
-    aim: what its Linears should give is gathered as well. readers: how many stacks will be solved
-    with it, each of which takes the matrix once.
+    aim, means: what its Linears should give, and means for their biases, are gathered as well.
+    readers: how many stacks will be solved with it, each of which takes the matrix once.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Statistic:
         device: torch.device,
         *,
         aim: Aim | None = None,
+        means: Means | None = None,
         readers: int = 1,
     ):
         self.kind = kind
         self.aim = aim
+        self.means = means
         self.readers = readers
         self.columns = columns
         self.tokens = 0
@@ -62,6 +65,8 @@ class Statistic:
         self.tokens += x.shape[0]
         if self.aim is not None:
             self.aim.add(wanted, x, weights)
+        if self.means is not None:
+            self.means.add(x, wanted, weights)
         if self._hessian is not None:
             self._hessian.add(x, weights)
         else:

@@ -7,8 +7,9 @@ block (o_proj, down_proj) then aims at the dense model's residual stream,
 
     Y = y_d + (h_d - h) + sum over the blocks of this layer that have run (b_d - b)
 
-where h is the layer's input, b a block's output, y the Linear's own output and _d the dense model;
-any other stage aims at its own dense output, W x_d. The closed form is in aim.py.
+where h is the layer's input, b a block's output, y = W x the Linear's own output without its bias
+and _d the dense model; any other stage aims at its own dense output, W x_d. The closed form is in
+aim.py.
 
 Sources: asymmetric calibration, GPTAQ (Li et al. 2025, section 3); with the residual stream as the
 target it is stage-wise distillation by least squares.
@@ -73,9 +74,10 @@ class Twin:
         with torch.no_grad():
             own = torch.nn.functional.linear(x, linear.weight, linear.bias)
             self.dense.provide(name, chunk, own)
+            product = own.float() if linear.bias is None else own.float() - linear.bias.float()
             if not self.adds:
-                return own
-            wanted = own.float() + self.dense.input(chunk).float() - self.walk.input(chunk).float()
+                return product.to(x.dtype)
+            wanted = product + self.dense.input(chunk).float() - self.walk.input(chunk).float()
             for block in self.walk.finished_blocks():
                 wanted += self.dense.output(block, chunk).float()
                 wanted -= self.walk.output(block, chunk).float()
