@@ -18,22 +18,24 @@ target it is stage-wise distillation by least squares.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models import Architecture, Stage
 from .capture import Call
-from .ferry import Checks
 from .store import Store
 from .walk import LayerWalk
 
 
 class Twin:
-    """One decoder layer's dense walk, in step with the walk over the layer being compressed.
+    """One decoder layer as it was, run beside the walk over the layer being compressed.
 
     layer holds the dense weights, walk is over the other copy of it; hidden keeps the dense stream
-    as walk's keeps the compressed one.
+    as walk's keeps the compressed one. Every chunk runs through the whole dense layer once, when
+    its first stage is gathered; what later stages aim at waits on the tape.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Twin:
         hidden: Store,
         tape: Store,
     ):
-        self.layer, self.walk, self.adds = layer, walk, architecture.adds
-        checks = Checks(late=False)
-        self.dense = LayerWalk(layer, architecture, calls, hidden, tape, checks, provided=True)
+        self.layer, self.walk, self.calls = layer, walk, calls
+        self.hidden, self.tape, self.adds = hidden, tape, architecture.adds
+        self._stages = architecture.stages
+        self._ran: set[int] = set()  # chunks
 
     def ends(self, stage: Stage) -> bool:
         """Whether pairs() gives the outputs wanted of the stage, not its dense inputs."""
@@ -55,30 +58,56 @@ class Twin:
 
     def pairs(self, stage: Stage) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(chunk, x, y), each [windows, length, ...]: the stage's input now and what to aim at."""
-        for (chunk, x), (_, dense) in zip(
-            self.walk.gather(stage), self.dense.gather(stage), strict=True
-        ):
-            yield chunk, x, self._wanted(stage, chunk, dense) if self.ends(stage) else dense
+        for chunk, x in self.walk.gather(stage):
+            self._run(chunk)
+            kept = self.tape.get((stage.names[0], chunk))
+            yield chunk, x, self._wanted(stage, chunk, kept) if self.ends(stage) else kept
 
     def release(self, stage: Stage) -> None:
-        """The stage is done; its dense Linears run in the next pass."""
-        self.dense.release(stage)
+        """The stage is done: of what it aimed at only block outputs are needed further."""
+        if not self.ends(stage):
+            for chunk in self._ran:
+                self.tape.drop((stage.names[0], chunk))
 
     def finish(self) -> None:
-        """Run what is left of the dense layer; hidden then holds its outputs."""
-        self.dense.finish()
+        """hidden then holds the dense layer's outputs."""
+        for chunk in range(len(self.calls)):
+            self._run(chunk)
+            self.hidden.put(("hidden", chunk), self.tape.get(("out", chunk)))
+            self.tape.drop(("out", chunk))
+            for stage in self._stages:
+                self.tape.drop((stage.names[0], chunk))
 
-    def _wanted(self, stage: Stage, chunk: int, x: torch.Tensor) -> torch.Tensor:
-        (name,) = stage.names
-        linear = self.layer.get_submodule(name)
+    def _run(self, chunk: int) -> None:
+        """Run a chunk through the dense layer, unless it did, and keep what stages aim at."""
+        if chunk in self._ran:
+            return
+        self._ran.add(chunk)
+        hooks = []
+        for stage in self._stages:
+            linear = self.layer.get_submodule(stage.names[0])
+            keep = partial(self._keep, (stage.names[0], chunk), self.ends(stage))
+            hooks.append(linear.register_forward_hook(keep))
         with torch.no_grad():
-            own = torch.nn.functional.linear(x, linear.weight, linear.bias)
-            self.dense.provide(name, chunk, own)
-            product = own.float() if linear.bias is None else own.float() - linear.bias.float()
-            if not self.adds:
-                return product.to(x.dtype)
-            wanted = product + self.dense.input(chunk).float() - self.walk.input(chunk).float()
-            for block in self.walk.finished_blocks():
-                wanted += self.dense.output(block, chunk).float()
-                wanted -= self.walk.output(block, chunk).float()
-            return wanted.to(x.dtype)
+            out = self.calls[chunk].run(self.layer, self.hidden.get(("hidden", chunk)))
+        self.tape.put(("out", chunk), out)
+        for hook in hooks:
+            hook.remove()
+
+    def _keep(
+        self, key: Any, output: bool, _: nn.Module, given: tuple[Any, ...], out: torch.Tensor
+    ) -> None:
+        self.tape.put(key, out if output else given[0])
+
+    def _wanted(self, stage: Stage, chunk: int, own: torch.Tensor) -> torch.Tensor:
+        bias = self.layer.get_submodule(stage.names[0]).bias
+        wanted = own.float() if bias is None else own.float() - bias.float()
+        if self.adds:
+            wanted = wanted + self.hidden.get(("hidden", chunk)).float()
+            wanted -= self.walk.input(chunk)
+            for before in self._stages[: self._stages.index(stage)]:
+                block = self.walk.block_ended_by(before)
+                if block is not None:
+                    wanted += self.tape.get((before.names[0], chunk))
+                    wanted -= self.walk.output(block, chunk)
+        return wanted.to(own.dtype)

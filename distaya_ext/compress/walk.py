@@ -43,14 +43,8 @@ class LayerWalk:
         hidden: Store,
         tape: Store,
         checks: Checks,
-        *,
-        provided: bool = False,
     ):
-        """provided: the output of every Linear that ends a block comes through provide(), and the
-        table is known to be right.
-        """
         self.layer = layer
-        self.provided = provided
         self.calls = calls
         self.hidden = hidden
         self.tape = tape
@@ -113,10 +107,6 @@ class LayerWalk:
         """The block whose output is that of the stage's one Linear."""
         return self._ends.get(stage)
 
-    def finished_blocks(self) -> list[str]:
-        """Blocks all of whose Linears hold their final weights."""
-        return [block for block in self._inside if self._complete(block)]
-
     def input(self, chunk: int) -> torch.Tensor:
         """The layer's input of a chunk."""
         return self.hidden.get(("hidden", chunk))
@@ -125,10 +115,6 @@ class LayerWalk:
         """A block's output of a chunk, once it has run in full and until finish()."""
         out = self.tape.get((block, chunk))
         return out[0] if isinstance(out, tuple) else out
-
-    def provide(self, name: str, chunk: int, out: torch.Tensor) -> None:
-        """What a Linear gives for a chunk, computed elsewhere: it is not run again."""
-        self.tape.put((name, chunk), out)
 
     def step_aside(self) -> None:
         """From now on the layer runs as it is: weights may change, nothing kept is used."""
@@ -160,15 +146,14 @@ class LayerWalk:
     def _linear(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         stage, key = self._stage_of[name], (name, self._chunk)
         if stage is self._gathering:
-            if self._chunk == 0 and len(stage.names) > 1 and not self.provided:
+            if self._chunk == 0 and len(stage.names) > 1:
                 self._seen[stage] = args[0]
             self._reached = args[0]
-            if stage in self._ends and not self.provided:
+            if stage in self._ends:
                 self.tape.put(("input", self._ends[stage], self._chunk), args[0])
             raise _Boundary
         if key in self.tape:
-            self._latest = self.tape.get(key)
-            return self._latest
+            return self.tape.get(key)
         if name not in self._open:
             raise InputError(
                 f"{name} runs before its stage; the architecture table has the wrong order"
@@ -207,18 +192,15 @@ class LayerWalk:
 
     def _block(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         key, held = (name, self._chunk), ("input", name, self._chunk)
-        last = self._inside[name][-1]
-        given = (last, self._chunk)
         if key in self.tape:
             return self.tape.get(key)
-        ended = held in self.tape or given in self.tape
-        if ended and self._chunk > 0:
-            x = None if given in self.tape else self.tape.get(held)
-            y = self.tape.get(given) if x is None else self.layer.get_submodule(last)(x)
+        if held in self.tape and self._chunk > 0:
+            last = self.layer.get_submodule(self._inside[name][-1])
+            y = last(self.tape.get(held))
             out = (y, *[None] * (self._size[name] - 1)) if self._size[name] else y
         else:
             out = forward(*args, **kwargs)
-            if ended:
+            if held in self.tape:
                 self._learn(name, out)
         self._latest = None
         self.tape.drop(held)
