@@ -74,7 +74,8 @@ def whole_model_walk(folder, settings, calibration):
 def test_every_family_against_the_whole_model(tmp_path, family, monkeypatch):
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 5 * tiny.WINDOW)  # 12 windows: chunks of 5, 5, 2
     source = tiny.make(tmp_path / "source", tiny.FAMILIES[family])
-    calibration, recipe, out = tiny.windows(), tiny.recipe("sparsegpt"), tmp_path / "out"
+    calibration, out = tiny.windows(), tmp_path / "out"
+    recipe = tiny.recipe("sparsegpt", quality="plain")
     report = compress(source, out, recipe, calibration)
 
     expected = whole_model_walk(source, from_recipe(recipe), calibration)
@@ -129,7 +130,9 @@ def test_every_method(tmp_path, key):
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_each_linear_runs_once_per_token(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("quality", "streams"), [("plain", 1), ("default", 2)])
+def test_each_linear_runs_once_per_token(tmp_path, monkeypatch, quality, streams):
+    """Once in every stream: the compressed layers', and the dense ones' where they are aimed at."""
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 4 * tiny.WINDOW)
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["cohere2"])
     calls = []
@@ -145,16 +148,17 @@ def test_each_linear_runs_once_per_token(tmp_path, monkeypatch):
         if isinstance(event, events.Proved):
             calls.clear()
 
-    compress(source, tmp_path / "out", tiny.recipe(), tiny.windows(10), on_event=on_event)
+    recipe = tiny.recipe(quality=quality)
+    compress(source, tmp_path / "out", recipe, tiny.windows(10), on_event=on_event)
     layers, linears = 4, 7
-    assert len(calls) == layers * linears * 3  # chunks of 4, 4 and 2 windows
-    assert sum(calls) == layers * linears * 10
+    assert len(calls) == streams * layers * linears * 3  # chunks of 4, 4 and 2 windows
+    assert sum(calls) == streams * layers * linears * 10
 
 
 def test_spilling_to_disk_changes_no_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 4 * tiny.WINDOW)
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["gemma3_text"], dtype=torch.bfloat16)
-    least = budget.least_bytes(open_checkpoint(source))
+    least = budget.least_bytes(open_checkpoint(source), budget.Needs(twin=True))
     spilled = compress(source, tmp_path / "a", tiny.recipe(max_ram=f"{least}B"), tiny.windows())
     free = compress(source, tmp_path / "b", tiny.recipe(), tiny.windows())
     assert (spilled.spilled, free.spilled) == (True, False)

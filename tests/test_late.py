@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_compress import METHODS, recipe_of
 from transformers import CohereConfig
 
-from distaya_ext.compress import calibrate, compress, driver, events, ferry, layers
+from distaya_ext.compress import at_work, calibrate, compress, driver, events, ferry, layers
 from distaya_ext.compress.ferry import Checks, Ferry
 from distaya_ext.compress.settings import Settings
 from distaya_ext.compress.solve import Statistic, solve
@@ -170,7 +170,7 @@ def test_a_planted_read_is_found(tmp_path, as_on_a_gpu, monkeypatch):
         x.amax().item()
         check(x, *arguments)
 
-    monkeypatch.setattr(layers, "check_activations", reads)
+    monkeypatch.setattr(at_work, "check_activations", reads)
     source = tiny.make(tmp_path / "source", tiny.FAMILIES["cohere"])
     compress(source, tmp_path / "out", recipe("wanda"), tiny.windows())
     assert all("item" in found for found in as_on_a_gpu)

@@ -27,6 +27,7 @@ _SOLVING = 4 * 2 + 1 + 1 + 4 + 1
 _REFINING = 4 * (1 + 1 + 4 + 1) + 1
 # Per weight: the trained copy, its gradient, Adam's two, the best so far and the masked product.
 _TRAINING = 4 * 6
+_SAVED = 12  # per number inside the layer's forward, for the gradient: in 16 bits and in fp32
 _WHOLE_PROOF = 2 * GIB  # without a limit, models up to this size are proved against the whole model
 
 
@@ -120,7 +121,7 @@ def _per_square(needs: Needs) -> int:
 def _training_bytes(checkpoint: Checkpoint) -> int:
     """A layer's weights as they are trained, and a batch with what its gradient needs."""
     weights = sum(rows * columns for rows, columns in _linears(checkpoint).values())
-    return _TRAINING * weights + 8 * 4 * BATCH_TOKENS * outputs_per_token(checkpoint)
+    return _TRAINING * weights + _SAVED * BATCH_TOKENS * outputs_per_token(checkpoint)
 
 
 def outputs_per_token(checkpoint: Checkpoint) -> int:

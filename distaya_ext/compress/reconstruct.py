@@ -33,7 +33,7 @@ EPOCHS = 2
 HELD_OUT = 8  # every eighth window
 STEP = 0.02  # step of Adam, as a share of the root mean square of the weights trained
 SCALE_STEP = 0.002  # the same of scales
-BATCH_TOKENS = 1024  # per step: a window where that is longer
+BATCH_TOKENS = 2048  # per step: a window where that is longer
 
 
 @dataclass
@@ -167,7 +167,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     call = course.call.in_float()
     least = before = _held_out(layer, call, rest, trained, course)
     groups = [{"params": [t.theta], "lr": t.step} for t in trained]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
         for batch in course.batches(False, epoch):
