@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file
 from test_reconstruct import Case
 
-from distaya_ext.compress import compress
-from distaya_ext.compress import at_work
+from distaya_ext.compress import at_work, compress
 
 
 def test_stacks_of_lower_quality_are_frozen(tmp_path):
