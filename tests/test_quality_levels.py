@@ -131,9 +131,9 @@ def test_quality_changes_the_weights(tmp_path):
     for quality in (None, *QUALITIES):
         compress(source, tmp_path / str(quality), tiny.recipe(quality=quality), tiny.windows())
     found = {q: weights_of(tmp_path / str(q)) for q in (None, *QUALITIES)}
+    pairs = ((None, "default"), ("plain", "default"), ("default", "high"))
     for name in found["plain"]:
-        same = [torch.equal(found[a][name], found[b][name])
-                for a, b in ((None, "default"), ("plain", "default"), ("default", "high"))]  # fmt: skip
+        same = [torch.equal(found[a][name], found[b][name]) for a, b in pairs]
         assert same == [True, *[not name.endswith("proj.weight")] * 2], name
 
 
