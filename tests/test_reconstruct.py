@@ -41,7 +41,7 @@ class Case:
     """
 
     def __init__(self, folder, family="cohere", plan="half", quality="high", windows=WINDOWS,
-                 weights="proportional", per_chunk=10, seed=0):  # fmt: skip
+                 weights="proportional", per_chunk=10, seed=0, batch=4):  # fmt: skip
         source = tiny.make(folder / family, tiny.FAMILIES[family])
         model = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
         self.architecture = describe(model.config)
@@ -52,7 +52,8 @@ class Case:
         for name in self.architecture.linears():  # loud, or the residual stream drowns them
             self.layer.get_submodule(name).weight.data *= 5
         self.mixture = Mixture(chunked, weights)
-        call = self._call(model, ids)
+        batch = min(windows, batch)
+        call = self._call(model, ids[:batch])
         self.inputs, self.targets, sizes = Store(), Store(), []
         noise = torch.Generator().manual_seed(1)
         for chunk, part in enumerate(chunked.chunks()):
@@ -62,7 +63,6 @@ class Case:
             self.inputs.put(("hidden", chunk), x)
             sizes.append(len(part))
         self.stacks = self._compress(model, ids, plan, quality)
-        batch = min(windows, 4)
         self.course = Course(call, batch, self.inputs, self.targets, sizes, self.mixture, seed)
 
     def _call(self, model, ids):
@@ -73,7 +73,7 @@ class Case:
             kept.append(Call(args[1:], rest, not args))
 
         handle = self.layer.register_forward_pre_hook(hook, with_kwargs=True)
-        model(input_ids=ids[: min(4, len(ids))], use_cache=False)
+        model(input_ids=ids, use_cache=False)
         handle.remove()
         return kept[0]
 
@@ -192,7 +192,7 @@ def test_eight_windows_are_enough(tmp_path):
 
 def test_steps_that_are_too_long_are_not_kept(tmp_path, monkeypatch):
     """Training that only does harm ends where it began, bit by bit."""
-    monkeypatch.setattr(room, "STEP", 30.0)
+    monkeypatch.setattr(room, "STEP", 0.5)
     case = Case(tmp_path)
     before = case.weights()
     told = case.train()

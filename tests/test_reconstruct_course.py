@@ -94,3 +94,17 @@ def test_rules_of_a_run(tmp_path, monkeypatch):
     for name in set(before) - kept:
         groups = after[name].view(len(after[name]), -1, 4)
         assert int((groups != 0).sum(2).max()) <= 2
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_languages_count_between_batches_too(tmp_path, batch):
+    """A batch of one language alone is weighed against the others; weight 0 does no harm."""
+    cases = [
+        Case(tmp_path / str(french), weights={"en": 1.0, "fr": french}, batch=batch)
+        for french in (0.0, 0.25, 1.0)
+    ]
+    told = [case.train() for case in cases]
+    assert all(0 < float(t["after"]) < float(t["before"]) for t in told)
+    a, b, c = (case.weights() for case in cases)
+    assert all(not torch.equal(a[name], b[name]) for name in a)
+    assert all(not torch.equal(b[name], c[name]) for name in b)
