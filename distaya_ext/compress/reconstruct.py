@@ -168,13 +168,14 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     least = before = _held_out(layer, call, rest, trained, course)
     groups = [{"params": [t.theta], "lr": t.step} for t in trained]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    energy = _energy(course)
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
         for batch in course.batches(False, epoch):
             share = 0.5 * (1 + math.cos(math.pi * done / total))
             for group, t in zip(adam.param_groups, trained, strict=True):
                 group["lr"] = t.step * share
-            loss, energy = _distance(layer, call, rest, trained, batch)
+            loss, _ = _distance(layer, call, rest, trained, batch)
             adam.zero_grad()
             (loss / energy).backward()
             adam.step()
@@ -206,9 +207,21 @@ def _distance(
 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         out = call.run(run, x.float())
-    parts = [(out.float() - y).square().mean((1, 2)), y.square().mean((1, 2))]
-    each = torch.ones_like(parts[0]) if batch.each is None else batch.each
-    return parts[0] @ each, parts[1] @ each
+    return _counted((out.float() - y).square(), batch), _counted(y.square(), batch)
+
+
+def _counted(squares: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum over windows, as they count, of their means."""
+    means = squares.mean((1, 2))
+    return means @ (torch.ones_like(means) if batch.each is None else batch.each)
+
+
+def _energy(course: Course) -> torch.Tensor:
+    """Square of the targets of a batch in the mean: one divisor for all steps, since its own would
+    cancel what a batch of one language counts.
+    """
+    parts = [_counted(batch.targets.float().square(), batch) for batch in course.batches(False, 0)]
+    return (sum(parts) / len(parts)).clamp_min(1e-30)
 
 
 @torch.no_grad()
@@ -221,4 +234,5 @@ def _held_out(
 ) -> torch.Tensor:
     """Relative squared distance over the held-out windows, fp32 []."""
     parts = [_distance(layer, call, rest, trained, batch) for batch in course.batches(True, 0)]
-    return sum(loss for loss, _ in parts) / sum(energy for _, energy in parts)
+    energy = sum(energy for _, energy in parts).clamp_min(1e-30)  # windows may count nothing
+    return sum(loss for loss, _ in parts) / energy
