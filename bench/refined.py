@@ -80,9 +80,12 @@ def admm(
 
 
 def keep_2_4(scores: Tensor) -> Tensor:
-    groups = scores.view(-1, 4)
-    kept = torch.zeros_like(groups, dtype=torch.bool)
-    return kept.scatter_(1, groups.topk(2, dim=1).indices, True).view_as(scores)
+    """The mask, by a network of minima and maxima, faster than topk; equal scores both stay."""
+    a, b, c, d = scores.view(-1, 4).unbind(1)
+    between = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    lower = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    second = torch.maximum(between, lower)
+    return (scores.view(-1, 4) >= second[:, None]).view_as(scores)
 
 
 def balance_round(scores: Tensor, order: Tensor, n: int, m: int, step: int = 512) -> Tensor:
