@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from bench import refined
 from distaya_ext.ops import machine
 from distaya_ext.ops import mask as mask_op
 from distaya_ext.ops import refit as room
@@ -41,33 +42,6 @@ def record(benchmark, run, flop: float, rounds: int = 3) -> None:
     benchmark.extra_info["threads"] = machine.threads()
 
 
-def torch_refit(W, mask, H, iterations: int = ITERATIONS, damp: float = 0.01):
-    """The same in plain torch, as published."""
-    H = H + damp * H.diagonal().mean() * torch.eye(len(H))
-    keep, inverse = mask.float(), 1 / H.diagonal()
-    Q = W * keep
-    r = ((W - Q) @ H) * keep
-    p = r * inverse
-    rz = (r * p).sum(1, keepdim=True)
-    for _ in range(iterations):
-        y = p @ H
-        a = rz / ((p * y).sum(1, keepdim=True) + 1e-30)
-        Q += a * p
-        r -= a * (y * keep)
-        z = r * inverse
-        after = (r * z).sum(1, keepdim=True)
-        p = z + after / (rz + 1e-30) * p
-        rz = after
-    return Q
-
-
-def torch_admm(G, mask, Y, inverse, V, rho: float = 1.0):
-    """One iteration as published, up to the scores."""
-    D = G * mask
-    B = (Y - V + rho * D) @ inverse
-    return (B + V / rho).abs()
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("way", ["ours", "torch", "products alone"])
 def test_refit(benchmark, shape, way):
@@ -80,7 +54,7 @@ def test_refit(benchmark, shape, way):
 
     ways = {
         "ours": lambda: room.refit(W, mask, H, iterations=ITERATIONS),
-        "torch": lambda: torch_refit(W, mask, H),
+        "torch": lambda: refined.refit(W, mask, H, iterations=ITERATIONS),
         "products alone": products,
     }
     record(benchmark, ways[way], (ITERATIONS + 1) * 2.0 * shape[0] * shape[1] ** 2)
@@ -90,9 +64,9 @@ def test_refit(benchmark, shape, way):
 @pytest.mark.parametrize("way", ["ours", "torch"])
 def test_admm_iteration(benchmark, shape, way):
     G, mask, inverse = make(*shape)
-    X, Y, V = torch.empty_like(G), G.clone(), G.clone()
+    X, Y = torch.empty_like(G), G.clone()
     ways = {
         "ours": lambda: room.admm_(G, X, mask, Y, inverse, 1e-3, 1.0),
-        "torch": lambda: torch_admm(G, mask, Y, inverse, V),
+        "torch": lambda: refined.admm_iteration(G, mask, Y, inverse, 1.0),
     }
     record(benchmark, ways[way], 2.0 * shape[0] * shape[1] ** 2)

@@ -50,14 +50,16 @@ BUDGETS = {
     "ceilings": 10,
     "hessian": 15,
     "cholesky": 30,
-    "obs": 35,
-    "mask": 15,
-    "pack": 10,
-    "sqgemm": 75,
+    "obs": 30,
+    "mask": 10,
+    "refit": 15,
+    "dass": 10,
+    "pack": 5,
+    "sqgemm": 65,
     "whole": 150,
 }
 MINUTES = 9
-ROOMS = ("hessian", "cholesky", "obs", "mask", "pack", "sqgemm")
+ROOMS = ("hessian", "cholesky", "obs", "mask", "refit", "dass", "pack", "sqgemm")
 TOGETHER = ("tests", "sanitize")  # they time nothing, so they run beside each other
 ON_GPU = {"build", *TOGETHER}  # what --device cpu leaves out
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import gpu_packed, gpu_products, shapes, textbook, tuned
+from bench import gpu_packed, gpu_products, gpu_refine, shapes, textbook, tuned
 from bench.cases import MODES, our_options
 from bench.gpu_case import Case, Size, disagreement, relative, rotated
 
@@ -264,12 +264,14 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
             f"symmetrize_ {ff}": lambda: symmetrize(ff, s),
             f"hessian_ {d} x {t} bf16": lambda: hessian(d, s),
             f"hessian_ {ff} x {t} bf16": lambda: hessian(ff, s),
-        },
+        }
+        | gpu_refine.cross_cases(s),
         "cholesky": {
             f"{make.__name__} {n}": (lambda make=make, n=n: make(n, s))
             for n in (d, ff)
             for make in (factor, inverse_factor, inverse)
-        },
+        }
+        | gpu_refine.solve_cases(s),
         "obs": {f"quantize {d}x{d} int4 g128": lambda: round_to_nearest(s)}
         | {
             f"sweep_ {rows}x{cols}, {mode}": (
@@ -290,6 +292,8 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
             f"keep_k {d}x{ff} half, {along}": (lambda along=along: keep_half(along, s))
             for along in ("row", "column", "matrix")
         },
+        "refit": gpu_refine.refit_cases(s),
+        "dass": gpu_refine.dass_cases(s),
         "pack": gpu_packed.pack_cases(s),
         "sqgemm": gpu_products.cases(s),
     }

@@ -109,6 +109,48 @@ def mask(make: Inputs) -> None:
                 room.keep_nm(S, n, m, along)
 
 
+def refit(make: Inputs) -> None:
+    from distaya_ext.ops import refit as room
+
+    for rows, cols in ((37, 300), (130, 129), (1, 4)):
+        H = make.hessian(cols)
+        mask = make.normal(rows, cols) > 0
+        for dtype in DTYPES:
+            W, target = (make.normal(rows, cols, dtype=dtype) for _ in range(2))
+            finite(*room.refitted(W, mask, H, iterations=3))
+            start = make.normal(rows, cols)
+            finite(*room.refitted(W, mask, H, target=target, start=start, iterations=0))
+    H, T = make.hessian(300), make.normal(37, 300)
+    for choice in ({"nm": (2, 4)}, {"sparsity": 0.5}, {"sparsity": 0.5, "along": "row"}):
+        D, kept = room.admm(T, H, iterations=3, levels=2, start=make.normal(37, 300), **choice)
+        finite(D, room.refit(T, kept, H, start=D))
+
+
+def dass(make: Inputs) -> None:
+    from distaya_ext.ops import dass as room
+
+    neurons, inputs = 304, 76
+    x_norm, w = make.normal(inputs).abs(), make.normal(70).abs()
+    s = torch.zeros(3, neurons, dtype=torch.float64).to(make.device)
+    for dtype in DTYPES:
+        gate, up, down = (make.normal(neurons, inputs, dtype=dtype) for _ in range(3))
+        down = down.t().contiguous()
+        norms = make.normal(neurons).abs()
+        finite(*(room.gate_up(gate, norms, alpha) for alpha in (0.0, 0.3, 0.5, 1.0)))
+        for act in room.ACTIVATIONS:
+            for weights in (None, w):
+                g, u = (make.normal(70, neurons, dtype=dtype) for _ in range(2))
+                room.moments_(s, g, u, act, weights)
+        finite(s, room.neuron_scores(gate, up, down, s, x_norm))
+    for direction in room.DIRECTIONS:
+        room.masks(gate, up, down, norms, nm=(2, 4), direction=direction)
+        room.masks(gate, up, down, norms, sparsity=0.5, direction=direction)
+    scores = make.normal(neurons, 45).abs()  # features that no warp divides
+    for n, m in ((1, 2), (2, 4), (4, 8)):
+        room.balance(scores, (n, m), rounds=3)
+        room.arrange(scores.sum(1), m, scores, (n, m), rounds=2)  # an odd number of groups
+
+
 def pack(make: Inputs) -> None:
     from distaya_ext.ops import pack as room
 
@@ -149,7 +191,7 @@ def sqgemm(make: Inputs) -> None:
 
 
 ROOMS: dict[str, Callable[[Inputs], None]] = {
-    room.__name__: room for room in (hessian, cholesky, obs, mask, pack, sqgemm)
+    room.__name__: room for room in (hessian, cholesky, obs, mask, refit, dass, pack, sqgemm)
 }
 
 

@@ -3,28 +3,28 @@
     python bench/gpu_whole.py --into FILE [--layers 32] [--samples 128] [--tokens 2048] [--quick]
 
 Writes random weights of that shape, the same in every layer, to memory (or a temporary folder),
-then runs compress() as a user would: joint 2:4 + int4, random tokens, one proof, everything
-streamed. Each finding is a JSON line in FILE: the whole run with its peak of GPU memory, the
-seconds of each phase, and one layer by the textbook PyTorch route, whose extrapolation to all
-layers is called one. When the time is up, the run stops after a layer and the line says so.
+then runs compress(): joint 2:4 + int4, random tokens, one proof, everything streamed. Each finding
+is a JSON line in FILE: the whole run at quality plain with its peak of GPU memory and the seconds
+of each phase; one layer by the textbook PyTorch route, whose extrapolation to all layers is called
+one; and the whole run at quality default with what is left of the time. When the time is up, a run
+stops after a layer and its line says so.
 `--device cpu --quick` tries the script.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -36,86 +36,22 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from bench import textbook  # noqa: E402
-from distaya_ext.compress import compress, events, layers, packing, solve, walk  # noqa: E402
+from bench.gpu_phases import Phases  # noqa: E402
+from distaya_ext.compress import compress, events  # noqa: E402
 from distaya_ext.measure.shapes import MODELS, Model  # noqa: E402
-from distaya_ext.ops import cholesky, obs  # noqa: E402
 from distaya_ext.recipe import Recipe  # noqa: E402
 
 QUICK = Model(hidden=128, ff=256, heads=4, kv_heads=2, vocab=640)
 GROUP = 128
-# What is timed inside a layer; what is called inside another phase counts only for itself.
-PHASES = (
-    (walk.LayerWalk, "gather", "forward"),
-    (walk.LayerWalk, "finish", "forward"),
-    (solve.Statistic, "add", "hessian"),
-    (cholesky, "cholesky_", "factor"),
-    (obs, "obs_", "sweep"),
-    (packing.Packing, "start", "pack"),
-    (packing.Packing, "encode", "pack"),
-)
+# The bars of gpu_bars.py (60 s, and the peak of memory) belong to the first: their floor counts one
+# stream of hidden states, one moment and one sweep per stack, the published algorithm. Quality
+# default carries the dense stream, too, gathers a cross moment, refits and sweeps again: it has a
+# row and no bar.
+BARRED, SECOND = "plain", "default"
 
 
 class Enough(Exception):
     """Raised out of the run when its time is up."""
-
-
-class Phases:
-    """Seconds of each phase, by CUDA events on a GPU. Use as a context manager around the run."""
-
-    def __init__(self, cuda: bool):
-        self.cuda = cuda
-        self._stack = ["other"]
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> Phases:
-        self._last = self._mark()
-        for owner, name, phase in PHASES:
-            self._wrap(owner, name, phase)
-        self._wrap(layers.Layers, "_layer", "other in a layer")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._switch()
-        for undo in self._undo:
-            undo()
-
-    def _wrap(self, owner: Any, name: str, phase: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._switch()
-            self._stack.append(phase)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._switch()
-                self._stack.pop()
-
-        setattr(owner, name, timed)
-        self._undo.append(lambda: setattr(owner, name, original))
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _switch(self) -> None:
-        """What passed since the last switch belongs to the phase on top."""
-        now = self._mark()
-        self._spans.append((self._stack[-1], self._last, now))
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        """By phase, largest first; after the run."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        found: dict[str, float] = defaultdict(float)
-        for phase, begin, end in self._spans:
-            found[phase] += begin.elapsed_time(end) / 1e3 if self.cuda else end - begin
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def place(needed: int) -> str | None:
@@ -164,14 +100,27 @@ def repeat_layer(folder: Path, count: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(args: argparse.Namespace, sizes: Model, folder: Path, end: float, tell: Callable) -> None:
+def run(
+    args: argparse.Namespace,
+    sizes: Model,
+    folder: Path,
+    end: float,
+    tell: Callable,
+    quality: str = BARRED,
+) -> None:
     """Compress the model in `folder` and tell of it. end: time.monotonic() when it must stop."""
+    tokens = args.samples * args.tokens
+    name = f"{args.model}, {args.layers} layers, {tokens} tokens, 2:4 int4, quality {quality}"
+    if quality != BARRED and time.monotonic() > end:
+        tell({"row": {"name": name, "seconds": 0.0, "layers": 0, "note": "no time was left"}})
+        return
     make = torch.Generator().manual_seed(0)
     ids = torch.randint(3, sizes.vocab, (args.samples, args.tokens), generator=make)
     windows = SimpleNamespace(ids=ids, languages=["random"] * args.samples)
-    recipe = Recipe(model=str(folder), method="sparsegpt", nm="2:4", bits=4, group=GROUP)
+    fields = {"method": "sparsegpt", "nm": "2:4", "bits": 4, "group": GROUP}
+    recipe = Recipe(model=str(folder), quality=quality, **fields)
     cuda = args.device == "cuda"
-    done: list[float] = []
+    out, done = folder / quality, []
     begin = time.perf_counter()
 
     def on_event(event: events.Event) -> None:
@@ -183,18 +132,16 @@ def run(args: argparse.Namespace, sizes: Model, folder: Path, end: float, tell: 
             print(f"  the replay was proved after {time.perf_counter() - begin:.1f} s", flush=True)
 
     if cuda:
+        torch.cuda.empty_cache()  # what is reserved counts
         torch.cuda.reset_peak_memory_stats()
-    with Phases(cuda) as phases:
-        try:
-            out = folder / "out"
-            compress(folder / "dense", out, recipe, windows, on_event=on_event, device=args.device)
-        except Enough:
-            pass
+    with Phases(cuda) as phases, contextlib.suppress(Enough):
+        compress(folder / "dense", out, recipe, windows, on_event=on_event, device=args.device)
     seconds = time.perf_counter() - begin
     whole = len(done) == args.layers
     part = "" if whole else f", STOPPED after {len(done)} of {args.layers} layers: no time left"
     row = {
-        "name": f"{args.model}, {args.layers} layers, {ids.numel()} tokens, 2:4 int4{part}",
+        "name": name + part,
+        "quality": quality,
         "seconds": seconds,
         "whole": whole and args.full,
         "layers": len(done),
@@ -205,7 +152,8 @@ def run(args: argparse.Namespace, sizes: Model, folder: Path, end: float, tell: 
         row["peak_allocated"] = torch.cuda.max_memory_allocated()
     tell({"row": row})
     for phase, spent in phases.seconds().items():
-        tell({"row": {"name": f"of these: {phase}", "seconds": spent}})
+        tell({"row": {"name": f"of these, quality {quality}: {phase}", "seconds": spent}})
+    shutil.rmtree(out, ignore_errors=True)  # it may lie in memory; a run cut short left none
 
 
 def textbook_layer(args: argparse.Namespace, sizes: Model, end: float, tell: Callable) -> None:
@@ -287,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = record["row"]
         print(f"  {row['name']}: {row['seconds']:.3f} s", flush=True)
 
-    # What is left of the time for the textbook: a tenth, or what a fast run does not use.
+    # A tenth of the time is kept for the textbook; quality default gets what a fast run leaves.
     with tempfile.TemporaryDirectory(dir=place(2 * model_bytes(sizes, args.layers))) as folder:
         dense = Path(folder) / "dense"
         dense.mkdir()
@@ -296,9 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeat_layer(dense, args.layers)
         print(f"  the model was written in {time.perf_counter() - begin:.1f} s", flush=True)
         run(args, sizes, Path(folder), end - 0.1 * args.limit, tell)
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-    textbook_layer(args, sizes, end - 0.05 * args.limit, tell)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        textbook_layer(args, sizes, end - 0.05 * args.limit, tell)
+        run(args, sizes, Path(folder), end - 0.05 * args.limit, tell, SECOND)
     return 0
 
 

@@ -36,9 +36,12 @@ from distaya_ext.measure.shapes import MODELS, Model  # noqa: E402
 TOKENIZER = Path(distaya_ext.__file__).parent / "assets" / "nano-aya"
 CLI = [sys.executable, "-c", "from distaya_ext.cli.app import main; main()"]
 RECIPES = {
-    "int4 + int8 embedding (rtn)": ["--method", "rtn", "--bits", "4", "--embed-bits", "8"],
+    "int4 + int8 embedding (rtn)": [
+        "--method", "rtn", "--quality", "plain", "--bits", "4", "--embed-bits", "8",
+    ],
     "2:4 + int4 + int8 embedding (magnitude)": [
-        "--method", "magnitude", "--sparsity", "2:4", "--bits", "4", "--embed-bits", "8",
+        "--method", "magnitude", "--quality", "plain", "--sparsity", "2:4", "--bits", "4",
+        "--embed-bits", "8",
     ],
 }  # fmt: skip
 

@@ -18,26 +18,36 @@ def told(path):
 def test_a_quick_run_tells_everything(tmp_path):
     into = tmp_path / "rows"
     assert gpu_whole.main(["--into", str(into), "--device", "cpu", "--quick"]) == 0
-    whole, *phases, textbook = told(into)
-    assert whole["name"] == "aya-8b, 2 layers, 256 tokens, 2:4 int4"
-    assert whole["layers"] == 2 and whole["seconds"] > 0 and not whole["whole"]
-    names = {row["name"].removeprefix("of these: ") for row in phases}
-    inside = {"forward", "hessian", "factor", "sweep", "pack"}
-    assert names == inside | {"other", "other in a layer"}
-    assert sum(row["seconds"] for row in phases) == pytest.approx(whole["seconds"], rel=0.05)
+    rows = told(into)
+    at = [row["name"].split(",")[0] for row in rows].index("textbook PyTorch")
+    inside = {"forward", "hessian", "factor", "sweep", "pack", "other", "other in a layer"}
+    more = {"dense forward", "cross moment", "aim", "refit"}
+    for quality, (whole, *phases), asked in (
+        ("plain", rows[:at], inside),
+        ("default", rows[at + 1 :], inside | more),
+    ):
+        assert whole["name"] == f"aya-8b, 2 layers, 256 tokens, 2:4 int4, quality {quality}"
+        assert whole["quality"] == quality
+        assert whole["layers"] == 2 and whole["seconds"] > 0 and not whole["whole"]
+        assert {
+            row["name"].removeprefix(f"of these, quality {quality}: ") for row in phases
+        } == asked
+        assert sum(row["seconds"] for row in phases) == pytest.approx(whole["seconds"], rel=0.05)
+    textbook = rows[at]
     assert textbook["matrices"] == "q, k, v, o, gate, up, down"
     assert textbook["extrapolated_to_2_layers_seconds"] == 2 * textbook["seconds"]
     # Nothing of the package stays replaced.
-    assert walk.LayerWalk.gather.__qualname__ == "LayerWalk.gather"
+    assert walk.LayerWalk._run.__qualname__ == "LayerWalk._run"
 
 
 def test_a_run_without_time_stops_after_a_layer_and_says_so(tmp_path):
     into = tmp_path / "rows"
     words = ["--into", str(into), "--device", "cpu", "--quick", "--limit", "0.001"]
     assert gpu_whole.main(words) == 0
-    whole, textbook = told(into)[0], told(into)[-1]
+    (whole, *_, textbook, default) = told(into)
+    assert default["layers"] == 0 and default["note"] == "no time was left"
     assert whole["layers"] == 1 and not whole["whole"]
-    assert whole["name"].endswith("STOPPED after 1 of 2 layers: no time left")
+    assert whole["name"].endswith("plain, STOPPED after 1 of 2 layers: no time left")
     assert textbook["note"] == "no time was left for q, k, v, o, gate, up, down"
     assert not any("extrapolated" in key for key in textbook)
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -1,4 +1,5 @@
-"""The published masks of the rulers, weight by weight against loops over their definitions."""
+"""The rulers of masks: the published ones, weight by weight against loops over their definitions,
+and exchanges between groups."""
 
 import copy
 import sys
@@ -10,7 +11,8 @@ from tiny import FAMILIES, VOCAB
 from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from bench import plain, textbook
+from bench import plain, refined, textbook
+from distaya_ext.ops import dass as dass_op
 
 PATTERNS = ({"sparsity": 0.5}, {"sparsity": 0.3}, {"nm": (2, 4)}, {"nm": (4, 8)})
 
@@ -93,3 +95,15 @@ def test_dass_of_a_model(model):
         assert (new.reshape(-1, 4, new.shape[1]) != 0).sum(1).eq(2).all()
     down = after.mlp.down_proj.weight
     assert (down.reshape(len(down), -1, 4) != 0).sum(2).eq(2).all()
+
+
+@pytest.mark.parametrize("items", [8, 16, 72, 304], ids="{} neurons".format)  # odd numbers, too
+@pytest.mark.parametrize("nm", [(1, 2), (2, 4), (3, 4), (4, 8)], ids="{0[0]}:{0[1]}".format)
+def test_a_round_of_exchanges_is_that_of_ours(nm, items):
+    make = torch.Generator().manual_seed(items)
+    scores = torch.rand(items, 45, generator=make) * torch.rand(items, 1, generator=make)
+    order = torch.randperm(items, generator=make)
+    ours = order.clone()
+    dass_op.dass_balance_(ours, scores, *nm, 1)
+    assert torch.equal(refined.balance_round(scores, order, *nm, step=3), ours)
+    assert items < 304 or not torch.equal(ours, order)
