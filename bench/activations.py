@@ -41,9 +41,7 @@ def table(tokens: int = 20000, window: int = 128) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, fields) in enumerate(RECIPES.items()):
             out = Path(folder) / str(index)
-            compress(
-                model, out, Recipe(model=str(model), quality="plain", calibration=spec, **fields)
-            )
+            compress(model, out, Recipe(model=str(model), calibration=spec, **fields))
             exact, rounded = (
                 evaluate(out, texts, against=model, exact=flag) for flag in (True, False)
             )

@@ -99,7 +99,9 @@ class Watch:
             finish(twin)
             watch.copy(twin)
             for chunk in range(len(list(watch.calibration.chunks()))):
-                watch.hidden.append((watch.layer, chunk, twin.dense.input(chunk).clone()))
+                watch.hidden.append(
+                    (watch.layer, chunk, twin.hidden.get(("hidden", chunk)).clone())
+                )
 
         monkeypatch.setattr(Twin, "__init__", noted_start)
         monkeypatch.setattr(Twin, "pairs", noted_pairs)

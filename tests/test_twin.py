@@ -156,7 +156,9 @@ def test_every_dense_linear_runs_once_per_token(tmp_path, monkeypatch, small_chu
 @pytest.mark.parametrize("family", ["cohere", "llama", "gemma3_text"])
 def test_stores_on_disk_change_no_bit(tmp_path, small_chunks, family, quality):
     source = tiny.make(tmp_path / "source", tiny.FAMILIES[family], dtype=torch.bfloat16)
-    least = budget.least_bytes(open_checkpoint(source))
+    least = budget.least_bytes(
+        open_checkpoint(source), budget.Needs(twin=True, trains=quality == "high")
+    )
     found = []
     for name, more in {"disk": {"max_ram": f"{least}B"}, "memory": {}}.items():
         recipe = _recipe("half", quality=quality, **more)
