@@ -25,8 +25,8 @@ _SOLVING = 4 * 2 + 1 + 1 + 4 + 1
 # Per weight: the target, the sweep's result, and the refit's residual, direction, product and sum,
 # in fp32; its mask, and the error whose loss is taken.
 _REFINING = 4 * (1 + 1 + 4 + 1) + 1
-# Per weight: the trained copy, its gradient, Adam's two, the best so far and the masked product.
-_TRAINING = 4 * 6
+# Per weight: the trained copy, its gradient, Adam's two, the best so far, the mask and the product.
+_TRAINING = 4 * 7
 _SAVED = 12  # per number inside the layer's forward, for the gradient: in 16 bits and in fp32
 _WHOLE_PROOF = 2 * GIB  # without a limit, models up to this size are proved against the whole model
 

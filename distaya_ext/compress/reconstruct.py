@@ -108,11 +108,12 @@ class _Trained:
         W = self.linear.weight.data
         if self.grid is None:
             mask = None if stack.masks is None else stack.masks[name]
-            self.fixed = torch.ones_like(W) if mask is None else mask
+            # In fp32: multiplying by booleans would convert them in every step, twice.
+            self.fixed = torch.ones_like(W, dtype=torch.float32) if mask is None else mask.float()
             theta, kept = W.float(), self.fixed.sum().clamp(min=1)
             step = STEP * float((theta.square().sum() / kept).sqrt())
         else:
-            self.fixed = self.grid.centred()
+            self.fixed = self.grid.centred().float()
             # A scale changes by shares of itself.
             theta = torch.ones_like(self.grid.scales, dtype=torch.float32)
             step = SCALE_STEP
