@@ -102,7 +102,7 @@ def test_high_finds_better_masks(name):
     pairs = []
     for seed in SEEDS:
         W, T, H = problem(seed)
-        pairs.append([loss(run(W, T, H, settings(name, q)).W, T, H)[0].sum()
+        pairs.append([float(loss(run(W, T, H, settings(name, q)).W, T, H)[0].sum())
                       for q in ("default", "high")])  # fmt: skip
     default, high = torch.tensor(pairs).T
     assert high.sum() < default.sum() and int((high < default).sum()) >= len(SEEDS) - 1
