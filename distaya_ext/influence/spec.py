@@ -26,7 +26,7 @@ class DropSpec(Strict):
     share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     score: Literal["kl", "ppl", "bi", "angular", "l2"] = "kl"
     greedy: bool = True
-    protect: list[int] = []
+    protect: list[int] = Field(default=[])
     tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 16384
 
     @model_validator(mode="after")

@@ -59,8 +59,8 @@ class TrainSpec(Strict):
     """
 
     train: Literal["lora", "full", "scales"] = "lora"
-    also: list[Literal["norms", "embeddings", "scales"]] = []
-    targets: list[str] = []
+    also: list[Literal["norms", "embeddings", "scales"]] = Field(default=[])
+    targets: list[str] = Field(default=[])
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0.0)] | None = None
     steps: Annotated[int, Field(ge=1)] = 500
