@@ -10,8 +10,9 @@ from torch import nn
 import distaya_ext
 from distaya_ext.errors import InputError, UsageError
 from distaya_ext.runtime.modules import PackedLinear
+from distaya_ext.train.choose import weights
 from distaya_ext.train.learned import is_pruned, rounded
-from distaya_ext.train.parts import prepare, weights
+from distaya_ext.train.parts import prepare
 from distaya_ext.train.scales import ScaledLinear
 from distaya_ext.train.spec import TrainSpec
 
