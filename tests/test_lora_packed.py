@@ -136,7 +136,7 @@ def test_everything_at_once(root, tmp_path):
     summary = json.loads((out / "merge.json").read_text())
     assert summary == report.summary() and summary["adapter_bytes"] > 0
     assert any("AutoModel of transformers alone would leave it out" in n for n in report.notices)
-    assert "PeftModel" in (out / "adapter" / "README.md").read_text()
+    assert "distaya export --to dense" in (out / "adapter" / "README.md").read_text()
 
 
 def test_our_loaders_never_leave_an_adapter_out(root, tmp_path, monkeypatch):
@@ -146,6 +146,11 @@ def test_our_loaders_never_leave_an_adapter_out(root, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluating, "load_tokenizer", lambda *args: None)
     loaded = evaluate_load(out, dtype="bfloat16", exact=True)
     assert torch.equal(trained.logits(loaded.model), want)
+    more = loaded.model.generate(trained.IDS, max_new_tokens=4, do_sample=False, use_cache=True)
+    again = loaded.model.generate(trained.IDS, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert more.shape == (2, 16) and torch.equal(more, again)
+    with pytest.warns(UserWarning, match=r"out has an adapter.*use distaya_ext\.load"):
+        AutoModelForCausalLM.from_pretrained(out)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="the adapter in out needs peft"):
         distaya_ext.load(out)

@@ -39,8 +39,8 @@ from .verify import check, check_fits, learns, scale_name, stays_beside
 _SHARD = 1 << 30
 BESIDE = (
     "{count} quantised matrices keep their codes, and LoRA of {bytes} bytes stays beside them in "
-    "adapter/: distaya_ext loads it by itself, while AutoModel of transformers alone would leave "
-    "it out (there: PeftModel.from_pretrained(model, 'OUT/adapter'))"
+    "adapter/: distaya_ext loads it with the model, AutoModel of transformers alone would leave it "
+    "out (distaya export --to dense writes it into dense weights)"
 )
 
 
