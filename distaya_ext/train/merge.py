@@ -32,7 +32,8 @@ from ..checkpoint import (
 from ..checkpoint.folder import ADAPTER
 from ..compress.budget import check_disk
 from ..errors import InputError
-from .adapter import linear_shapes, put_adapter, read_adapter
+from .adapter import linear_shapes, read_adapter
+from .adapter_write import put_adapter
 from .learned import Learned, LowRank, is_pruned, rounded
 from .verify import check, check_fits, learns, scale_name, stays_beside
 

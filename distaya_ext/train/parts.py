@@ -123,7 +123,7 @@ class Parts:
 
     def write_adapter(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write LoRA, norms and embeddings that learnt as a PEFT adapter folder alone."""
-        from .adapter import write_adapter
+        from .adapter_write import write_adapter
 
         return write_adapter(self.learned(), out, overwrite=overwrite)
 
