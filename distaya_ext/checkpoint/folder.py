@@ -95,7 +95,7 @@ def contained(folder: Path, name: str) -> Path:
         )
     root = folder.resolve()
     target = (folder / name).resolve()
-    above = [p.parent for p in (root, root.parent) if p.parent.name == "snapshots"]
+    above = [p for p in (root, root.parent) if p.parent.name == "snapshots"]
     cache_blobs = above[0].parent.parent / "blobs" if above else None
     if target.parent != root and target.parent != cache_blobs:
         raise InputError(
