@@ -62,9 +62,11 @@ def test_a_narrower_and_shallower_student_reloads_bit_for_bit(family, teachers, 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_nothing_is_lost_when_what_goes_did_nothing(family, teachers, tmp_path):
-    """Dead neurons, heads and channels are found, and the student is the teacher but for norms."""
+    """Dead neurons and channels are found, and the student is the teacher but for rounding. A
+    LayerNorm over dead channels too has another mean, so there only neurons go.
+    """
     teacher = load(teachers[family])
-    channels = torch.arange(0, 64, 2)
+    centred = "cohere" in family
     with torch.no_grad():
         for layer in teacher.model.layers:
             layer.mlp.down_proj.weight[:, 1::2] = 0
@@ -72,40 +74,37 @@ def test_nothing_is_lost_when_what_goes_did_nothing(family, teachers, tmp_path):
             layer.mlp.up_proj.weight[1::2] = 0
             if layer.mlp.up_proj.bias is not None:
                 layer.mlp.up_proj.bias[1::2] = 0
+    if not centred:
+        _silence(teacher, torch.arange(1, 64, 2))
     teacher.save_pretrained(tmp_path / "t")
-    ids = tiny.windows(3, 17).ids
-    make_student(tmp_path / "t", tmp_path / "s", intermediate=48, texts=tiny.windows())
-    torch.testing.assert_close(
-        logits(load(tmp_path / "s"), ids), logits(teacher, ids), rtol=1e-4, atol=1e-5
-    )
-    _silence(teacher, channels + 1)
-    teacher.save_pretrained(tmp_path / "t2")
-    heads = {"heads": 2} if family == "cohere2" else {}
-    if heads:
-        for layer in teacher.model.layers:
-            layer.self_attn.o_proj.weight.data[:, 32:] = 0
-            layer.self_attn.v_proj.weight.data[16:] = 0
-        teacher.save_pretrained(tmp_path / "t2")
-    made = make_student(tmp_path / "t2", tmp_path / "s2", hidden=32, texts=tiny.windows(), **heads)
-    # A LayerNorm over the silent channels too has another mean, so only RMS norms are exact.
-    if "cohere" not in family:
-        assert made.channels == channels.tolist()
+    asked = {"intermediate": 48} | ({} if centred else {"hidden": 32})
+    made = make_student(tmp_path / "t", tmp_path / "s", texts=tiny.windows(4), **asked)
+    if not centred:
+        assert made.channels == list(range(0, 64, 2))
         assert max(fit.error for fit in made.norms.values()) < 1e-6
-        torch.testing.assert_close(
-            logits(load(tmp_path / "s2"), ids), logits(teacher, ids), rtol=1e-3, atol=1e-4
-        )
-    else:
-        assert max(fit.error for fit in made.norms.values()) > 1e-4
+    ids = tiny.windows(3, 17).ids
+    before, after = logits(teacher, ids), logits(load(tmp_path / "s"), ids)
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_a_layernorm_loses_its_mean(teachers, tmp_path):
+    made = make_student(teachers["cohere"], tmp_path / "s", hidden=32, texts=tiny.windows(4))
+    assert all(1e-4 < fit.error < 0.5 for fit in made.norms.values())
+    assert list(made.norms) == [
+        "model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "model.norm"
+    ]  # fmt: skip
 
 
 def _silence(model, dead):
-    """These channels of the residual stream are zero everywhere."""
+    """These channels of the residual stream are zero everywhere; the others are large, so that the
+    epsilon of a norm does not show.
+    """
     gemma = "gemma" in model.config.model_type
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, dead] = 0
+        model.model.embed_tokens.weight.mul_(30)[:, dead] = 0
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[0].endswith(("o_proj", "down_proj")):
-                parameter[dead] = 0
+                parameter.mul_(30)[dead] = 0
             elif name.endswith("norm.weight") and parameter.shape == (64,):
                 parameter[dead] = -1.0 * gemma
 
@@ -145,12 +144,11 @@ def test_channels_and_norms_by_hand(teachers, tmp_path):
     ins, outs = {}, {}
     for name, module in teacher.named_modules():
         if name.endswith("norm"):
-            module.register_forward_hook(
-                lambda m, args, out, name=name: (
-                    ins.update({name: args[0].reshape(-1, 64).double()}),
-                    outs.update({name: out.reshape(-1, 64).double()}),
-                )
-            )
+
+            def note(module, args, out, name=name):
+                ins[name], outs[name] = (x.reshape(-1, 64).double() for x in (args[0], out))
+
+            module.register_forward_hook(note)
     logits(teacher, windows.ids)
     scores = torch.stack([y.abs().mean(dim=0) for y in outs.values()]).mean(dim=0)
     kept = best(scores, 32)
@@ -221,8 +219,6 @@ def test_spread_keeps_both_ends(count, left, kept):
         ("llama", {"heads": 3}, "heads of 3 are no whole groups: 2 query heads share"),
         ("llama", {"intermediate": 0}, "intermediate of 0 cannot be cut"),
         ("llama", {"hidden": 32, "by": "luck"}, "by 'luck' is none of activation"),
-        ("cohere2", {"hidden": 32}, "heads of 8 and the teacher's have 16; give heads 2"),
-        ("cohere2", {"hidden": 48}, "give a hidden size in steps of 32"),
     ],
 )
 def test_what_cannot_be_made_is_one_sentence(family, asked, words, teachers, tmp_path):
