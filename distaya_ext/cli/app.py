@@ -27,6 +27,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -100,6 +101,8 @@ app.command("search")(search)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("demo")(demo)
 app.command("doctor")(doctor)

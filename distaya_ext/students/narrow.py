@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
+from ..models import Architecture
 from .importance import Fit
 from .shape import Shape, own_shape
 
@@ -113,6 +114,30 @@ class Knife:
             return weight
         scaled = (weight.double() + self.one_more) * factor - self.one_more
         return scaled.to(weight.dtype)
+
+
+def cut_size(
+    name: str, size: tuple[int, ...], shape: Shape, architecture: Architecture
+) -> tuple[int, ...]:
+    """Size of a stored tensor in a student of this shape, given its size in the teacher."""
+    module, _, suffix = name.rpartition(".")
+    part = module.rpartition(".")[2]
+    lengths = {
+        "hidden": shape.hidden,
+        "neurons": shape.intermediate,
+        "query heads": shape.heads,
+        "key heads": shape.kv_heads,
+        "query": shape.heads * shape.head_dim,
+        "key": shape.kv_heads * shape.head_dim,
+    }
+    if module in (architecture.embed, architecture.head):
+        return (size[0], shape.hidden) if suffix == "weight" else size
+    if part in _PER_HEAD:
+        return (lengths[_PER_HEAD[part]], *size[1:]) if len(size) == 2 else size
+    if part in _ROWS:
+        rows = lengths[_ROWS[part]]
+        return (rows,) if suffix == "bias" else (rows, lengths[_columns(part)])
+    return (shape.hidden,)
 
 
 def narrowed(channels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
