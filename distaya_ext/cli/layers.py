@@ -175,8 +175,8 @@ def score_table(found: Scores, config: Any, asked: list[str]) -> Table:
 
     from ..influence.scores import MEANING
 
-    heads = "; ".join(f"{score} = {MEANING[score]}" for score in asked)
-    shown = Table(title=f"mean over languages, worst language; {heads}", title_justify="left")
+    heads = "\n".join(f"{score}: {MEANING[score]}" for score in asked)
+    shown = Table(title=f"Means over languages, and the worst one\n{heads}", title_justify="left")
     shown.add_column("layer")
     kinds = list(getattr(config, "layer_types", None) or [])
     mixed = len(set(kinds)) > 1

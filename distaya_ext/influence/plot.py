@@ -13,7 +13,7 @@ from .scores import MEANING, Scores
 
 _MEAN, _EACH, _DROPPED = "#c8451b", "#9a9a9a", "#f3d9cf"
 _STYLES = {"layer": "-", "attention": "--", "MLP": ":"}
-_SPREAD = 20.0  # a score that spans more than this factor is shown on a logarithmic axis
+_SPREAD = 8.0  # where the largest value is more than this many medians, axes are logarithmic
 
 
 def need() -> None:
@@ -70,12 +70,16 @@ def _lines(axes: Any, scores: Scores, name: str, dropped: list[int]) -> None:
                 layers, scores.mean(name)[found], _STYLES[kind], color=_MEAN, label=kind,
                 marker="o" if kind == "layer" else None, markersize=3.5, linewidth=1.8,
             )  # fmt: skip
-    least = float(table.min())
-    if least > 0 and float(table.max()) > _SPREAD * least:
-        axes.set_yscale("log")
+    usual = float(np.median(np.abs(table)))
+    if float(table.max()) > _SPREAD * usual > 0:
+        if float(table.min()) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_yscale("symlog", linthresh=usual)
     axes.set_xticks(*_ticks(layers))
     axes.set_title(f"{name}: {MEANING[name]}", fontsize=8, loc="left")
     axes.tick_params(labelsize=7)
+    axes.minorticks_off()
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -88,9 +92,12 @@ def _map(figure: Any, scores: Scores, name: str, dropped: list[int]) -> None:
     table = scores.tables[name][rows]
     order = np.argsort(-table.mean(axis=0), kind="stable")  # the language hit hardest on top
     axes = figure.subplots()
-    norm = LogNorm() if table.min() > 0 and table.max() > _SPREAD * table.min() else None
+    wide = table.min() > 0 and table.max() > _SPREAD * np.median(table)
+    norm = LogNorm() if wide else None
     image = axes.imshow(table.T[order], aspect="auto", cmap="viridis", norm=norm)
-    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01).ax.tick_params(labelsize=7)
+    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01).ax.tick_params(
+        labelsize=7, which="both"
+    )
     axes.set_yticks(range(len(order)), [scores.languages.names[i] for i in order], fontsize=6.5)
     labels = [f"{layer}*" if layer in dropped else str(layer) for layer in layers]
     axes.set_xticks(range(len(layers)), labels, fontsize=7)

@@ -144,6 +144,7 @@ class Walk:
             module = self._load(layer)
             for chunk in range(len(self.ids)):
                 state.step(chunk, place, layer, module, told)
+            del module  # before the next one is read
             state.walked(layer)
         if left == self.layers:
             for chunk in range(len(self.ids)):
