@@ -33,16 +33,16 @@
 //   e_v <= |scale| (n + 4) u (sum_j |h_j| |W_vj| + |bias_v|) + 8 u cap
 //
 // e^x is off by 4 u, and by u |x| since x = z - m is rounded; E_p[m - z] is at most the entropy of
-// p. s and a are fp64 sums (CUDA: of fp32 sums over 8 entries, 8 u more). With e the largest e_v of
-// both, V the vocabulary, c = 5 (CUDA 13), d = z_p - z_q and mean E over p:
+// p. s and a are fp64 sums. With e the largest e_v of both, V the vocabulary, d = z_p - z_q, E the
+// mean over p and D = E|log(p / q) - KL|
 //
-//   |error of lse|  <= e + (c + ln V) u
-//   |error of -log| <= 2 e + (c + ln V) u + u |-log|
-//   |error of KL|   <= e (sum |p - q| + E|log(p / q) - KL|) + 2 (2 e)^2 e^(4 e)
-//                      + u (2 (c + ln V) + E[(c + m - z_p) |d - E d|] + 2 E|d| + KL)
+//   |error of lse|  <= e + (5 + ln V) u
+//   |error of -log| <= 2 e + (5 + ln V) u + u |-log|
+//   |error of KL|   <= e (sum |p - q| + D) + 6 e^2 (1 + D)                       if e <= 1 / 8
+//                      + u (2 (5 + ln V) + E[(5 + m - z_p) |d - E d|] + 2 E|d| + KL)
 //
-// the first term of which is first order in the logits and small where p is close to q. First
-// choices can differ from exact ones only where two logits lie within 2 e of each other.
+// whose first line, from the logits, is small where p is close to q. First choices can differ from
+// exact ones only where two logits lie within 2 e of each other.
 //
 // Scratch is bounded: kColumns rows of W and kRowsCpu or kRowsCuda of P and Q in fp32 at a time,
 // whatever the vocabulary. On the CPU results do not depend on how tokens and Qs are grouped; on
@@ -88,7 +88,7 @@ inline constexpr int64_t kRowsCpu = 2048, kRowsCuda = 4096;       // rows of P a
 struct Run {
   int64_t variants, tokens;
 
-  int64_t rows() const { return (1 + variants) * tokens; }
+  DISTAYA_HD int64_t rows() const { return (1 + variants) * tokens; }
 };
 
 inline Run run_of(int64_t variants, int64_t tokens, int64_t most) {

@@ -27,6 +27,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .layers import layers
+from .merge import merge
 from .search import search
 
 INTERRUPTED = 130
@@ -103,6 +104,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")
