@@ -26,6 +26,8 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .layers import layers
+from .merge import merge
 from .search import search
 from .students import shrink, students
 
@@ -98,12 +100,14 @@ def root(
 
 app.command("compress")(compress)
 app.command("search")(search)
+app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
+app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")
