@@ -13,7 +13,7 @@ from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.errors import InputError, UsageError
 from distaya_ext.students import make_student
 from distaya_ext.students.importance import best, by_activation
-from distaya_ext.students.make import spread
+from distaya_ext.students.layers import spread
 
 CPU = torch.device("cpu")
 # Every family narrower in all ways at once; cohere2 computes its heads' width and needs fewer.
@@ -120,6 +120,23 @@ def test_layers_that_stay_are_the_teachers(teachers, tmp_path):
     assert note["layers"] == [0, 3] == list(made.shape.layers) and note["layers_by"] == "named"
 
 
+def test_a_number_of_layers_keeps_the_influential(teachers, tmp_path):
+    """With texts by block influence, or by another score of distaya_ext.influence."""
+    teacher = load(teachers["llama"])
+    teacher.model.layers[0].self_attn.o_proj.weight.data.zero_()  # then layer 0 does nothing
+    teacher.model.layers[0].mlp.down_proj.weight.data.zero_()
+    teacher.save_pretrained(tmp_path / "t")
+    windows = tiny.windows(4)
+    for by in (None, "kl"):
+        out = tmp_path / f"s-{by}"
+        made = make_student(tmp_path / "t", out, layers=2, texts=windows, layers_by=by)
+        assert made.shape.layers == (1, 2) and made.layers_by == (by or "bi")
+    ids = tiny.windows(2, 9).ids
+    torch.testing.assert_close(logits(load(out), ids), logits(teacher, ids))
+    made = make_student(tmp_path / "t", tmp_path / "s", layers=2)
+    assert made.shape.layers == (0, 2) and made.layers_by == "spread"
+
+
 def test_neurons_by_hand(teachers, tmp_path):
     """mean |act(gate) * up| over all tokens decides, and rows and columns go together."""
     teacher, windows = load(teachers["llama"]), tiny.windows()
@@ -211,6 +228,7 @@ def test_spread_keeps_both_ends(count, left, kept):
     [
         ("llama", {}, "would be its teacher"),
         ("llama", {"layers": 4}, "4 layers cannot be cut out of the teacher's 3"),
+        ("llama", {"layers": 2, "layers_by": "age"}, "layers_by 'age' is none of kl, ppl, bi"),
         ("llama", {"layers": [0, 7]}, "not different layers of the teacher's 3, from 0 to 2"),
         ("llama", {"layers": [1, 1]}, "not different layers"),
         ("llama", {"layers": []}, "at least one must stay"),

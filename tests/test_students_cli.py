@@ -76,4 +76,16 @@ def test_refusals(model, texts, tmp_path):
     refused(3, "students", tmp_path, "--texts", texts, "--budget", "1B", words=["is empty"])
     refused(2, "shrink", model, "--out", tmp_path / "s", "--hidden", 16, words=["seen on texts"])
     refused(2, "shrink", model, "--out", tmp_path / "s", words=["would be its teacher"])
+    refused(
+        2,
+        "shrink",
+        model,
+        "--out",
+        tmp_path / "s",
+        "--layers",
+        1,
+        "--layers-by",
+        "bi",
+        words=["seen on texts"],
+    )
     assert not (tmp_path / "s").exists()

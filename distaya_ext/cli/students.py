@@ -67,7 +67,11 @@ def students(
         print_json(found.to_dict())
         return
     screen = console()
-    for table in (size_table(found), text_table(found), language_table(found)):
+    screen.print(size_table(found))
+    for row in found.rows:
+        if row.error:
+            screen.print(f"{row.name}: {row.error}", markup=False, soft_wrap=True)
+    for table in (text_table(found), language_table(found)):
         screen.print(table)
     for line in advice(found):
         screen.print(line, markup=False, soft_wrap=True)
@@ -89,6 +93,10 @@ def shrink(
     by: Annotated[
         str, typer.Option(help="Width by activation (needs --texts), magnitude or random.")
     ] = "activation",
+    layers_by: Annotated[
+        str | None,
+        typer.Option(help="bi, kl, ppl, angular or l2 on --texts (see layers), or spread evenly."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the texts looked at.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the windows, and of chance.")] = 0,
@@ -113,6 +121,7 @@ def shrink(
         heads=heads,
         texts=texts,
         by=by,
+        layers_by=layers_by,
         tokens=tokens,
         window=window,
         seed=seed,
@@ -176,23 +185,24 @@ def size_table(found: Table) -> Screen:
     screen = Screen(title=f"budget {found.budget:,} parameters", title_justify="left")
     for head in ("", "student", "type"):
         screen.add_column(head, overflow="fold")
-    heads = ["layers", "hidden", "MLP", "heads/kv", "vocab", "tied", "parameters", "embedding"]
-    for head in [*heads, "weights", "KV/token"]:
-        screen.add_column(head, justify="right")
+    heads = ["layers x hidden", "MLP", "heads/kv", "vocab"]
+    for head in [*heads, "parameters", "embedding", "weights", "KV/token"]:
+        screen.add_column(head, justify="right", no_wrap=head == "parameters")
     screen.add_column("licence", overflow="fold")
     for number, row in _numbered(found):
         if row.facts is None:
             screen.add_row(number, row.name, "cannot be read")
             continue
         x = row.facts
-        numbers = [x.layers, x.hidden, x.intermediate, f"{x.heads}/{x.kv_heads}", x.vocabulary]
         ends = count_text(x.embedding + x.head)
         screen.add_row(
             number,
             row.name,
             x.model_type,
-            *map(str, numbers),
-            "yes" if x.tied else "no",
+            f"{x.layers} x {x.hidden}",
+            str(x.intermediate),
+            f"{x.heads}/{x.kv_heads}",
+            f"{x.vocabulary}{' tied' if x.tied else ''}",
             f"{x.parameters:,}",
             ends,
             size(x.weight_bytes),
@@ -269,9 +279,8 @@ def language_table(found: Table) -> Screen:
 
 
 def advice(found: Table) -> list[str]:
-    """The choice in sentences, and what could not be used."""
-    lines = [f"{row.name}: {row.error}" for row in found.rows if row.error]
-    lines += [f"note: {note}" for note in found.notes]
+    """The choice in sentences, and how to make it where it is not there yet."""
+    lines = [f"note: {note}" for note in found.notes]
     best = found[found.advice.name]
     lines.append(f"Take {best.name}.")
     lines += [f"  {reason}" for reason in found.advice.reasons]

@@ -67,7 +67,9 @@ def _guard(row: Row, able: Sequence[Row]) -> str | None:
 
 
 def _none_fits(rows: Sequence[Row], budget: int) -> str:
-    known = [row for row in rows if row.facts is not None]
+    known = [row for row in rows if row.facts is not None and row.error is None]
+    if not rows:
+        return f"no shape of the teacher fits into {count_text(budget)} parameters"
     if not known:
         return f"no candidate can be read; {rows[0].name}: {rows[0].error}"
     least = min(known, key=lambda row: row.facts.parameters)

@@ -93,9 +93,9 @@ def sample(
             else:
                 rest[lang].append(document)
             if read < lines:
-                here = [line for line in document[: lines - read].splitlines() if line.strip()]
-                single[lang] += here
-                read += sum(map(len, here))
+                here = document[: lines - read]
+                single[lang] += [line for line in here.splitlines() if line.strip()]
+                read += len(here)
         if not pieces[lang] or not single[lang]:
             raise InputError(f"the texts hold nothing to score in {lang}")
     return Sample(pieces, single, rest)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from .importance import (
     by_magnitude,
     fit_norms,
 )
+from .layers import choose_layers, how_layers
 from .narrow import Kept, Knife, narrowed
 from .shape import Shape, config_json, own_shape, plan, skeleton
 
@@ -92,6 +92,7 @@ def make_student(
     heads: int | None = None,
     texts: Any = None,
     by: str = "activation",
+    layers_by: str | None = None,
     tokens: int = 16384,
     window: int = 256,
     seed: int = 0,
@@ -102,7 +103,7 @@ def make_student(
     """Write a plain Hugging Face folder whose weights are those of the teacher that matter most.
 
     teacher        local dense folder or hub id, of a family in the architecture table
-    layers         a list of layers that stay, or how many: spread evenly, first and last among them
+    layers         a list of layers that stay, or how many
     hidden         channels of the residual stream that stay; each norm over them is rescaled by
                    least squares (importance.fit_norms), and the error left is in the result
     intermediate   MLP neurons that stay in each layer
@@ -111,6 +112,9 @@ def make_student(
                    windows as texts.windows returns them: what activations are looked at
     by             what decides about width: activation (Minitron, arXiv 2407.14679; needs texts),
                    magnitude of weights, or random
+    layers_by      which layers stay when only their number is said: those that bi, kl, ppl, angular
+                   or l2 of distaya_ext.influence leave, or spread: evenly, the first and the last
+                   among them. None: bi where there are texts, spread where there are none
 
     Layers go first, and the width of what is left is judged without them. Reads tensor by tensor;
     one decoder layer and the embedding are in memory at a time, `out` appears when it is complete.
@@ -123,8 +127,12 @@ def make_student(
     check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     checkpoint = open_checkpoint(teacher, offline=offline)
     check_companions(checkpoint.folder)
-    chosen, layers_by = choose_layers(checkpoint, layers)
-    shape = plan(checkpoint, layers=chosen, hidden=hidden, intermediate=intermediate, heads=heads)
+    most = checkpoint.config.num_hidden_layers
+    counted = isinstance(layers, int)
+    if counted and not 1 <= layers <= most:
+        raise UsageError(f"{layers} layers cannot be cut out of the teacher's {most}")
+    first = list(range(layers)) if counted else layers  # any as many, to see whether they fit
+    shape = plan(checkpoint, layers=first, hidden=hidden, intermediate=intermediate, heads=heads)
     own = own_shape(checkpoint)
     if shape == own:
         raise UsageError(
@@ -132,16 +140,22 @@ def make_student(
         )
     width = (shape.hidden, shape.intermediate, shape.heads)
     narrower = width != (own.hidden, own.intermediate, own.heads)
-    cut = checkpoint.without([i for i in own.layers if i not in shape.layers])
+    needs_texts = narrower and by == "activation"
+    layers_by, needed = how_layers(layers_by, counted and layers < most, texts)
+    if not layers_by:
+        layers_by = "named" if len(shape.layers) < most else "all"
+    if texts is None and (needs_texts or needed):
+        raise UsageError(
+            "which layers, channels, neurons and heads matter is seen on texts and none are given; "
+            "by='magnitude' and layers_by='spread' need none"
+        )
     calibration = None
-    if narrower:
-        if texts is None and by == "activation":
-            raise UsageError(
-                "which channels, neurons and heads matter is seen on texts and none are given; "
-                "by='magnitude' looks at the weights alone"
-            )
-        if texts is not None:
-            calibration = _calibration(texts, cut, tokens, window, seed, place)
+    if texts is not None and (narrower or needed):
+        calibration = _calibration(texts, checkpoint, tokens, window, seed, place)
+    if counted and layers < most:
+        left = choose_layers(checkpoint, layers, layers_by, calibration, device)
+        shape = replace(shape, layers=tuple(left))
+    cut = checkpoint.without([i for i in own.layers if i not in shape.layers])
     kept, fits = _decide(cut, shape, by if narrower else None, calibration, seed, place)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
         parameters, size = _write(checkpoint, cut, shape, kept, fits, staging)
@@ -162,25 +176,6 @@ def make_student(
         _note(made, staging.model)
         staging.publish()
     return made
-
-
-def choose_layers(
-    checkpoint: Checkpoint, layers: int | Sequence[int] | None
-) -> tuple[list[int] | None, str]:
-    """The layers that stay (None: all) and how they were chosen."""
-    count = checkpoint.config.num_hidden_layers
-    if layers is None:
-        return None, "all"
-    if not isinstance(layers, int):
-        return list(layers), "named"
-    if not 1 <= layers <= count:
-        raise UsageError(f"{layers} layers cannot be cut out of the teacher's {count}")
-    return spread(count, layers), "spread"
-
-
-def spread(count: int, left: int) -> list[int]:
-    """`left` of `count` layers, evenly spread, the first and the last among them (1: the first)."""
-    return sorted({math.floor(i * (count - 1) / max(1, left - 1) + 0.5) for i in range(left)})
 
 
 def _calibration(

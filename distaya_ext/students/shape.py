@@ -30,10 +30,6 @@ class Shape:
         """Plain numbers for JSON."""
         return {**asdict(self), "layers": list(self.layers)}
 
-    def name(self) -> str:
-        """A short name, such as 6x1024-mlp2816-heads8."""
-        return f"{len(self.layers)}x{self.hidden}-mlp{self.intermediate}-heads{self.heads}"
-
 
 def own_shape(checkpoint: Checkpoint) -> Shape:
     """The teacher's own."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..checkpoint import Checkpoint
-from .make import spread
+from .layers import spread
 from .narrow import cut_size
 from .shape import Shape, own_shape
 
@@ -45,13 +45,6 @@ def derive(checkpoint: Checkpoint, budget: int) -> dict[str, Shape]:
         if shape is not None and shape not in found.values() and shape != own:
             found[name] = shape
     return found
-
-
-def smallest(checkpoint: Checkpoint) -> int:
-    """Parameters of the smallest shape that derive() would try."""
-    own = own_shape(checkpoint)
-    ends = [replace(own, layers=own.layers[:1]), list(_widths(own))[-1]]
-    return min(parameters(checkpoint, shape) for shape in ends)
 
 
 def parameters(checkpoint: Checkpoint, shape: Shape) -> int:

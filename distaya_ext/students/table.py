@@ -219,7 +219,7 @@ class _Run:
         checkpoint, rows = self._teacher, []
         for cut, shape in derive(checkpoint, self.budget).items():
             sizes = count(skeleton(checkpoint, shape), checkpoint.architecture)
-            row = Row(f"{cut} {shape.name()}", shape, cut, sizes, teacher.tokenized, True)
+            row = Row(f"cut by {cut}", shape, cut, sizes, teacher.tokenized, True)
             rows.append(row)
         if not rows and teacher.facts.parameters <= self.budget:
             self.notes.append(
@@ -275,10 +275,10 @@ class _Run:
         shape, config = row.shape, self._teacher.config
         with tempfile.TemporaryDirectory(prefix="distaya-students-") as scratch:
             out = Path(scratch) / "student"
-            make_student(
+            made = make_student(
                 self._teacher.folder,
                 out,
-                layers=shape.layers,
+                layers=len(shape.layers),
                 hidden=shape.hidden,
                 intermediate=shape.intermediate,
                 heads=shape.heads,
@@ -287,7 +287,11 @@ class _Run:
                 seed=self.seed,
                 device=self.device,
             )
-            return self._loss(str(out))
+            row.shape = made.shape  # with the layers that were chosen
+            try:
+                return self._loss(str(out))
+            except DistayaError as error:
+                raise type(error)(str(error).replace(str(out), row.name)) from error
 
     def _step(self, done: int, total: int, name: str) -> None:
         if self.on_step is not None:
