@@ -29,7 +29,17 @@ def test_shrink_then_students(model, texts, tmp_path):
     assert told["layers"] == [0] and told["layers_by"] == "spread"
     student = AutoModelForCausalLM.from_pretrained(out)
     assert told["parameters"] == sum(p.numel() for p in student.parameters())
-    arguments = ["students", out, tmp_path / "gone", "--teacher", model, "--texts", texts]
+    arguments = [
+        "students",
+        out,
+        tmp_path / "gone",
+        "no/such",
+        "--offline",
+        "--teacher",
+        model,
+        "--texts",
+        texts,
+    ]
     arguments += ["--budget", told["parameters"], "--characters", 60]
     result = distaya(*arguments, "--json", "--quiet")
     assert result.exit_code == 0, result.stderr
@@ -39,6 +49,7 @@ def test_shrink_then_students(model, texts, tmp_path):
     assert (
         by_name[str(out)]["same_tokenizer"] and "gone" in by_name[str(tmp_path / "gone")]["error"]
     )
+    assert "in the local hub cache (offline)" in by_name["no/such"]["error"]
     assert set(found["teacher"]["bits_per_byte"]["languages"]) == {"en", "es", "ja"}
     assert found["recommended"] in by_name
     shown = distaya(*arguments, "--no-shapes")

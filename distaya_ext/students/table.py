@@ -26,6 +26,7 @@ from .shapes import derive
 
 LINES = 16  # times the characters scored are tokenised
 _WINDOW = 128  # tokens, of the texts that shapes are cut by
+_ENOUGH = 8 * _WINDOW  # characters of a language that make a window with any tokenizer in use
 OnStep = Callable[[int, int, str], None]
 
 
@@ -266,10 +267,10 @@ class _Run:
 
     def _made(self, row: Row) -> Loss:
         """Make the student of a derived shape, score it, and throw it away."""
-        texts: Any = {lang: rest for lang, rest in self.sample.rest.items() if rest}
-        if len(texts) < len(self.sample.rest):
-            texts = {lang: lines for lang, lines in self.sample.lines.items() if lines}
-            note = "the texts are few, so shapes are judged on lines that their cut has seen"
+        texts: Any = self.sample.rest
+        if min(sum(map(len, rest)) for rest in texts.values()) < _ENOUGH:
+            texts = self.sample.lines
+            note = "the texts are few, so shapes are scored on lines that their cut has seen"
             if note not in self.notes:
                 self.notes.append(note)
         shape, config = row.shape, self._teacher.config
