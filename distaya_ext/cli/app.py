@@ -26,8 +26,10 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .layers import layers
 from .merge import merge
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -98,9 +100,12 @@ def root(
 
 app.command("compress")(compress)
 app.command("search")(search)
+app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)
