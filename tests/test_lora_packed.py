@@ -68,7 +68,7 @@ def test_lora_stays_beside_codes_and_loads_again_bit_for_bit(root, tmp_path, fam
     shapes = {name: merge.linear_shapes(source)[name] for name in source.linears()}
     added = (
         8
-        * sum(4 * 4 * (r + c) for r, c in shapes.values())
+        * sum(4 * 2 * (r + c) for r, c in shapes.values())
         / sum(r * c for r, c in shapes.values())
     )
     assert report.bits_per_weight == pytest.approx(report.bits_per_weight_before + added)

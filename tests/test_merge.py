@@ -100,9 +100,10 @@ def test_merging_into_quantised_weights_keeps_the_adapter_beside(root, theirs, t
     assert "6 with LoRA beside" in done.stderr and "note: 6 quantised" in done.stderr
     ours = trained.logits(distaya_ext.load(out, dtype="float32", exact=True))
     twin = AutoModelForCausalLM.from_pretrained(packed.parent / "twin", dtype=torch.float32)
-    for adapter in (theirs, out / "adapter"):  # a standard folder, which PEFT itself loads
+    # A standard folder, which PEFT itself loads; ours is theirs in bfloat16, as the scales are.
+    for adapter, within in ((theirs, 1e-2), (out / "adapter", 1e-4)):
         other = PeftModel.from_pretrained(twin, adapter)
-        torch.testing.assert_close(ours, trained.logits(other), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, trained.logits(other), rtol=within, atol=within)
         twin = other.unload()
     looked = distaya("inspect", out)
     assert "LoRA of rank 2 and 4 beside 6 matrices" in looked.stdout
@@ -117,7 +118,9 @@ def test_a_second_adapter_adds_up(root, theirs, tmp_path):
     )
     for name, low in single.low_rank.items():
         assert double.low_rank[name].rank == 2 * low.rank
-        torch.testing.assert_close(double.low_rank[name].delta(), 2 * low.delta())
+        size = 2 * (low.B.abs().float() * low.scaling) @ low.A.abs().float()
+        within = 3 * 2**-9 * size + 1e-7  # A and B times their factor, in bfloat16
+        assert ((double.low_rank[name].delta() - 2 * low.delta()).abs() <= within).all()
     merge_adapter(one, one / "adapter", tmp_path / "same")
     again = read_adapter(tmp_path / "same" / "adapter", open_checkpoint(one, packed=True))
     assert all(torch.equal(again.low_rank[n].A, e.A) for n, e in single.low_rank.items())

@@ -225,7 +225,7 @@ def _low_rank(
     for part in ("lora_A", "lora_B"):
         if part not in parts:
             raise InputError(f"the adapter lacks {name}.{part}.weight")
-    A, B = parts["lora_A"].float(), parts["lora_B"].float()
+    A, B = parts["lora_A"], parts["lora_B"]
     rows, cols = shapes[name]
     rank = _of(config, "rank_pattern", name, config.get("r", 8))
     if not isinstance(rank, int) or rank < 1 or A.shape != (rank, cols) or B.shape != (rows, rank):

@@ -49,8 +49,8 @@ def put_adapter(
     folder.mkdir(exist_ok=True)
     held: dict[str, Tensor] = {}
     for name, each in low_rank.items():
-        held[f"{ABOVE}{name}.lora_A.weight"] = each.A.float().contiguous()
-        held[f"{ABOVE}{name}.lora_B.weight"] = each.B.float().contiguous()
+        held[f"{ABOVE}{name}.lora_A.weight"] = each.A.contiguous()
+        held[f"{ABOVE}{name}.lora_B.weight"] = each.B.contiguous()
     for name, tensor in (tensors or {}).items():
         held[f"{ABOVE}{name}"] = tensor.contiguous()
     about = {"format": "pt"} | ({MASKED: "true"} if masked else {})

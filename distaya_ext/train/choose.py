@@ -51,10 +51,12 @@ def is_lora(module: nn.Module) -> bool:
 
 
 def low_rank_of(layer: Any) -> LowRank:
+    """What LoRA learnt: float32 where it will be merged, else in the dtype it is stored in."""
+    from .lora import LoraBeside, stored_dtype
+
     (name,) = layer.lora_A.keys()
-    A, B = (
-        part[name].weight.detach().to("cpu", torch.float32) for part in (layer.lora_A, layer.lora_B)
-    )
+    dtype = stored_dtype(layer) if isinstance(layer, LoraBeside) else torch.float32
+    A, B = (part[name].weight.detach().to("cpu", dtype) for part in (layer.lora_A, layer.lora_B))
     return LowRank(A, B, float(layer.lora_alpha[name]))
 
 

@@ -35,7 +35,7 @@ from ..errors import InputError
 from .adapter import linear_shapes, read_adapter
 from .adapter_write import put_adapter
 from .learned import Learned, LowRank, is_pruned, rounded
-from .verify import check, check_fits, learns, scale_name, stays_beside
+from .verify import beside, check, check_fits, learns, scale_name, stays_beside
 
 _SHARD = 1 << 30
 BESIDE = (
@@ -126,24 +126,24 @@ def write_trained(
     check_fits(source, learned)
     check_companions(source.folder)
     found = Merged(out, notices=list(notices))
-    beside = {n: e for n, e in learned.low_rank.items() if stays_beside(source, n)}
+    kept = beside(source, learned)
     with Staging(out, overwrite=overwrite, source=source.folder) as staging:
-        check_disk(staging.root, source.nbytes + sum(each.nbytes for each in beside.values()))
+        check_disk(staging.root, source.nbytes + sum(each.nbytes for each in kept.values()))
         writer = ShardWriter(staging.model, _SHARD)
         for name in source.entries:
             writer.add(name, _new(source, learned, name, found))
         shards = writer.finish()
         copy_companions(source.folder, staging.model)
-        if beside:
-            found.beside = list(beside)
-            found.adapter_bytes = put_adapter(staging.model / ADAPTER, beside)
-            text = BESIDE.format(count=len(beside), bytes=found.adapter_bytes)
+        if kept:
+            found.beside = list(kept)
+            found.adapter_bytes = put_adapter(staging.model / ADAPTER, kept)
+            text = BESIDE.format(count=len(kept), bytes=found.adapter_bytes)
             found.notices.append(text)
             (staging.model / ADAPTER / "README.md").write_text(text + ".\n", encoding="utf-8")
         found.file_bytes = sum(path.stat().st_size for path in shards)
         found.checked = check(source, staging.model, learned)
         found.bits_per_weight_before = _bits(source, 0)
-        found.bits_per_weight = _bits(source, sum(each.nbytes for each in beside.values()))
+        found.bits_per_weight = _bits(source, sum(each.nbytes for each in kept.values()))
         _mark(source.folder, staging.model)
         text = json.dumps(found.summary(), indent=2, ensure_ascii=False) + "\n"
         (staging.model / "merge.json").write_text(text, encoding="utf-8")
@@ -207,8 +207,8 @@ def _bits(source: Checkpoint, added: int) -> float:
 
 def _added(one: LowRank, two: LowRank) -> LowRank:
     """The sum of two updates, as one of the sum of their ranks."""
-    A = torch.cat([one.A, two.A])
-    B = torch.cat([one.B * one.scaling, two.B * two.scaling], dim=1)
+    A = torch.cat([one.A.float(), two.A.float()])
+    B = torch.cat([one.B.float() * one.scaling, two.B.float() * two.scaling], dim=1)
     return LowRank(A, B, float(len(A)))
 
 

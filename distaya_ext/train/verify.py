@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,13 +10,29 @@ import torch
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, UsageError
 from .adapter import linear_shapes, read_adapter
-from .learned import Learned, is_pruned
+from .learned import Learned, LowRank, is_pruned
 
 
 def stays_beside(source: Checkpoint, name: str) -> bool:
     """Whether LoRA of this Linear cannot be merged, because its weights are quantised."""
+    return _held_by(source, name) in source.stored
+
+
+def _held_by(source: Checkpoint, name: str) -> str:
+    """The module whose tensors a Linear multiplies with: the embedding, for a head tied to it."""
     table = source.architecture
-    return (table.embed if name == table.head and source.tied else name) in source.stored
+    return table.embed if name == table.head and source.tied else name
+
+
+def beside(source: Checkpoint, learned: Learned) -> dict[str, LowRank]:
+    """LoRA that cannot be merged, rounded to the dtype of its matrix' scales, as it is stored."""
+    found = {}
+    for name, each in learned.low_rank.items():
+        if stays_beside(source, name):
+            where = _held_by(source, name)
+            dtype = source.entries[f"{where}.{scale_name(source, where)}"].dtype
+            found[name] = replace(each, A=each.A.to(dtype), B=each.B.to(dtype))
+    return found
 
 
 def check(source: Checkpoint, folder: Path, learned: Learned | None = None) -> int:
@@ -52,7 +69,7 @@ def check(source: Checkpoint, folder: Path, learned: Learned | None = None) -> i
 
 
 def _check_adapter(source: Checkpoint, fresh: Checkpoint, learned: Learned) -> None:
-    wanted = {n: e for n, e in learned.low_rank.items() if stays_beside(source, n)}
+    wanted = beside(source, learned)
     held = read_adapter(fresh.adapter, fresh).low_rank if fresh.adapter is not None else {}
     same = held.keys() == wanted.keys() and all(
         torch.equal(held[n].A, e.A) and torch.equal(held[n].B, e.B) and held[n].alpha == e.alpha
