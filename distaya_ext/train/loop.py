@@ -116,7 +116,8 @@ class Loop:
         self._count += count
         loss = float(found["loss"].detach())
         if not math.isfinite(loss):
-            parts = {name: float(term) for name, term in found.items() if name != "count"}
+            parts: dict[str, float] = {}
+            self._add(parts, found, 1.0)
             raise Diverged(f"the loss is {loss} ({_listed(parts)}) over {count:g} labels")
         return (found["loss"] * count).to("cpu")
 
