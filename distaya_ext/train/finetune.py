@@ -72,6 +72,7 @@ def finetune(
     spec = spec or TrainSpec()
     tell = on_event or (lambda event: None)
     check_packages()
+    find_device(device)
     checkpoint = open_checkpoint(model, offline=offline, packed=True)
     check_place(out, checkpoint.folder, overwrite)
     check_window(spec.window, checkpoint.config)

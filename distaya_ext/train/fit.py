@@ -56,7 +56,7 @@ class Course:
         """As plain JSON, without paths."""
         fields = asdict(self)
         del fields["metrics"], fields["work"]
-        return fields
+        return {**fields, "held_out": [list(pair) for pair in self.held_out]}
 
 
 def fit(
@@ -104,7 +104,7 @@ def fit(
                 stopped = told()
         except Diverged as error:
             raise _given_up(loop, str(error)) from None
-        if stopped is not None and loop.step < spec.steps:
+        if stopped is not None:
             name = signal.Signals(stopped).name
             loop.tell(Stopped(f"{name} after step {loop.step} of {spec.steps}"))
             signal.raise_signal(stopped)
