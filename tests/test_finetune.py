@@ -21,14 +21,14 @@ from distaya_ext.train.spec import TrainSpec
 
 NANO = Path(distaya_ext.__file__).parent / "assets" / "nano-aya"
 TEXTS = {
-    lang: (NANO.parent / "texts" / "calibration" / f"{lang}.txt").read_text().splitlines()
+    lang: (NANO.parent / "texts" / "calibration" / f"{lang}.txt").read_text().splitlines()[:6]
     for lang in ("en", "fr")
 }
 SPEC = TrainSpec(
     rank=4,
     steps=3,
     window=64,
-    batch_tokens=512,
+    batch_tokens=256,
     learning_rate=1e-3,
     warmup=0.0,
     held_out=0.25,
