@@ -75,7 +75,7 @@ def sparse_divergence(
 
 def top(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What sparse_divergence takes of a teacher's logits [..., vocabulary]: log p of its k most
-    probable tokens, largest first, their ids, and the log of what is left (-inf for k = vocabulary).
+    probable tokens, largest first, their ids, and the log of what is left (-inf: nothing is).
     """
     log_p = torch.log_softmax(_wide(teacher), dim=-1)
     values, ids = log_p.topk(k, dim=-1)
