@@ -7,25 +7,16 @@ reason, so that no adapter is ever applied in part.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoint import Checkpoint, Staging, check_finite
-from ..checkpoint.entry import FLOATS, shape_text, some
-from ..checkpoint.folder import contained, read_json
+from ..checkpoint import Checkpoint
+from ..checkpoint.entry import some
+from ..checkpoint.folder import read_json
 from ..errors import InputError, UsageError
-from ..formats.scheme import check_pattern
-from .learned import Learned, LowRank
+from .learned import LowRank
 
 FOLDER = "adapter"  # beside the model it belongs to
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -92,7 +92,7 @@ def inject(model: nn.Module, names: Sequence[str], rank: int, alpha: float, seed
     """Put LoRA of this rank beside the modules of these names, A drawn with the seed, B 0."""
     if not names:
         return
-    _place(model, names, {name: (rank, alpha) for name in names})
+    _place(model, names, dict.fromkeys(names, (rank, alpha)))
     rng = torch.Generator().manual_seed(seed)
     for name in names:
         layer = model.get_submodule(name)
