@@ -42,7 +42,7 @@ def small_shards(monkeypatch):
 
 
 def layout(teacher, ids, k=K, vocabulary=VOCAB):
-    about = fingerprint(teacher.checkpoint, torch.float32, ids, k)
+    about = fingerprint(teacher.checkpoint, "float32", ids, k)
     return Layout(len(ids), ids.shape[1] - 1, k, vocabulary, about)
 
 
@@ -179,9 +179,9 @@ def test_another_teacher_text_or_k_is_refused(tmp_path, teacher, ids):
 
 
 def test_the_fingerprint_does_not_move_by_itself(teacher, ids):
-    first = fingerprint(teacher.checkpoint, torch.float32, ids, K)
-    assert first == fingerprint(open_checkpoint(teacher.folder), torch.float32, ids.clone(), K)
-    assert first != fingerprint(teacher.checkpoint, torch.bfloat16, ids, K)
+    first = fingerprint(teacher.checkpoint, "float32", ids, K)
+    assert first == fingerprint(open_checkpoint(teacher.folder), "float32", ids.clone(), K)
+    assert first != fingerprint(teacher.checkpoint, "bfloat16", ids, K)
     assert json.loads(first)["k"] == K
 
 

@@ -129,31 +129,34 @@ def _fits(layout: Layout, room: int) -> str:
     return f"{k} would fit" if k else "not even one token a position would fit"
 
 
-def fingerprint(teacher: Checkpoint, dtype: torch.dtype, ids: torch.Tensor, k: int) -> str:
-    """JSON of what a cache depends on: the teacher's files (config, and of the weights name, size,
-    time and header), the dtype it runs in, the text's token ids and k.
+def fingerprint(teacher: Checkpoint, precision: str, ids: torch.Tensor, k: int) -> str:
+    """JSON of what a cache depends on: the teacher's files, what it runs in, the text's token ids
+    and k.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update((teacher.folder / "config.json").read_bytes())
-    for path in sorted({entry.path for entry in teacher.entries.values()}):
-        about = path.stat()
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns} ".encode() + header)
-    digest.update(repr(teacher.source_layers).encode())
     text = hashlib.blake2b(ids.cpu().contiguous().numpy().tobytes(), digest_size=16)
     return json.dumps(
         {
             "format": 1,
-            "teacher": digest.hexdigest(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "teacher": files_digest(teacher),
+            "precision": precision,
             "texts": text.hexdigest(),
             "rows": list(ids.shape),
             "k": k,
         },
         indent=2,
     )
+
+
+def files_digest(checkpoint: Checkpoint) -> str:
+    """Of the files of a model: config.json, and of the weights name, size, time and header."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update((checkpoint.folder / "config.json").read_bytes())
+    for path in sorted({entry.path for entry in checkpoint.entries.values()}):
+        about = path.stat()
+        with open(path, "rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns} ".encode() + header)
+    return digest.hexdigest()
 
 
 class Cache:

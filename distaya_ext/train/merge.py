@@ -220,7 +220,9 @@ def _check_fits(source: Checkpoint, learned: Learned) -> None:
         before = read_adapter(source.adapter, source)
         lost = [name for name in before.low_rank if name not in learned.low_rank]
         if lost := lost + [name for name in before.tensors if name not in learned.tensors]:
-            raise InputError(f"the adapter in {source.folder.name} holds {lost[0]}, which would be lost")
+            raise InputError(
+                f"the adapter in {source.folder.name} holds {lost[0]}, which would be lost"
+            )
 
 
 def _learns(source: Checkpoint, learned: Learned, name: str) -> bool:
