@@ -56,6 +56,8 @@ def test_absent_layers_are_named_with_both_depths():
 def test_source_layers_are_read_where_they_fit(tmp_path, dropped, wanted):
     (tmp_path / "results.json").write_text(json.dumps({"dropped_layers": dropped}))
     assert source_layers(tmp_path, 4, 6) == wanted
+    (tmp_path / "results.json").rename(tmp_path / "training.json")
+    assert source_layers(tmp_path, 4, 6) == wanted
 
 
 def test_folders_of_others_have_no_source_layers(tmp_path):

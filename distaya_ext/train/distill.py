@@ -81,7 +81,12 @@ def distill(
     )
     for note in training.notes:
         tell(Notice(note))
-    about = {"teacher": str(teacher), "student": str(student), "states": states}
+    about = {
+        "teacher": str(teacher),
+        "student": str(student),
+        "states": states,
+        "dropped_layers": pairing.dropped_layers(*pair),
+    }
     return _by_tokens(pair, states, training, held_out, out, spec, about, **where)
 
 

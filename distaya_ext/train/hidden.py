@@ -23,18 +23,20 @@ Pairs = list[tuple[int, int]]
 
 
 def source_layers(folder: Path, depth: int, teacher_depth: int) -> tuple[int, ...] | None:
-    """Which of the teacher's layers the student in a folder of ours still has, from its
-    results.json; None where nothing was dropped or the numbers do not fit this teacher.
+    """Which of the teacher's layers the student in a folder of ours still has, from results.json
+    or, where it was trained since, training.json; None where nothing was dropped or the numbers do
+    not fit this teacher.
     """
-    try:
-        about = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        dropped = sorted(about["dropped_layers"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # another writer's folder, or one of ours that is whole
-    known = all(type(i) is int and 0 <= i < teacher_depth for i in dropped)
-    if not dropped or not known or len(set(dropped)) != teacher_depth - depth:
-        return None
-    return tuple(i for i in range(teacher_depth) if i not in dropped)
+    for name in ("results.json", "training.json"):
+        try:
+            about = json.loads((folder / name).read_text(encoding="utf-8"))
+            dropped = sorted(about["dropped_layers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another writer's folder, or one of ours that is whole
+        known = all(type(i) is int and 0 <= i < teacher_depth for i in dropped)
+        if dropped and known and len(set(dropped)) == teacher_depth - depth:
+            return tuple(i for i in range(teacher_depth) if i not in dropped)
+    return None
 
 
 def pairs(

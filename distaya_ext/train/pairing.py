@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from ..models.skeleton import build_skeleton
@@ -58,7 +56,20 @@ def state_pairs(loss: LossSpec, teacher: Checkpoint, student: Checkpoint) -> Pai
     if not loss.cosine + loss.mse:
         return []
     depth, deep = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-    return pairs(loss.layers, depth, deep, source_layers(Path(student.folder), depth, deep))
+    return pairs(loss.layers, depth, deep, kept_layers(teacher, student))
+
+
+def kept_layers(teacher: Checkpoint, student: Checkpoint) -> tuple[int, ...] | None:
+    """Layers of the teacher that are the student's, where it is the teacher without some."""
+    depths = (each.config.num_hidden_layers for each in (student, teacher))
+    return source_layers(student.folder, *depths)
+
+
+def dropped_layers(teacher: Checkpoint, student: Checkpoint) -> list[int]:
+    """Layers of the teacher that the student is without, where it is otherwise the teacher."""
+    kept = kept_layers(teacher, student)
+    every = range(teacher.config.num_hidden_layers)
+    return [] if kept is None else [i for i in every if i not in kept]
 
 
 def common_logits(teacher: Checkpoint, student: Checkpoint) -> int | None:
