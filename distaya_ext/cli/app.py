@@ -24,6 +24,7 @@ from .demo import demo
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
+from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
@@ -101,6 +102,7 @@ app.command("search")(search)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("finetune")(finetune)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)

@@ -31,11 +31,14 @@ _SHOWN = ("metrics.jsonl", "loss.png", "loss.svg")
 
 @dataclass(frozen=True)
 class Trained:
-    """A published result: where it is, how the training went, and its record (training.json)."""
+    """A published result: where it is, how the training went, its record (training.json), and what
+    was written of what learnt.
+    """
 
     out: Path
     course: Course
     record: dict[str, Any]
+    merged: Merged
 
 
 def work_folder(out: str | Path) -> Path:
@@ -90,14 +93,14 @@ def train_and_publish(
             text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
             (model / RECORD).write_text(text + "\n", encoding="utf-8")
 
-        parts.write(checkpoint, out, overwrite=overwrite, extra=add)
+        merged = parts.write(checkpoint, out, overwrite=overwrite, extra=add)
     except DistayaError as error:
         if any(folder.glob("checkpoint-*")) and str(folder) not in str(error):
             note = f"{error} (what was trained is kept in {folder})"
             raise type(error)(note) from error
         raise
     shutil.rmtree(folder)
-    return Trained(Path(out), course, record)
+    return Trained(Path(out), course, record, merged)
 
 
 def _told(training: TrainingData, held_out: TrainingData | None) -> dict[str, Any]:
