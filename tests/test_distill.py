@@ -1,6 +1,5 @@
 """A teacher and a student, from two folders to a third."""
 
-import copy
 import json
 import math
 from types import SimpleNamespace
@@ -368,17 +367,36 @@ def test_an_output_that_is_in_the_way_is_refused(made, tmp_path):
         distill(made.teacher, made.dropped, made.teacher, made.texts, spec())
 
 
-def test_kl_by_name_between_different_tokenizers_is_refused(made, tmp_path):
-    other = save(tmp_path / "other", seed=1, hidden_size=16)
-    changed = copy.deepcopy(speaking.SENTENCES)
-    speaking.SENTENCES["en"] = ["entirely different words make entirely different merges"] * 9
-    try:
-        speaking.tokenizer().save_pretrained(other)
-    finally:
-        speaking.SENTENCES.update(changed)
-    given = spec({"kl": 1.0})
-    match = "kl .* undefined between different tokenizers"
-    refused(made, UsageError, match, tmp_path, student=other, given=given)
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A smaller model with a tokenizer of other merges."""
+    folder = tmp_path_factory.mktemp("foreign") / "model"
+    save(folder, seed=1, hidden_size=16, num_hidden_layers=2, initializer_range=0.02)
+    lines = ["entirely different words make entirely different merges"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speaking, "SENTENCES", {"en": lines * 9})
+        speaking.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_another_tokenizer_takes_the_aligned_route_and_says_so(made, foreign, tmp_path):
+    events, out = [], tmp_path / "out"
+    given = TrainSpec(**spec(train="full").model_dump(exclude={"loss"}))
+    distill(made.teacher, foreign, out, made.texts, given, on_event=events.append)
+    assert any("tokenizers differ" in message for message in told(events))
+    about = record(out)
+    assert about["route"] == "spans" and about["spec"]["loss"]["spans"] > 0
+    assert about["after"]["all"]["nll"] < about["before"]["all"]["nll"]
+    assert load(out).config.vocab_size == 300
+
+
+def test_what_is_undefined_between_tokenizers_is_refused(made, foreign, tmp_path):
+    for name in ("kl", "cosine"):
+        match = rf"{name} .* undefined between different tokenizers"
+        given = spec({"kl": 0.0, name: 1.0})
+        refused(made, UsageError, match, tmp_path, student=foreign, given=given)
+    cached = spec({"cache": 8})
+    refused(made, UsageError, "tokens are not compared", tmp_path, student=foreign, given=cached)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_best_so_far(made, tmp_path, monkeypatch):
