@@ -21,6 +21,7 @@ from ..errors import DistayaError
 from . import bench
 from .compress import compress
 from .demo import demo
+from .distill import distill, heal
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
@@ -102,6 +103,8 @@ app.command("search")(search)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("distill")(distill)
+app.command("heal")(heal)
 app.command("finetune")(finetune)
 app.command("export")(export)
 app.command("merge")(merge)
