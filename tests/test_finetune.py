@@ -79,6 +79,9 @@ def test_a_compressed_model_learns_and_keeps_its_format(small, tmp_path):
     assert record == found.record
     assert record["spec"]["rank"] == 4 and record["loss"] == "cross entropy"
     assert record["course"]["best_loss"] == course.best_loss
+    assert record["before"]["all"]["nll"] == pytest.approx(course.held_out[0][1], rel=1e-4)
+    assert record["after"]["all"]["nll"] == pytest.approx(course.best_loss, rel=1e-4)
+    assert set(record["after"]) == {"en", "fr", "all"}
     assert set(record["texts"]["tokens_per_language"]) == {"en", "fr"}
     assert {"torch", "transformers", "accelerate"} <= set(record["versions"])
     lines = plot.read_metrics(out / "metrics.jsonl")
@@ -102,7 +105,7 @@ def test_stopped_and_given_again(small, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         finetune(small, out, TEXTS, spec(), on_event=stop)
-    assert told[-1] == events.Stopped("SIGINT after step 2 of 3")
+    assert told[-1] == events.Stopped("SIGINT after step 2 of 3; the same call goes on from there")
     assert not out.exists() and work_folder(out).is_dir()
     with pytest.raises(InputError, match=r"rank was 4 and is 8; remove that folder to start anew"):
         finetune(small, out, TEXTS, spec(rank=8))
@@ -175,6 +178,7 @@ def test_the_command(tmp_path):
     assert asked["also"] == ["norms"] and said["course"]["precision"] == "float32"
     assert said["written"]["merged"] and (out / "training.json").is_file()
     assert "parameters learn in 2 steps of 4 rows (float32)" in done.stderr
+    assert "nats per label by language: " in done.stderr and "(gained most)" in done.stderr
     assert "held-out text after step 2" in done.stderr and "steps 2/2, loss" in done.stderr
 
 

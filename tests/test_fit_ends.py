@@ -2,12 +2,13 @@
 
 import multiprocessing
 import re
+import shutil
 
 import pytest
 import torch
 from fitting import Scripted, data, same, spec, state, tiny_model
 
-from distaya_ext.errors import InputError, UsageError
+from distaya_ext.errors import InputError, ResourceError, UsageError
 from distaya_ext.train import events, plot
 from distaya_ext.train.data import IGNORED, TrainingData
 from distaya_ext.train.finetune import CrossEntropy
@@ -72,6 +73,25 @@ def test_a_finished_training_is_not_done_again(tmp_path):
     assert again.resumed_from == 4 and course.resumed_from is None
     assert again.to_dict() == {**course.to_dict(), "resumed_from": 4}
     assert [type(event) for event in told] == [events.Started, events.Resumed]
+
+
+def test_what_is_said_before_the_first_step(tmp_path, monkeypatch):
+    training, held_out = data(rows=3)
+    told = []
+    fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path, on_event=told.append)
+    assert told[1] == events.Notice("a step takes 4 rows and there are 3, so rows repeat within it")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    told.clear()
+    fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path, on_event=told.append)
+    assert re.search(r"made with \d+ threads and this run has 77", told[2].message)
+
+
+def test_a_disk_that_is_too_full(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    training, held_out = data()
+    with pytest.raises(ResourceError, match=r"only 0\.00 GiB are free there"):
+        fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path)
 
 
 @pytest.mark.parametrize(

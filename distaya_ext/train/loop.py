@@ -211,6 +211,7 @@ class Loop:
             "run": self.identity,
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "threads": torch.get_num_threads(),
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
