@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from ..compress import events
+from ..influence.events import Measured
 from .output import console, size
 
 _HEARTBEAT_SECONDS = 10.0
@@ -90,6 +91,8 @@ class Reporter:
                 told = f"{seconds:.1f} s{worst}{self._languages}"
                 detail = "" if self._bar is not None else told
                 self._advance("layers", layer + 1, layers, detail, always=True)
+            case Measured(done, total, what):
+                self._advance("forwards", done, total, what, always=done == total)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
 
