@@ -253,6 +253,7 @@ def test_the_whole_comparison(folders):
     made = [r for r in found.rows if r.shape is not None]
     assert {"depth", "mlp"} <= {r.cut for r in made} and all(r.fits for r in made)
     assert all(r.loss is not None and r.error is None for r in made)
+    assert all(r.name == f"teacher cut by {r.cut}" for r in made)
     assert found.advice.name in {r.name for r in found.rows if r.fits}
     told = found.to_dict()
     assert told["students"][1]["route"] == "spans" and len(told["reasons"]) >= 3

@@ -50,7 +50,8 @@ def students(
     texts       folder of <lang>.txt, .jsonl or .parquet, or documents per language
     budget      parameters of all kinds together: 1.5B, 500M, 8e8
     teacher     with it, shapes derived from it that fit are candidates too (shapes=False: not);
-                they are made in a scratch folder, with its weights, and scored
+                they are made in a scratch folder, with its weights, and scored; layers that stay
+                are spread evenly (shrink can choose them by what is lost without them)
     languages   of the texts that count; None: all
     characters  per language that are scored; 16 times as many are tokenised
 
@@ -142,8 +143,10 @@ class _Run:
         """A row for every shape cut out of the teacher that fits."""
         checkpoint, rows = self._teacher, []
         for cut, shape in derive(checkpoint, self.budget).items():
-            sizes = count(skeleton(checkpoint, shape), checkpoint.architecture)
-            row = Row(f"cut by {cut}", shape, cut, sizes, teacher.tokenized, True)
+            sizes = count(
+                skeleton(checkpoint, shape), checkpoint.architecture, folder=checkpoint.folder
+            )
+            row = Row(f"teacher cut by {cut}", shape, cut, sizes, teacher.tokenized, True)
             rows.append(row)
         if teacher.facts.parameters > self.budget:
             self.least = smallest(checkpoint)
@@ -210,10 +213,10 @@ class _Run:
         shape, config = row.shape, self._teacher.config
         with tempfile.TemporaryDirectory(prefix="distaya-students-") as scratch:
             out = Path(scratch) / "student"
-            made = make_student(
+            make_student(
                 self._teacher.folder,
                 out,
-                layers=len(shape.layers),
+                layers=shape.layers,
                 hidden=shape.hidden,
                 intermediate=shape.intermediate,
                 heads=shape.heads,
@@ -222,7 +225,6 @@ class _Run:
                 seed=self.seed,
                 device=self.device,
             )
-            row.shape = made.shape  # with the layers that were chosen
             try:
                 return self._loss(str(out))
             except DistayaError as error:
