@@ -114,8 +114,8 @@ def make_student(
                    magnitude of weights, or random
     layers_by      which layers stay when only their number is said: those that bi, kl, ppl, angular
                    or l2 of distaya_ext.influence leave, or spread: evenly, the first and the last
-                   among them. None: kl where there are texts (a walk per layer that goes, with a stream
-                   of hidden states per layer), spread where there are none
+                   among them. None: kl where there are texts (a walk for each layer that goes, and
+                   each walk with as many streams as layers), spread where there are none
 
     Layers go first, and the width of what is left is judged without them. Reads tensor by tensor;
     one decoder layer and the embedding are in memory at a time, `out` appears when it is complete.
