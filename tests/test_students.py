@@ -19,8 +19,8 @@ from distaya_ext.students.choose import GUARD, recommend
 from distaya_ext.students.facts import Facts, count_text, facts, licence, parse_budget
 from distaya_ext.students.fertility import Fertility, Tokenized, fertility
 from distaya_ext.students.loss import Loss, cut, sample, zero_step
+from distaya_ext.students.rows import Row
 from distaya_ext.students.shapes import derive, parameters
-from distaya_ext.students.table import Row
 
 TEXTS = {lang: [line * 3 for line in lines] * 12 for lang, lines in speaking.SENTENCES.items()}
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -222,6 +222,10 @@ def test_none_fits_or_none_can_be_scored():
         recommend(rows, 600)
     with pytest.raises(InputError, match="no candidate can be read; x: gone"):
         recommend([Row("x", error="gone")], 400)
+    with pytest.raises(
+        InputError, match="smallest found is a shape cut out of the teacher with 77"
+    ):
+        recommend(rows, 40, 77)
     broken = row("a")
     broken.loss, broken.error = None, "NaN in layer 3"
     with pytest.raises(InputError, match=r"none of the 1 students that fit .* a: NaN in layer 3"):
@@ -249,6 +253,7 @@ def test_the_whole_comparison(folders):
     made = [r for r in found.rows if r.shape is not None]
     assert {"depth", "mlp"} <= {r.cut for r in made} and all(r.fits for r in made)
     assert all(r.loss is not None and r.error is None for r in made)
+    assert all(r.name == f"teacher cut by {r.cut}" for r in made)
     assert found.advice.name in {r.name for r in found.rows if r.fits}
     told = found.to_dict()
     assert told["students"][1]["route"] == "spans" and len(told["reasons"]) >= 3
@@ -276,3 +281,9 @@ def test_a_teacher_within_the_budget_gives_no_shape(folders):
     assert any("the teacher itself" in note for note in found.notes)
     with pytest.raises(InputError, match="no student fits into 10 parameters; the smallest found"):
         students([Path(folders / "abc")], TEXTS, 10)
+    with pytest.raises(UsageError, match="there is no candidate: the teacher has 2"):
+        students([], TEXTS, "1B", teacher=folders / "teacher", characters=60)
+    with pytest.raises(
+        InputError, match="smallest found is a shape cut out of the teacher with 3,960"
+    ):
+        students([], TEXTS, 100, teacher=folders / "teacher", characters=60)

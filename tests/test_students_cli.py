@@ -65,6 +65,8 @@ def test_shrink_in_words(model, texts, tmp_path):
         "--texts", texts, "--tokens", 300, "--window", 16,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
+    for words in ("layers (activations) 2/2", "layers (norms) 2/2"):
+        assert words in result.stderr
     for words in ("layers 0,1, hidden 16, MLP 32, 4 heads", "the worst norm keeps"):
         assert words in result.stdout
 

@@ -114,6 +114,10 @@ class Reporter:
         """What search() calls after each measurement."""
         self._advance("measurements", done, total, what, always=done == total)
 
+    def on_layers(self, done: int, total: int, what: str) -> None:
+        """What make_student() calls after each layer it looked at."""
+        self._advance(f"layers ({what})", done, total, always=done == total)
+
     def on_module(self, done: int, total: int, name: str) -> None:
         """What export() calls after each module."""
         self._advance("modules", done, total, always=done == total)

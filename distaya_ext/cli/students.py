@@ -106,29 +106,33 @@ def shrink(
     device: options.Device = "cpu",
     offline: options.Offline = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Cut a student out of a dense TEACHER: fewer layers, channels, neurons or heads."""
     from ..students import make_student
     from .output import print_json
+    from .progress import Reporter
 
-    made = make_student(
-        teacher,
-        out,
-        layers=None if layers is None else parse_layers(layers),
-        hidden=hidden,
-        intermediate=intermediate,
-        heads=heads,
-        texts=texts,
-        by=by,
-        layers_by=layers_by,
-        tokens=tokens,
-        window=window,
-        seed=seed,
-        device=device,
-        offline=offline,
-        overwrite=overwrite,
-    )
+    with Reporter(quiet) as reporter:
+        made = make_student(
+            teacher,
+            out,
+            layers=None if layers is None else parse_layers(layers),
+            hidden=hidden,
+            intermediate=intermediate,
+            heads=heads,
+            texts=texts,
+            by=by,
+            layers_by=layers_by,
+            tokens=tokens,
+            window=window,
+            seed=seed,
+            device=device,
+            offline=offline,
+            overwrite=overwrite,
+            on_step=reporter.on_layers,
+        )
     if json:
         print_json(made.to_dict())
     else:

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .facts import count_text
 
 if TYPE_CHECKING:
-    from .table import Row
+    from .rows import Row
 
 GUARD = 1.25  # times the bits per byte of the best candidate, in a student's worst language
 UNKNOWN = 0.01  # share of unknown tokens in a language
@@ -25,16 +25,17 @@ class Advice:
     changes: list[str] = field(default_factory=list)
 
 
-def recommend(rows: Sequence[Row], budget: int) -> Advice:
+def recommend(rows: Sequence[Row], budget: int, least: int | None = None) -> Advice:
     """Fewest bits per byte before training, the mean over languages, among rows that fit.
 
     Left out are those that need more than GUARD times the bits of the best in some language, and
     those whose tokenizer does not know more than UNKNOWN of the tokens of one, unless all do.
-    InputError when none fits, or none could be scored.
+    InputError when none fits, or none could be scored; least is then the size of the smallest
+    shape that was tried.
     """
     fits = [row for row in rows if row.fits]
     if not fits:
-        raise InputError(_none_fits(rows, budget))
+        raise InputError(_none_fits(rows, budget, least))
     able = [row for row in fits if row.loss is not None]
     if not able:
         raise InputError(
@@ -66,18 +67,16 @@ def _guard(row: Row, able: Sequence[Row]) -> str | None:
     return None
 
 
-def _none_fits(rows: Sequence[Row], budget: int) -> str:
+def _none_fits(rows: Sequence[Row], budget: int, least: int | None) -> str:
     known = [row for row in rows if row.facts is not None and row.error is None]
-    if not rows:
-        return f"no shape of the teacher fits into {count_text(budget)} parameters"
-    if not known:
+    if not known and least is None:
         return f"no candidate can be read; {rows[0].name}: {rows[0].error}"
-    least = min(known, key=lambda row: row.facts.parameters)
-    why = "" if least.facts.parameters > budget else ", and it is no smaller than the teacher"
-    return (
-        f"no student fits into {count_text(budget)} parameters; the smallest found is "
-        f"{least.name} with {least.facts.parameters:,}{why}"
-    )
+    small = min(known, key=lambda row: row.facts.parameters, default=None)
+    what = f"no student fits into {count_text(budget)} parameters; the smallest found is "
+    if small is None or (least is not None and least < small.facts.parameters):
+        return f"{what}a shape cut out of the teacher with {least:,}"
+    why = "" if small.facts.parameters > budget else ", and it is no smaller than the teacher"
+    return f"{what}{small.name} with {small.facts.parameters:,}{why}"
 
 
 def _reasons(

@@ -22,6 +22,7 @@ from ..compress.store import Store
 from ..models.skeleton import build_skeleton
 from .shape import Shape, own_shape
 
+OnLayer = Callable[[int, int], None]  # layers done, layers in all
 O_PROJ, DOWN = "self_attn.o_proj", "mlp.down_proj"
 
 
@@ -52,7 +53,10 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def by_activation(
-    checkpoint: Checkpoint, calibration: Calibration, device: torch.device
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    device: torch.device,
+    on_layer: OnLayer | None = None,
 ) -> Importance:
     """Importance over the tokens of the windows."""
     own = own_shape(checkpoint)
@@ -71,7 +75,7 @@ def by_activation(
         if layer < len(own.layers):
             _watch(module, own, sums.neurons[layer], sums.groups[layer])
 
-    walk(checkpoint, calibration, device, attach)
+    walk(checkpoint, calibration, device, attach, on_layer)
     sums.channels /= max(1, norms) * calibration.tokens
     for part in (*sums.neurons, *sums.groups):
         part /= calibration.tokens
@@ -133,6 +137,7 @@ def fit_norms(
     kept: torch.Tensor,
     device: torch.device,
     narrow: Callable[[torch.Tensor], torch.Tensor],
+    on_layer: OnLayer | None = None,
 ) -> dict[str, Fit]:
     """How each norm as wide as the model is rescaled for the channels `kept`, by module name.
 
@@ -156,7 +161,7 @@ def fit_norms(
             sums[full] = torch.zeros(3, dtype=torch.float64)
             norm.register_forward_hook(_compare(cut, there, sums[full]))
 
-    walk(checkpoint, calibration, device, attach)
+    walk(checkpoint, calibration, device, attach, on_layer)
     fits = {}
     for name, (yz, zz, yy) in ((name, part.tolist()) for name, part in sums.items()):
         factor = yz / zz if zz else 1.0
@@ -192,6 +197,7 @@ def walk(
     calibration: Calibration,
     device: torch.device,
     attach: Callable[[int, nn.Module], None],
+    on_layer: OnLayer | None = None,
 ) -> None:
     """Run all windows through the model, one living layer after the other, then the final norm.
 
@@ -211,6 +217,8 @@ def walk(
         attach(index, layer)
         for chunk in range(len(calls)):
             hidden.put(chunk, calls.of(index, chunk).run(layer, hidden.get(chunk)))
+        if on_layer is not None:
+            on_layer(index + 1, len(ends.layers))
     norm = ends.model.get_submodule(checkpoint.architecture.norm)
     attach(len(ends.layers), norm)
     for chunk in range(len(calls)):

@@ -20,7 +20,7 @@ def how_layers(layers_by: str | None, chosen: bool, texts: Any) -> tuple[str, bo
         raise UsageError(f"layers_by {layers_by!r} is none of {', '.join(LAYERS_BY)}")
     if not chosen:
         return "", False
-    how = layers_by or ("spread" if texts is None else "bi")
+    how = layers_by or ("spread" if texts is None else DropSpec(count=1).score)
     return how, how != "spread"
 
 

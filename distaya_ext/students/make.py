@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..tokenizer import check_rows, load_tokenizer
 from .importance import (
     Fit,
     Importance,
+    OnLayer,
     best,
     by_activation,
     by_chance,
@@ -99,6 +100,7 @@ def make_student(
     device: str = "cpu",
     offline: bool = False,
     overwrite: bool = False,
+    on_step: Callable[[int, int, str], None] | None = None,
 ) -> Made:
     """Write a plain Hugging Face folder whose weights are those of the teacher that matter most.
 
@@ -114,7 +116,10 @@ def make_student(
                    magnitude of weights, or random
     layers_by      which layers stay when only their number is said: those that bi, kl, ppl, angular
                    or l2 of distaya_ext.influence leave, or spread: evenly, the first and the last
-                   among them. None: bi where there are texts, spread where there are none
+                   among them. None: kl where there are texts (a walk for each layer that goes, and
+                   each walk with as many streams as layers), spread where there are none
+
+    on_step        is called with layers done, layers in all, and what is looked at
 
     Layers go first, and the width of what is left is judged without them. Reads tensor by tensor;
     one decoder layer and the embedding are in memory at a time, `out` appears when it is complete.
@@ -156,7 +161,7 @@ def make_student(
         left = choose_layers(checkpoint, layers, layers_by, calibration, device)
         shape = replace(shape, layers=tuple(left))
     cut = checkpoint.without([i for i in own.layers if i not in shape.layers])
-    kept, fits = _decide(cut, shape, by if narrower else None, calibration, seed, place)
+    kept, fits = _decide(cut, shape, by if narrower else None, calibration, seed, place, on_step)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
         parameters, size = _write(checkpoint, cut, shape, kept, fits, staging)
         made = Made(
@@ -204,13 +209,18 @@ def _decide(
     calibration: Calibration | None,
     seed: int,
     place: torch.device,
+    on_step: Callable[[int, int, str], None] | None,
 ) -> tuple[Kept, dict[str, Fit]]:
     """What stays of the width of a checkpoint that has the student's layers already."""
+
+    def tell(what: str) -> OnLayer | None:
+        return None if on_step is None else lambda done, total: on_step(done, total, what)
+
     own, count = own_shape(checkpoint), len(shape.layers)
     if by is None:
         return Kept(None, [None] * count, [None] * count), {}
     if by == "activation":
-        scores = by_activation(checkpoint, calibration, place)
+        scores = by_activation(checkpoint, calibration, place, tell("activations"))
     elif by == "magnitude":
         scores = by_magnitude(checkpoint)
     else:
@@ -219,7 +229,8 @@ def _decide(
     if kept.channels is None or calibration is None:
         return kept, {}
     cut = narrowed(kept.channels)
-    return kept, fit_norms(checkpoint, calibration, kept.channels, place, cut)
+    fits = fit_norms(checkpoint, calibration, kept.channels, place, cut, tell("norms"))
+    return kept, fits
 
 
 def _kept(scores: Importance, own: Shape, shape: Shape) -> Kept:

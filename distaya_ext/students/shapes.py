@@ -24,8 +24,7 @@ def derive(checkpoint: Checkpoint, budget: int) -> dict[str, Shape]:
     own = own_shape(checkpoint)
     if parameters(checkpoint, own) <= budget:
         return {}
-    count = len(own.layers)
-    fewer = replace(own, layers=tuple(spread(count, max(1, round(0.75 * count)))))
+    count, fewer = len(own.layers), _fewer(own)
 
     def largest(shapes: Iterable[Shape]) -> Shape | None:
         return next((s for s in shapes if parameters(checkpoint, s) <= budget), None)
@@ -47,6 +46,14 @@ def derive(checkpoint: Checkpoint, budget: int) -> dict[str, Shape]:
     return found
 
 
+def smallest(checkpoint: Checkpoint) -> int:
+    """Parameters of the smallest shape that derive() tries."""
+    own = own_shape(checkpoint)
+    fewer = _fewer(own)
+    ends = [replace(own, layers=own.layers[:1]), *_mlps(fewer), *_widths(fewer)]
+    return min(parameters(checkpoint, shape) for shape in ends)
+
+
 def parameters(checkpoint: Checkpoint, shape: Shape) -> int:
     """Parameters of a student of this shape, from the shapes of the teacher's tensors."""
     start, head = f"{checkpoint.architecture.layers}.", f"{checkpoint.architecture.head}.weight"
@@ -61,6 +68,11 @@ def parameters(checkpoint: Checkpoint, shape: Shape) -> int:
             times = len(shape.layers)
         total += times * math.prod(cut_size(name, entry.shape, shape, checkpoint.architecture))
     return total
+
+
+def _fewer(own: Shape) -> Shape:
+    count = len(own.layers)
+    return replace(own, layers=tuple(spread(count, max(1, round(0.75 * count)))))
 
 
 def _mlps(own: Shape) -> Iterable[Shape]:

@@ -1,11 +1,10 @@
-"""students(): candidates side by side, and the one to take."""
+"""students(): reads, makes and scores candidates, one model in memory at a time."""
 
 from __future__ import annotations
 
 import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,98 +15,19 @@ from ..errors import DistayaError, UsageError
 from ..evaluate.load import load
 from ..texts import read_texts
 from ..tokenizer import load_tokenizer
-from .choose import Advice, recommend
-from .facts import Facts, count, count_text, facts, parse_budget
-from .fertility import Tokenized, fertility
+from .choose import recommend
+from .facts import count, count_text, facts, parse_budget
+from .fertility import fertility
 from .loss import Loss, Sample, sample, zero_step
 from .make import make_student
-from .shape import Shape, skeleton
-from .shapes import derive
+from .rows import Row, Table
+from .shape import skeleton
+from .shapes import derive, smallest
 
 LINES = 16  # times the characters scored are tokenised
 _WINDOW = 128  # tokens, of the texts that shapes are cut by
 _ENOUGH = 8 * _WINDOW  # characters of a language that make a window with any tokenizer in use
 OnStep = Callable[[int, int, str], None]
-
-
-@dataclass
-class Row:
-    """One candidate. shape and cut: of one derived from the teacher, and what was cut.
-
-    compute: work per byte of text relative to the teacher's. error: one sentence where the
-    candidate could not be read or scored.
-    """
-
-    name: str
-    shape: Shape | None = None
-    cut: str | None = None
-    facts: Facts | None = None
-    tokenized: Tokenized | None = None
-    same_tokenizer: bool | None = None
-    fits: bool = False
-    loss: Loss | None = None
-    compute: float | None = None
-    error: str | None = None
-
-    @property
-    def flop_per_byte(self) -> float:
-        """2 * (parameters inside + head) * tokens per byte."""
-        return self.facts.flop_per_token * self.tokenized.tokens_per_byte
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, fields that do not apply left out."""
-        found: dict[str, Any] = {"name": self.name, "fits": self.fits}
-        if self.shape is not None:
-            found |= {"cut": self.cut, "shape": self.shape.to_dict()}
-        if self.facts is not None:
-            found["config"] = self.facts.to_dict()
-        if self.tokenized is not None:
-            found |= {
-                "tokens_per_byte": self.tokenized.tokens_per_byte,
-                "worst_fertility": [x.language for x in self.tokenized.worst()],
-                "fertility": {x.language: x.to_dict() for x in self.tokenized.languages},
-            }
-            if self.facts is not None:
-                found["flop_per_byte"] = self.flop_per_byte
-        if self.same_tokenizer is not None:
-            found["same_tokenizer"] = self.same_tokenizer
-            found["route"] = "logits" if self.same_tokenizer else "spans"
-        rest = {"compute": self.compute, "error": self.error}
-        found |= {key: value for key, value in rest.items() if value is not None}
-        if self.loss is not None:
-            found["bits_per_byte"] = self.loss.to_dict()
-        return found
-
-
-@dataclass(frozen=True)
-class Table:
-    """All candidates, the teacher apart, and the advice."""
-
-    budget: int
-    teacher: Row | None
-    rows: list[Row]
-    advice: Advice
-    languages: list[str]
-    notes: list[str] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "budget": self.budget,
-            "languages": self.languages,
-            "teacher": None if self.teacher is None else self.teacher.to_dict(),
-            "students": [row.to_dict() for row in self.rows],
-            "recommended": self.advice.name,
-            "reasons": self.advice.reasons,
-            "changes": self.advice.changes,
-            "notes": self.notes,
-        }
 
 
 def students(
@@ -130,7 +50,8 @@ def students(
     texts       folder of <lang>.txt, .jsonl or .parquet, or documents per language
     budget      parameters of all kinds together: 1.5B, 500M, 8e8
     teacher     with it, shapes derived from it that fit are candidates too (shapes=False: not);
-                they are made in a scratch folder, with its weights, and scored
+                they are made in a scratch folder, with its weights, and scored; layers that stay
+                are spread evenly (shrink can choose them by what is lost without them)
     languages   of the texts that count; None: all
     characters  per language that are scored; 16 times as many are tokenised
 
@@ -154,9 +75,11 @@ def students(
         guide = run.teach(str(teacher), rows)
         if shapes:
             rows += run.derived(guide)
+    if not rows:
+        run.without_candidates(guide)
     run.judge(rows, guide)
     if not any(row.fits for row in rows):
-        recommend(rows, most)  # says what is wrong
+        recommend(rows, most, run.least)  # says what is wrong
     run.score(rows, guide)
     return Table(most, guide, rows, recommend(rows, most), list(found.pieces), run.notes)
 
@@ -189,6 +112,7 @@ class _Run:
         self.sample, self.budget, self.seed = found, budget, seed
         self.device, self.offline, self.on_step = device, offline, on_step
         self.notes: list[str] = []
+        self.least: int | None = None  # parameters of the smallest shape tried
         self._teacher: Checkpoint | None = None
 
     def read(self, name: str) -> Row:
@@ -219,15 +143,28 @@ class _Run:
         """A row for every shape cut out of the teacher that fits."""
         checkpoint, rows = self._teacher, []
         for cut, shape in derive(checkpoint, self.budget).items():
-            sizes = count(skeleton(checkpoint, shape), checkpoint.architecture)
-            row = Row(f"cut by {cut}", shape, cut, sizes, teacher.tokenized, True)
+            sizes = count(
+                skeleton(checkpoint, shape), checkpoint.architecture, folder=checkpoint.folder
+            )
+            row = Row(f"teacher cut by {cut}", shape, cut, sizes, teacher.tokenized, True)
             rows.append(row)
-        if not rows and teacher.facts.parameters <= self.budget:
+        if teacher.facts.parameters > self.budget:
+            self.least = smallest(checkpoint)
+        else:
             self.notes.append(
                 f"the teacher itself, {count_text(teacher.facts.parameters)} parameters, is within "
                 "the budget, so no shape is derived from it"
             )
         return rows
+
+    def without_candidates(self, teacher: Row) -> None:
+        """Refuse a comparison of nothing."""
+        if self.least is not None:
+            recommend([], self.budget, self.least)
+        raise UsageError(
+            f"there is no candidate: the teacher has {teacher.facts.parameters:,} parameters and "
+            f"the budget is {self.budget:,}; name some, or a smaller budget"
+        )
 
     def judge(self, rows: list[Row], teacher: Row | None) -> None:
         """What fits, and what it costs beside the teacher."""
@@ -276,10 +213,10 @@ class _Run:
         shape, config = row.shape, self._teacher.config
         with tempfile.TemporaryDirectory(prefix="distaya-students-") as scratch:
             out = Path(scratch) / "student"
-            made = make_student(
+            make_student(
                 self._teacher.folder,
                 out,
-                layers=len(shape.layers),
+                layers=shape.layers,
                 hidden=shape.hidden,
                 intermediate=shape.intermediate,
                 heads=shape.heads,
@@ -288,7 +225,6 @@ class _Run:
                 seed=self.seed,
                 device=self.device,
             )
-            row.shape = made.shape  # with the layers that were chosen
             try:
                 return self._loss(str(out))
             except DistayaError as error:
