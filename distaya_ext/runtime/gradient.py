@@ -3,8 +3,8 @@
 forward   y = x W^T + b by the kernel, with activations as they are
 backward  dx = dy W, db = sum of dy, where W is made dense in dy's dtype for this one product
 
-The codes and scales themselves have no gradient here; scales that learn are train/scales.py. Nothing
-is kept between forward and backward but the packed buffer, which is there anyway.
+The codes and scales themselves have no gradient here; scales that learn are train/scales.py.
+Nothing is kept between forward and backward but the packed buffer, which is there anyway.
 """
 
 from __future__ import annotations

@@ -46,11 +46,13 @@ class Learned:
     low_rank  by module ("model.layers.0.mlp.up_proj")
     tensors   new values of dense tensors by tensor ("model.norm.weight"), any float dtype
     scales    new scales [rows, groups] of quantised modules by module, in the dtype they have
+    masked    updates of pruned matrices were trained under their mask
     """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    masked: bool = False
 
 
 def is_pruned(W: Tensor) -> bool:

@@ -82,7 +82,7 @@ class Parts:
 
     def learned(self) -> Learned:
         """What was found, by the names of the model's folder, on the CPU."""
-        found = Learned()
+        found = Learned(masked=True)
         for name, module in plain_modules(self.model):
             if _is_lora(module):
                 found.low_rank[name] = _low_rank(module)
@@ -101,7 +101,7 @@ class Parts:
         out: str | Path,
         *,
         overwrite: bool = False,
-        extra: Callable[[Path], None] | None = None,
+        extra: Callable[[Path, Merged], None] | None = None,
     ) -> Merged:
         """Write the folder of `source` with what was learnt in it; see merge.write_trained."""
         from .merge import write_trained

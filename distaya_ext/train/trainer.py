@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .loop import Loop
+from .saved import get_generators, set_generators
 
 
 class Micros(Dataset):
@@ -38,13 +39,18 @@ def run_steps(loop: Loop, told: Callable[[], int | None]) -> None:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
+    generators = get_generators()
+
     class AfterStep(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            loop.new_step()  # what was imported and set up until here is no part of it
+            # What Trainer sets up is no part of the run: neither the time of it, nor its seeding.
+            set_generators(*generators)
+            loop.new_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            stop = told() is not None
-            loop.after_step(stop)
+            loop.after_step()
+            if stop := told() is not None:
+                loop.save()
             control.should_training_stop = stop or loop.step >= loop.spec.steps
             return control
 
