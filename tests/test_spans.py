@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import distaya_ext
 from distaya_ext import read_texts
+from distaya_ext.errors import UsageError
 from distaya_ext.evaluate import cut_windows
 from distaya_ext.evaluate.score import score
 from distaya_ext.evaluate.statistics import interval
@@ -218,6 +219,12 @@ def test_the_teacher_learns_nothing(teacher, prepared):
 def test_spans_without_weight_are_refused(teacher, prepared):
     with pytest.raises(ValueError, match="weight of spans is 0"):
         SpanObjective(teacher[0], prepared[-1], LossSpec(kl=1.0))
+
+
+def test_rows_longer_than_the_teacher_reads_are_refused(teacher, prepared, monkeypatch):
+    monkeypatch.setattr(teacher[0].config, "max_position_embeddings", 8)
+    with pytest.raises(UsageError, match="positions are 8; give a smaller window"):
+        SpanObjective(teacher[0], prepared[-1], prepared[1].loss)
 
 
 # ---- what it is for ----

@@ -141,8 +141,14 @@ class _Run:
         route = choose_route(*tokenizers, self.spec)
         if route.sentence is not None:
             self.say(route.sentence)
+        if route.name != "logits" and self.spec.loss.cache is not None:
+            raise UsageError(
+                f"a cache holds the teacher's {self.spec.loss.cache} most probable tokens, and "
+                "between different tokenizers tokens are not compared; leave it out"
+            )
         self.spec = self.spec.model_copy(update={"loss": route.loss})
-        way = {"logits": self._tokens, "spans": self._spans, "sequence": self._text}[route.name]
+        ways = {"logits": self._tokens, "spans": self._spans, "sequence": self._sequence}
+        way = ways[route.name]
         ready = way(*tokenizers)
         return ready._replace(about={"route": route.name, **ready.about})
 
@@ -172,7 +178,6 @@ class _Run:
 
     def _spans(self, theirs: Any, ours: Any) -> _Ready:
         """Spans of bytes that two tokenizers share."""
-        self._no_cache()
         training, held_out, pairs = paired_data(self.texts, theirs, ours, self.spec)
         rows = self.pair[1].config.vocab_size
         for data in (training, held_out):
@@ -182,23 +187,19 @@ class _Run:
         objective = SpanObjective(model, pairs, self.spec.loss)
         return _Ready(training, held_out, objective, None, {"left_out": pairs.left_out})
 
-    def _text(self, theirs: Any, ours: Any) -> _Ready:
-        """Text that the teacher writes."""
-        self._no_cache()
+    def _sequence(self, theirs: Any, ours: Any) -> _Ready:
+        """Text that the teacher writes, since nothing else passes between two tokenizers."""
         model = load_to_train(self.pair[0], self.spec, self.device)
+        cache = self.folder / "written.jsonl"
+        tell = self.tell or (lambda event: None)
         training, held_out = sequence_data(
-            model, theirs, ours, self.texts, self.spec, self.folder / "text.jsonl",
-            on_event=self.tell,
-        )  # fmt: skip
+            model, theirs, ours, self.texts, self.spec, cache, on_event=tell
+        )
+        rows = self.pair[1].config.vocab_size
+        for data in (training, held_out):
+            if data is not None:
+                check_rows(int(data.ids.max()), rows, "the teacher's text holds token")
         return _Ready(training, held_out, CrossEntropy(), None, {})
-
-    def _no_cache(self) -> None:
-        """UsageError where a cache is asked for that no loss could read."""
-        if self.spec.loss.cache is not None:
-            raise UsageError(
-                f"a cache holds the teacher's {self.spec.loss.cache} most probable tokens, and "
-                "between different tokenizers tokens are not compared; leave it out"
-            )
 
     def _guide(
         self, few: int | None, training: TrainingData, held_out: TrainingData | None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import UsageError
 from .data import IGNORED
 from .head import chunked_logits, final_hidden, head_logits
 from .objective import Batch
@@ -84,7 +85,8 @@ class SpanObjective:
     binary_divergence(span's log p of teacher and student).
 
     teacher  a model in evaluation mode, on the student's device
-    pairs    of pairs.paired_data, for the rows of the batches
+    pairs    of pairs.paired_data, for the rows of the batches; UsageError where the teacher has
+             fewer positions than one of them
     """
 
     modules = None
@@ -94,6 +96,13 @@ class SpanObjective:
     ):
         if not loss.spans:
             raise ValueError("the weight of spans is 0")
+        longest = max(map(len, pairs.teacher))
+        room = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise UsageError(
+                f"a row of the student's window takes {longest} tokens of the teacher, whose "
+                f"positions are {room}; give a smaller window"
+            )
         self.teacher = teacher.eval().requires_grad_(False)
         self.pairs, self.binary, self.tau = pairs, binary, tau
         self.ce, self.spans = loss.ce, loss.spans
