@@ -155,6 +155,10 @@ class Recipe(Strict):
         chosen = isinstance(self.drop_layers, DropSpec)
         return chosen or self.heal is not None or self.evaluate is not None
 
+    def alone(self, layers: list[int]) -> Recipe:
+        """What the step that compresses does, without these layers."""
+        return self.model_copy(update={"drop_layers": layers, "heal": None, "evaluate": None})
+
     @property
     def nm_pair(self) -> tuple[int, int] | None:
         """(N, M) of the pattern, or None."""

@@ -39,7 +39,9 @@ def texts_identity(texts: Any) -> dict[str, str] | str | None:
         return None
     if isinstance(texts, (str, Path)):
         return {
-            path.name: file_hash(path) for found in open_texts(texts).values() for path in found.paths
+            path.name: file_hash(path)
+            for found in open_texts(texts).values()
+            for path in found.paths
         }
     ids: torch.Tensor = texts.ids
     made = hashlib.sha256(ids.contiguous().cpu().numpy().tobytes())

@@ -1,10 +1,10 @@
 """The work folder of a chain: a hidden sibling of the output that survives being killed.
 
-    .OUT.chain/steps.json    what has been done from what, see Done
-               lock          held while a run is at work
-               <step>/       the result of a finished step, renamed into place when all of it is on
-                             the disk
-               <step>.work/  what a step that can go on by itself has so far
+.OUT.chain/steps.json    what has been done from what, see Done
+           lock          held while a run is at work
+           <step>/       the result of a finished step, renamed into place when all of it is on
+                         the disk
+           <step>.work/  what a step that can go on by itself has so far
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOCK = "lock"
 
 @dataclass
 class Done:
-    """A step that was begun (seconds None) or finished. inputs: see run.Chain, fingerprint: theirs."""
+    """A step that was begun (seconds None) or finished, what it depends on and the hash of that."""
 
     inputs: dict[str, Any]
     fingerprint: str
@@ -92,7 +92,7 @@ class WorkFolder:
         return done is not None and done.seconds is not None and self.folder(step).is_dir()
 
     def begin(self, step: str, done: Done) -> None:
-        """Note that a step is at work; what it may have left half-done is gone, its .work is not."""
+        """Note that a step is at work; of what it left half-done only its .work stays."""
         for path in (self.part(step), self.folder(step)):
             _remove(path)
         self.steps[step] = done
@@ -161,6 +161,9 @@ class WorkFolder:
             good = False
         if not good:
             raise InputError(f"{path} is damaged; --restart begins the chain anew")
+        for name, step in steps.items():
+            if step.seconds is not None and not self.folder(name).is_dir():
+                raise InputError(f"{self.folder(name)} is gone; --restart begins the chain anew")
         return steps
 
     def _write(self) -> None:

@@ -13,7 +13,7 @@ from ..compress.plan import make_plan
 from ..compress.settings import from_recipe
 from ..documents import open_texts, read_texts
 from ..errors import UsageError
-from ..recipe import Recipe
+from ..recipe import HealSpec, Recipe
 from ..texts import check_window
 from . import steps
 from .journal import WorkFolder
@@ -61,8 +61,11 @@ def check_model(task: steps.Task) -> None:
         check_window(recipe.evaluate.window, config)
     if recipe.heal is not None or recipe.evaluate is not None:
         load_tokenizer(task.checkpoint.folder, config.vocab_size)
-    if isinstance(recipe.drop_layers, list):  # patterns that match nothing, layers not there
-        make_plan(recipe, task.checkpoint.without(recipe.drop_layers), config.num_hidden_layers)
+    if not isinstance(recipe.drop_layers, list):
+        from ..influence.choose import how_many
+
+        how_many(recipe.drop_layers, config.num_hidden_layers)
+    _written(task)  # patterns that match nothing, layers that are not there
 
 
 def check_disk_space(task: steps.Task, work: WorkFolder) -> None:
@@ -75,24 +78,24 @@ def needed(task: steps.Task, work: WorkFolder) -> int:
     (each with the layers that may yet go), what healing keeps beside it. The result itself is
     linked.
     """
-    recipe, source = task.recipe, task.checkpoint
-    layers = recipe.drop_layers if isinstance(recipe.drop_layers, list) else []
-    size = _written(recipe.alone(layers), source.without(layers), source)
+    heal, size = task.recipe.heal, _written(task)
     total = 0 if work.finished("compress") else size
-    if recipe.heal is not None and not work.finished("heal"):
-        cache = recipe.heal.loss.cache_bytes if recipe.heal.loss.cache is not None else None
-        total += size + 2 * _PER_WEIGHT * _learning(recipe, source) + (cache or 0)
+    if heal is not None and not work.finished("heal"):
+        cache = heal.loss.cache_bytes if heal.loss.cache is not None else None
+        total += size + 2 * _PER_WEIGHT * _learning(heal, task.checkpoint) + (cache or 0)
     return total
 
 
-def _written(recipe: Recipe, checkpoint: Checkpoint, source: Checkpoint) -> int:
-    plan = make_plan(recipe, checkpoint, source.config.num_hidden_layers)
+def _written(task: steps.Task) -> int:
+    """Bytes of the compressed model's weight files, before layers go that are yet to be chosen."""
+    layers = task.recipe.drop_layers if isinstance(task.recipe.drop_layers, list) else []
+    recipe, checkpoint = task.recipe.alone(layers), task.checkpoint.without(layers)
+    plan = make_plan(recipe, checkpoint, task.checkpoint.config.num_hidden_layers)
     return Packing(recipe, plan, checkpoint).predicted()
 
 
-def _learning(recipe: Recipe, checkpoint: Checkpoint) -> int:
+def _learning(heal: HealSpec, checkpoint: Checkpoint) -> int:
     """Numbers that learn, at most."""
-    heal = recipe.heal
     shapes = [checkpoint.entries[f"{name}.weight"].shape for name in checkpoint.linears()]
     ends = 0
     if "embeddings" in heal.also or heal.train == "full":

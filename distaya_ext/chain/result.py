@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError
+from ..models.depth import layers_left
 from .journal import JOURNAL
 from .steps import EVALUATION
 
@@ -31,6 +32,7 @@ class Chained:
     results      results.json of the compression
     evaluations  step -> what evaluate() found of what it wrote, against the model before, as
                  Evaluation.to_dict gives it; empty where the recipe evaluates nothing
+    source_layers  numbers in the source model of the layers that were written
     gate         why the quality gate failed, None: it did not, or there was none
     """
 
@@ -40,19 +42,26 @@ class Chained:
     kept: list[str] = field(default_factory=list)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     gate: str | None = None
+    source_layers: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, out: Path, kept: Collection[str]) -> Chained:
         """The result in the folder `out`."""
         steps = [Step(**step) for step in _read(out / JOURNAL)["steps"]]
         told = _read(out / EVALUATION) if any(s.name == "evaluate" for s in steps) else {}
+        results, depth = (
+            _read(out / "results.json"),
+            _read(out / "config.json")["num_hidden_layers"],
+        )
+        gone = results["dropped_layers"]
         return cls(
             out,
             steps,
-            _read(out / "results.json"),
+            results,
             [step.name for step in steps if step.name in kept],
             told.get("steps", {}),
             told.get("gate"),
+            layers_left(depth + len(gone), gone),
         )
 
     @property

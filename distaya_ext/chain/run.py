@@ -1,4 +1,4 @@
-"""run_chain(): drop layers, compress, heal, evaluate; a run that was stopped goes on where it was."""
+"""run_chain(): drop layers, compress, heal, evaluate; a run that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from .. import __version__
 from ..checkpoint import (
     MARKER,
-    Checkpoint,
     Staging,
     check_companions,
     check_output,
     locate,
     open_checkpoint,
 )
+from ..compress.driver import as_run
 from ..compress.events import Notice
 from ..device import find_device
 from ..errors import UsageError
@@ -61,7 +61,7 @@ def run_chain(
     local = Path(model).expanduser()
     if not place(Path(out)).exists():  # else the output may be that of this very run
         check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
-    recipe = _as_run(recipe, model, texts)
+    recipe = as_run(recipe, model, texts)
     ready.check(recipe, texts)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
@@ -69,14 +69,6 @@ def run_chain(
     ready.check_model(task)
     with WorkFolder(Path(out), restart=restart) as work:
         return _Chain(task, work, Path(out), overwrite).go()
-
-
-def _as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
-    """The recipe with the model and the folder of texts that are really used."""
-    used: dict[str, Any] = {"model": str(model)}
-    if isinstance(texts, (str, Path)):
-        used["calibration"] = recipe.calibration.model_copy(update={"path": str(texts)})
-    return recipe.model_copy(update=used)
 
 
 class _Chain:
@@ -91,7 +83,7 @@ class _Chain:
 
     def go(self) -> Chained:
         last = list(self.prints)[-1]
-        if _is_of(self.out, self.prints[last]):  # killed after the last rename
+        if self.work.steps and _is_of(self.out, self.prints[last]):  # killed after the rename
             self.work.remove()
             return Chained.read(self.out, self.kept | set(self.prints))
         check_output(self.out, overwrite=self.overwrite, source=self.task.checkpoint.folder)
@@ -114,31 +106,26 @@ class _Chain:
         for name, mark in self.prints.items():
             if name in held and held[name].fingerprint != mark:
                 stale = name
-                break
-            if not self.work.finished(name):
+            if stale is not None or not self.work.finished(name):
                 break
             self.kept.add(name)
-        extra = [name for name in held if name not in self.prints]
-        lost = any(held[name].seconds is not None for name in held)
+        lost = [n for n in held if n not in self.kept and held[n].seconds is not None]
         if stale is not None:
             what = difference(held[stale].inputs, self.inputs[stale])
-            if not self.kept and lost:
-                raise UsageError(
-                    f"{self.work.path} holds a run that was stopped, and since then {what}; "
-                    "--restart begins anew, the old values go on with it"
-                )
-            if self.kept:
-                again = list(self.prints)[len(self.kept) :]
-                self._note(
-                    f"since this run was stopped, {what}: {_listed(again)} anew, "
-                    f"{_listed(sorted(self.kept, key=list(self.prints).index))} kept"
-                )
-        elif extra and not self.kept and lost:
+        else:
+            what = f"its steps were {', '.join(held)} and are {', '.join(self.prints)}"
+        if lost and not self.kept:
             raise UsageError(
-                f"{self.work.path} holds a run with other steps ({', '.join(held)}); "
-                "--restart begins anew"
+                f"{self.work.path} holds a run that was stopped, and since then {what}; --restart "
+                "begins anew, and with what it was before the run goes on"
             )
-        begun = [] if stale is not None else [n for n in held if n in self.prints]
+        if lost or (stale is not None and self.kept):
+            again = [name for name in self.prints if name not in self.kept]
+            self._note(
+                f"since the run was stopped, {what}; done anew: {', '.join(again)}, kept: "
+                f"{', '.join(name for name in self.prints if name in self.kept)}"
+            )
+        begun = [n for n in held if n in self.prints and held[n].fingerprint == self.prints[n]]
         self.work.forget([n for n in held if n not in self.kept and n not in begun])
 
     def _step(self, name: str) -> None:
@@ -156,8 +143,8 @@ class _Chain:
         part = self.work.part(name)
         match name:
             case "drop":
-                steps.drop(self.task, part)
-                self._note(f"layers that go: {_numbers(steps.dropped(part))}")
+                steps.drop(self.task, part, self.work.path / "drop.scratch")
+                self._note(f"layers that go: {', '.join(map(str, steps.dropped(part)))}")
             case "compress":
                 steps.shrink(self.task, self._dropped(), part)
             case "heal":
@@ -206,8 +193,10 @@ class _Chain:
         done = [name for name in self.prints if self.work.finished(name)]
         going = [n for n in self.prints if n not in done and self.work.work(n).exists()]
         if done or going:
-            kept = _listed(done + [f"what {n} has so far" for n in going])
-            self._note(f"{kept} kept in {self.work.path.name}; the same command goes on from there")
+            kept = ", ".join(done + [f"{name} so far" for name in going])
+            self._note(
+                f"kept in {self.work.path.name}: {kept}; the same command goes on from there"
+            )
 
     def _note(self, message: str) -> None:
         self.task.on_event(Notice(message))
@@ -269,11 +258,3 @@ def _link_all(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
-
-
-def _numbers(values: list[int]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"

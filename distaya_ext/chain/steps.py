@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import load_calibration
 from ..compress.driver import compress
+from ..compress.events import Notice
 from ..errors import GateError
 from ..recipe import Recipe
 
@@ -39,18 +41,29 @@ class Task:
         return self.recipe.model
 
 
-def drop(task: Task, folder: Path) -> None:
+def drop(task: Task, folder: Path, scratch: Path) -> None:
     """Choose the layers that go: layers.json holds them, and what speaks for each."""
-    from ..influence import choose
+    from ..influence.choose import choose
 
     spec, calibration = task.recipe.drop_layers, task.recipe.calibration
     few = calibration.model_copy(update={"tokens": spec.tokens})
-    windows = load_calibration(
-        task.texts, task.recipe.model_copy(update={"calibration": few}), task.checkpoint
+    recipe = task.recipe.model_copy(update={"calibration": few})
+    windows = load_calibration(task.texts, recipe, task.checkpoint)
+    scratch.mkdir(exist_ok=True)
+    choice = choose(
+        task.checkpoint,
+        windows,
+        spec,
+        device=task.device,
+        on_event=task.on_event,
+        scratch=scratch,
+        max_ram=recipe.max_ram_bytes,
     )
-    choice = choose(task.checkpoint, windows, spec, device=task.device)
+    for notice in choice.notices:
+        task.on_event(Notice(notice))
+    shutil.rmtree(scratch)
     folder.mkdir()
-    write_json(folder / LAYERS, {"dropped": sorted(choice.dropped), **choice.to_dict()})
+    write_json(folder / LAYERS, choice.to_dict() | {"layers": choice.scores.to_dict()})
 
 
 def dropped(folder: Path) -> list[int]:
