@@ -32,11 +32,13 @@ def model_identity(folder: Path) -> dict[str, str]:
 
 
 def texts_identity(texts: Any) -> dict[str, str] | str | None:
-    """Of a folder the hash of every language's files, of token windows that of the tokens and their
-    languages, of nothing None.
+    """Of a folder (or file) the hash of every language's files, of token windows that of the tokens
+    and their languages, of nothing None.
     """
     if texts is None:
         return None
+    if isinstance(texts, (str, Path)) and Path(texts).is_file():  # chats
+        return {Path(texts).name: file_hash(Path(texts))}
     if isinstance(texts, (str, Path)):
         return {
             path.name: file_hash(path)

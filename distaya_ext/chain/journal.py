@@ -91,12 +91,15 @@ class WorkFolder:
         done = self.steps.get(step)
         return done is not None and done.seconds is not None and self.folder(step).is_dir()
 
-    def begin(self, step: str, done: Done) -> None:
-        """Note that a step is at work; of what it left half-done only its .work stays."""
-        for path in (self.part(step), self.folder(step)):
-            _remove(path)
+    def begin(self, step: str, done: Done) -> bool:
+        """Note that a step is at work, and whether its result is there already: it was killed
+        between writing it, which is done in one rename, and finish().
+        """
+        written = step in self.steps and self.part(step).is_dir()
+        _remove(self.folder(step))
         self.steps[step] = done
         self._write()
+        return written
 
     def finish(self, step: str, seconds: float) -> None:
         """Put what a step has written in place, for good."""
@@ -120,7 +123,7 @@ class WorkFolder:
         """Remove what a run that was killed left beside the steps."""
         known = {_LOCK, JOURNAL}
         for step, done in self.steps.items():
-            known |= {self.work(step).name} | ({step} if done.seconds is not None else set())
+            known |= {self.work(step).name, step if done.seconds is not None else f"{step}.part"}
         for path in self.path.iterdir():
             if path.name not in known:
                 _remove(path)

@@ -18,7 +18,7 @@ from ..texts import check_window
 from . import steps
 from .journal import WorkFolder
 
-_TRAINING = ("accelerate", "peft")
+_TRAINING = ("accelerate", "matplotlib", "peft")
 _PER_WEIGHT = 4 * (1 + 3)  # what learns: beside the model, and in a checkpoint with Adam's two
 
 
@@ -39,7 +39,8 @@ def check(recipe: Recipe, texts: Any) -> None:
         named = recipe.heal.path or folder
         if named is None:
             raise UsageError("heal learns from a folder of texts: give heal a path, or --calib")
-        open_texts(named)
+        if not Path(named).is_file():  # one of chats
+            open_texts(named)
         if missing := [name for name in _TRAINING if find_spec(name) is None]:
             raise UsageError(
                 f"heal needs {' and '.join(missing)}: pip install 'distaya-ext[train]'"

@@ -132,19 +132,20 @@ class _Chain:
         number, count = list(self.prints).index(name) + 1, len(self.prints)
         self.task.on_event(StepStarted(number, count, name))
         if name not in self.kept:
-            self.work.begin(name, Done(self.inputs[name], self.prints[name]))
             start = time.perf_counter()
-            self._run(name)
+            if not self.work.begin(name, Done(self.inputs[name], self.prints[name])):
+                self._run(name)
             self.work.finish(name, round(time.perf_counter() - start, 3))
+        if name == "drop":
+            self._note(f"layers that go: {', '.join(map(str, self._dropped()))}")
         seconds = self.work.steps[name].seconds
         self.task.on_event(StepFinished(number, count, name, seconds, name in self.kept))
 
     def _run(self, name: str) -> None:
-        part = self.work.part(name)
+        part, scratch = self.work.part(name), self.work.path / f"{name}.scratch"
         match name:
             case "drop":
-                steps.drop(self.task, part, self.work.path / "drop.scratch")
-                self._note(f"layers that go: {', '.join(map(str, steps.dropped(part)))}")
+                steps.drop(self.task, part, scratch)
             case "compress":
                 steps.shrink(self.task, self._dropped(), part)
             case "heal":
@@ -153,7 +154,7 @@ class _Chain:
             case "evaluate":
                 written = [n for n in ("compress", "heal") if n in self.prints]
                 models = {n: self.work.folder(n) for n in written}
-                steps.measure(self.task, models, part)
+                steps.measure(self.task, models, part, scratch)
 
     def _dropped(self) -> list[int]:
         if "drop" in self.prints:
@@ -226,7 +227,7 @@ def _inputs(task: steps.Task) -> dict[str, dict[str, Any]]:
     learns = ready.learns(recipe)
     add("compress", recipe=fields, texts=texts_identity(texts if learns else None))
     if recipe.heal is not None:
-        spec = recipe.heal.model_dump(mode="json", exclude={"path", "teacher"})
+        spec = recipe.heal.model_dump(mode="json", exclude={"path", "teacher", "save_every"})
         named = recipe.heal.teacher
         teacher = None if named is None else locate(named, offline=task.offline)
         add(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +60,9 @@ def drop(task: Task, folder: Path, scratch: Path) -> None:
     )
     for notice in choice.notices:
         task.on_event(Notice(notice))
-    shutil.rmtree(scratch)
-    folder.mkdir()
-    write_json(folder / LAYERS, choice.to_dict() | {"layers": choice.scores.to_dict()})
+    told = choice.to_dict() | {"layers": choice.scores.to_dict()}
+    write_json(scratch / LAYERS, told)
+    scratch.rename(folder)
 
 
 def dropped(folder: Path) -> list[int]:
@@ -111,7 +110,7 @@ def heal_texts(task: Task) -> Any:
     return named if named is not None else task.texts or task.recipe.calibration.path
 
 
-def measure(task: Task, models: dict[str, Path], folder: Path) -> None:
+def measure(task: Task, models: dict[str, Path], folder: Path, scratch: Path) -> None:
     """Evaluate the models, by the step that wrote them, against the one before."""
     from ..documents import read_texts
     from ..evaluate import evaluate
@@ -136,8 +135,9 @@ def measure(task: Task, models: dict[str, Path], folder: Path) -> None:
         result.gate(max_worst_ppl_ratio=spec.max_worst_ppl_ratio, max_gap=spec.max_gap)
     except GateError as error:
         gate = str(error)
-    folder.mkdir()
-    write_json(folder / EVALUATION, {"steps": found, "gate": gate})
+    scratch.mkdir()
+    write_json(scratch / EVALUATION, {"steps": found, "gate": gate})
+    scratch.rename(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
