@@ -8,6 +8,7 @@
 #include "core/probe.h"
 #include "dass/dass.h"
 #include "hessian/hessian.h"
+#include "influence/influence.h"
 #include "mask/mask.h"
 #include "obs/obs.h"
 #include "pack/pack.h"
@@ -132,6 +133,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("admm", &admm, "G"_a, "X"_a, "mask"_a, "Y"_a, "inverse"_a, "rho"_a, "ratio"_a,
         release_gil());
   m.def("multiply", &multiply, "C"_a, "X"_a, "B"_a, "C += X B", release_gil());
+
+  // --- influence ---------------------------------------------------------------------------------
+  m.def("similarity", &similarity, "X"_a, "Y"_a, "out"_a,
+        "1 - cos, angle / pi and |y - x| / |x| of each row", release_gil());
+  m.def("divergence_work", &divergence_work, "Q"_a);
+  m.def("divergence", &divergence, "P"_a, "Q"_a, "W"_a, "bias"_a, "targets"_a, "scale"_a, "cap"_a,
+        "out"_a, "work"_a, "KL, both -log of the target and whether the first choices agree",
+        release_gil());
 
   // --- pack --------------------------------------------------------------------------------------
   m.def(

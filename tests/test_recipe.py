@@ -1,6 +1,9 @@
 """The recipe: what is accepted survives a file, what cannot run is refused in one sentence."""
 
+from functools import partial
+
 import pytest
+import refusing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +19,7 @@ from distaya_ext.recipe import (
     parse_sparsity,
 )
 
-
-def refused(call, *words):
-    with pytest.raises(UsageError) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    for word in words:
-        assert word in sentence, sentence
+refused = partial(refusing.refused, UsageError)
 
 
 @st.composite

@@ -22,7 +22,7 @@ from ..models.depth import cut_config, layers_left
 from ..models.skeleton import build_skeleton, check_table, is_tied
 from .compare import Stored, compare, stored_modules
 from .entry import DTYPES, FLOATS, Entry, some
-from .folder import contained, locate, read_config, read_index
+from .folder import ADAPTER, adapter_of, contained, locate, read_config, read_index
 
 # Old files carry tables that the model computes by itself; they are neither used nor copied.
 _HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$|\.masked_bias$|self_attn\.bias$")
@@ -58,6 +58,11 @@ class Checkpoint:
         self.source_layers = tuple(range(config.num_hidden_layers))  # their numbers in the folder
         self.left_out = 0  # bytes of the folder's tensors that are not among the entries
         self._finite: set[str] = set()
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the LoRA that belongs to the model, which every loader must attach."""
+        return adapter_of(self.folder)
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +165,11 @@ def open_checkpoint(
     """
     folder = locate(model, offline=offline)
     raw = read_config(folder, packed=packed)
+    if not packed and adapter_of(folder) is not None:
+        raise InputError(
+            f"{folder.name} has an adapter beside its weights, which would be lost; write it into "
+            f"them first (distaya merge {folder.name} {folder.name}/{ADAPTER} --out OUT)"
+        )
     scheme = read_scheme(raw)
     weight_map = read_index(folder)
     entries = _headers(folder, weight_map)

@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .merge import merge
 from .search import search
 
 INTERRUPTED = 130
@@ -101,6 +102,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")

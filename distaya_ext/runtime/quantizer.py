@@ -56,6 +56,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._modules: dict[str, Packed] = {}
         self._entries: dict[str, Entry] = {}
+        self.trains = False  # what runtime.trainable says
 
     def update_device_map(self, device_map: Any) -> Any:
         """One device only: packed modules are not spread or offloaded."""
@@ -105,8 +106,13 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Whether gradients pass the packed weights, which themselves never learn."""
+        return self.trains
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The same, where Trainer asks for parameters of the model itself."""
+        return self.trains
 
     @property
     def is_compileable(self) -> bool:
