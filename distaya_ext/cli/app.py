@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .layers import layers
 from .merge import merge
 from .search import search
 
@@ -98,6 +99,7 @@ def root(
 
 app.command("compress")(compress)
 app.command("search")(search)
+app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)

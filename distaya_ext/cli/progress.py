@@ -16,6 +16,7 @@ from rich.progress import (
 
 from ..chain.events import StepFinished, StepStarted
 from ..compress import events
+from ..influence.events import Measured
 from .output import console, size
 
 _HEARTBEAT_SECONDS = 10.0
@@ -96,6 +97,8 @@ class Reporter:
             case StepFinished(number, steps, name, seconds, kept):
                 how = "was done before" if kept else "done"
                 self.say(f"step {number} of {steps}: {name} {how} in {seconds:.1f} s")
+            case Measured(done, total, what):
+                self._advance("forwards", done, total, what, always=done == total)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
 

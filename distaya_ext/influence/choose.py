@@ -9,47 +9,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import Calibration, load_calibration
+from ..device import find_device
 from ..errors import UsageError
 from ..models.depth import irregular
 from ..recipe import CalibrationSpec, Recipe
-from .scores import REMOVAL, Languages, Scores, scores_of
+from .scores import REMOVAL, Languages, Loss, Scores, loss_of, scores_of
 from .spec import SCORES, DropSpec
 from .walk import Walk
 
 OnEvent = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a model without some layers loses against the whole one, per language.
-
-    kl and dnll float64 [languages], nats per predicted token.
-    """
-
-    languages: tuple[str, ...]
-    kl: np.ndarray
-    dnll: np.ndarray
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The language whose NLL grows most, and by how much."""
-        at = int(self.dnll.argmax())
-        return self.languages[at], float(self.dnll[at])
-
-    def to_dict(self) -> dict[str, Any]:
-        by_language = {
-            lang: {"kl": float(kl), "dnll": float(dnll)}
-            for lang, kl, dnll in zip(self.languages, self.kl, self.dnll, strict=True)
-        }
-        return {
-            "kl": float(self.kl.mean()), "dnll": float(self.dnll.mean()),
-            "worst": self.worst[0], "languages": by_language,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,19 +84,8 @@ def score_layers(
     Raises UsageError for unknown scores and runs longer than the model, InputError for windows that
     do not fit the model and where numbers overflow.
     """
-    asked = check_scores(scores)
-    depth = checkpoint.config.num_hidden_layers
-    if not 1 <= run <= depth:
-        raise UsageError(f"a run of {run} layers is asked for; the model has {depth}")
-    windows = given(windows, checkpoint)
-    removal = bool(set(asked) & set(REMOVAL))
-    streams = streams_of(depth, removal, parts, run)
-    with Walk(
-        checkpoint, windows, streams=streams, device=torch.device(device), scratch=scratch,
-        max_ram=max_ram, on_event=on_event,
-    ) as walk:  # fmt: skip
-        sweep = walk.sweep(removal=removal, parts=parts, run=run)
-    return scores_of(sweep, Languages(windows.languages, windows.ids.shape[1]), asked, run)
+    study = Study(checkpoint, windows, scores, run=run, parts=parts)
+    return study.go((), device=device, on_event=on_event, scratch=scratch, max_ram=max_ram)[0]
 
 
 def choose(
@@ -146,23 +107,107 @@ def choose(
 
     Raises UsageError for a number of layers or a protected layer that the model has not.
     """
-    count, free = how_many(spec, checkpoint.config.num_hidden_layers)
-    windows = given(windows, checkpoint)
-    languages = Languages(windows.languages, windows.ids.shape[1])
-    removal = spec.score in REMOVAL
+    count, _ = how_many(spec, checkpoint.config.num_hidden_layers)
     run = count if spec.score == "angular" else 1
-    streams = streams_of(checkpoint.config.num_hidden_layers, removal, False, run)
-    with Walk(
-        checkpoint, windows, streams=streams, device=torch.device(device), scratch=scratch,
-        max_ram=max_ram, on_event=on_event,
-    ) as walk:  # fmt: skip
-        rounds = _rounds(walk, spec, count, free, languages, run)
-        dropped = sorted(layer for one in rounds for layer in one.went)
-        left = [layer for layer in walk.layers if layer not in dropped]
-        base = walk.sweep(left, removal=False, what="without them, ").base
-    loss = loss_of(base, languages)
-    notice = irregular(checkpoint.config, left)
-    return Choice(dropped, spec, tuple(rounds), loss, [] if notice is None else [notice])
+    study = Study(checkpoint, windows, [spec.score], run=run)
+    more = {"device": device, "on_event": on_event, "scratch": scratch, "max_ram": max_ram}
+    return study.go([spec], **more)[1][0]
+
+
+class Study:
+    """Scores of a model's layers, and choices by several of them, in walks they share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: Any,
+        scores: Sequence[str] = SCORES,
+        *,
+        run: int = 1,
+        parts: bool = False,
+    ):
+        self.checkpoint, self.depth = checkpoint, checkpoint.config.num_hidden_layers
+        self.asked = check_scores(scores)
+        if not 1 <= run <= self.depth:
+            raise UsageError(f"a run of {run} layers is asked for; the model has {self.depth}")
+        self.run, self.parts = run, parts
+        self.windows = given(windows, checkpoint)
+        self.languages = Languages(self.windows.languages, self.windows.ids.shape[1])
+        self.removal = bool(set(self.asked) & set(REMOVAL))
+        self._walk: Walk | None = None
+        self._swept: dict[tuple[int, ...], Scores] = {}
+        self._lost: dict[tuple[int, ...], Loss] = {}
+
+    def go(
+        self,
+        specs: Sequence[DropSpec],
+        *,
+        device: str | torch.device = "cpu",
+        on_event: OnEvent | None = None,
+        scratch: Path | None = None,
+        max_ram: int | None = None,
+    ) -> tuple[Scores, list[Choice]]:
+        """Scores of the whole model and a choice for each spec, whose scores must be among those
+        asked for and whose runs (angular) as long as the study's.
+        """
+        counts = [how_many(spec, self.depth) for spec in specs]
+        candidates = self.depth * (1 + 2 * self.parts) * self.removal
+        place = find_device(str(device), kernels=True)
+        with Walk(
+            self.checkpoint,
+            self.windows,
+            streams=1 + candidates + self.run * (self.run > 1),
+            device=place,
+            scratch=scratch,
+            max_ram=max_ram,
+            on_event=on_event,
+        ) as self._walk:
+            scores = self._scores(self._walk.layers, "")
+            choices = [self._choice(spec, *how) for spec, how in zip(specs, counts, strict=True)]
+        return scores, choices
+
+    def _scores(self, left: tuple[int, ...], what: str) -> Scores:
+        """Of the model of these layers, measured once."""
+        if left not in self._swept:
+            whole = len(left) == self.depth
+            sweep = self._walk.sweep(
+                left,
+                removal=self.removal,
+                parts=self.parts and whole,
+                run=self.run if whole else 1,
+                what=what,
+            )
+            asked = self.asked if whole else [s for s in self.asked if s in REMOVAL]
+            self._swept[left] = scores_of(sweep, self.languages, asked, self.run)
+            if self.removal and not whole:
+                self._lost[left] = loss_of(sweep.base, self.languages)
+        return self._swept[left]
+
+    def _loss(self, left: tuple[int, ...]) -> Loss:
+        if left not in self._lost:
+            sweep = self._walk.sweep(left, removal=False, what="without them, ")
+            self._lost[left] = loss_of(sweep.base, self.languages)
+        return self._lost[left]
+
+    def _choice(self, spec: DropSpec, count: int, free: list[int]) -> Choice:
+        rounds: list[Round] = []
+        left = self._walk.layers
+        greedy = spec.greedy and spec.score in REMOVAL
+        step = 1 if greedy else count
+        while self.depth - len(left) < count:
+            what = f"{spec.score} round {len(rounds) + 1} of {count}, " if greedy else ""
+            scores = self._scores(left, what)
+            if spec.score == "angular" and count > 1:
+                went = _least_run(scores, free)
+            else:
+                allowed = [layer for layer in scores.ranking(spec.score) if layer in free]
+                went = tuple(sorted(allowed[:step]))
+            rounds.append(Round(went, scores))
+            left = tuple(layer for layer in left if layer not in went)
+        dropped = [layer for layer in self._walk.layers if layer not in left]
+        notice = irregular(self.checkpoint.config, left)
+        notices = [] if notice is None else [notice]
+        return Choice(dropped, spec, tuple(rounds), self._loss(left), notices)
 
 
 def how_many(spec: DropSpec, depth: int) -> tuple[int, list[int]]:
@@ -211,40 +256,6 @@ def given(windows: Any, checkpoint: Checkpoint, spec: CalibrationSpec | None = N
     wanted = {} if spec is None else {"calibration": spec}
     asked = Recipe(model=str(checkpoint.folder), method="gptq", bits=4, **wanted)
     return load_calibration(windows, asked, checkpoint)
-
-
-def streams_of(depth: int, removal: bool, parts: bool, run: int) -> int:
-    """Hidden states of all tokens that wait at once: the model's, candidates', inputs of a run."""
-    return 1 + depth * (1 + 2 * parts) * removal + run * (run > 1)
-
-
-def loss_of(base: np.ndarray, languages: Languages) -> Loss:
-    """From a sweep's sums of the model it walked."""
-    per_window = languages.length - 1
-    kl = languages.mean(base[:, 0], per_window)
-    return Loss(languages.names, kl, languages.mean(base[:, 2] - base[:, 1], per_window))
-
-
-def _rounds(
-    walk: Walk, spec: DropSpec, count: int, free: list[int], languages: Languages, run: int
-) -> list[Round]:
-    """Rounds until `count` layers went."""
-    removal = spec.score in REMOVAL
-    rounds: list[Round] = []
-    left = list(walk.layers)
-    step = 1 if removal and spec.greedy else count
-    while len(walk.layers) - len(left) < count:
-        what = f"round {len(rounds) + 1} of {count}, " if step < count else ""
-        sweep = walk.sweep(left, removal=removal, run=run, what=what)
-        scores = scores_of(sweep, languages, [spec.score], run)
-        if run > 1:
-            went = _least_run(scores, free)
-        else:
-            allowed = [layer for layer in scores.ranking(spec.score) if layer in free]
-            went = tuple(sorted(allowed[:step]))
-        rounds.append(Round(went, scores))
-        left = [layer for layer in left if layer not in went]
-    return rounds
 
 
 def _least_run(scores: Scores, free: list[int]) -> tuple[int, ...]:

@@ -64,12 +64,10 @@ class Head:
         for part in torch.arange(len(ids)).split(max(1, _STACK_BYTES // each)):
             P = self.norm(dense[part])[:, :-1].reshape(-1, width)
             Q = torch.stack([self.norm(v[part])[:, :-1].reshape(-1, width) for v in variants])
-            tokens = self._divergence(P, Q, ids[part, 1:].reshape(-1))
+            tokens = influence.divergence(
+                P, Q, self.W, ids[part, 1:].reshape(-1),
+                scale=self.scale, cap=self.cap, bias=self.bias,
+            )  # fmt: skip
             by_window = tokens.double().cpu().numpy().reshape(len(variants), len(part), -1, 4)
             found.append(by_window.sum(axis=2))  # on the host, in one fixed order
         return np.concatenate(found, axis=1)
-
-    def _divergence(self, P: torch.Tensor, Q: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[variants, tokens, 4] of P [tokens, hidden] and Q [variants, tokens, hidden]."""
-        how = {"scale": self.scale, "cap": self.cap, "bias": self.bias}
-        return torch.stack([influence.divergence(P, q, self.W, targets, **how) for q in Q])

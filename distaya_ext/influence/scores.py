@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .walk import Candidate, Sweep
+from .candidate import Candidate
+from .walk import Sweep
 
 SIMILARITY = ("bi", "angular", "l2")  # columns of ops.influence.similarity
 REMOVAL = ("ppl", "kl")
@@ -39,6 +40,34 @@ class Languages:
         """
         totals = np.bincount(self._place, weights=sums, minlength=len(self.names))
         return totals / (per_window * np.array(list(self.windows.values())))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a model without some layers loses against the whole one, per language.
+
+    kl and dnll float64 [languages], nats per predicted token.
+    """
+
+    languages: tuple[str, ...]
+    kl: np.ndarray
+    dnll: np.ndarray
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The language whose NLL grows most, and by how much."""
+        at = int(self.dnll.argmax())
+        return self.languages[at], float(self.dnll[at])
+
+    def to_dict(self) -> dict[str, Any]:
+        by_language = {
+            lang: {"kl": float(kl), "dnll": float(dnll)}
+            for lang, kl, dnll in zip(self.languages, self.kl, self.dnll, strict=True)
+        }
+        return {
+            "kl": float(self.kl.mean()), "dnll": float(self.dnll.mean()),
+            "worst": self.worst[0], "languages": by_language,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,3 +173,10 @@ def scores_of(sweep: Sweep, languages: Languages, asked: Sequence[str], run: int
     if not firsts:
         return Scores(everyone, languages, tables, nll=nll)
     return Scores(everyone, languages, tables, run, firsts, *map(np.stack, runs), nll)
+
+
+def loss_of(base: np.ndarray, languages: Languages) -> Loss:
+    """From a sweep's sums of the model it walked."""
+    per_window = languages.length - 1
+    kl = languages.mean(base[:, 0], per_window)
+    return Loss(languages.names, kl, languages.mean(base[:, 2] - base[:, 1], per_window))

@@ -12,11 +12,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +31,9 @@ from ..finite import all_finite
 from ..models.skeleton import build_skeleton, feed_whole
 from ..ops import influence
 from ..search.whole import run_dtype
+from .candidate import PARTS, Candidate, silent
 from .events import Measured
 from .head import Head
-
-PARTS = {"attention": "self_attn", "MLP": "mlp"}  # of a layer, and their names in it
-
-
-class Candidate(NamedTuple):
-    """What may be left out: kind layer, attention or MLP of layer `layer` of the source model."""
-
-    kind: str
-    layer: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.layer}"
 
 
 @dataclass
@@ -156,6 +144,7 @@ class Walk:
             module = self._load(layer)
             for chunk in range(len(self.ids)):
                 state.step(chunk, place, layer, module, told)
+            del module  # before the next one is read
             state.walked(layer)
         if left == self.layers:
             for chunk in range(len(self.ids)):
@@ -280,23 +269,3 @@ def nearness(x: torch.Tensor, y: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     every = influence.similarity(x, y).double().cpu().numpy().reshape(*x.shape[:2], 3)
     return every.sum(axis=1), every[:, -1]
-
-
-@contextmanager
-def silent(layer: nn.Module, name: str) -> Iterator[None]:
-    """Inside, a block of the layer adds nothing: its output is zero.
-
-    The norms some families put behind a block leave zero as it is, so this is the layer without the
-    block, whether the other one reads the same input (parallel) or comes after it.
-    """
-
-    def nothing(_module: nn.Module, _args: tuple, out: Any) -> Any:
-        if isinstance(out, tuple):
-            return (torch.zeros_like(out[0]), *out[1:])
-        return torch.zeros_like(out)
-
-    hook = layer.get_submodule(name).register_forward_hook(nothing)
-    try:
-        yield
-    finally:
-        hook.remove()
