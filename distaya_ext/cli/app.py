@@ -21,9 +21,11 @@ from ..errors import DistayaError
 from . import bench
 from .compress import compress
 from .demo import demo
+from .distill import distill, heal
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
+from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
 from .layers import layers
@@ -103,6 +105,9 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("distill")(distill)
+app.command("heal")(heal)
+app.command("finetune")(finetune)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)

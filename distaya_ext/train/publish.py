@@ -22,6 +22,7 @@ from .spec import TrainSpec
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from .merge import Merged
     from .parts import Parts
 
 RECORD = "training.json"
@@ -30,11 +31,14 @@ _SHOWN = ("metrics.jsonl", "loss.png", "loss.svg")
 
 @dataclass(frozen=True)
 class Trained:
-    """A published result: where it is, how the training went, and its record (training.json)."""
+    """A published result: where it is, how the training went, its record (training.json), and what
+    was written of what learnt.
+    """
 
     out: Path
     course: Course
     record: dict[str, Any]
+    merged: Merged
 
 
 def work_folder(out: str | Path) -> Path:
@@ -58,14 +62,17 @@ def train_and_publish(
     out: str | Path,
     *,
     about: dict[str, Any],
+    found: Callable[[], dict[str, Any]] | None = None,
     overwrite: bool = False,
     work: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Trained:
     """fit() in the work folder of `out`, then parts.write(), then the work folder is removed.
 
-    about is added to the record. The work folder stays when anything fails or interrupts, which an
-    error's sentence says, so that the same call goes on where it stopped; work names another one.
+    about is added to the record, and so is what found() tells of the trained model, which holds its
+    best parameters when it is called. The work folder stays when anything fails or interrupts,
+    which an error's sentence says, so that the same call goes on where it stopped; work names
+    another one.
     """
     folder = work or work_folder(out)
     check_place(out, checkpoint.folder, overwrite)
@@ -76,23 +83,24 @@ def train_and_publish(
             "spec": spec.model_dump(mode="json"),
             "texts": _told(training, held_out),
             "course": course.to_dict(),
+            **(found() if found is not None else {}),
             "versions": _versions(),
         }
 
-        def add(model: Path) -> None:
+        def add(model: Path, _: Merged) -> None:
             for name in _SHOWN:
                 shutil.copyfile(folder / name, model / name)
             text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
             (model / RECORD).write_text(text + "\n", encoding="utf-8")
 
-        parts.write(checkpoint, out, overwrite=overwrite, extra=add)
+        merged = parts.write(checkpoint, out, overwrite=overwrite, extra=add)
     except DistayaError as error:
         if any(folder.glob("checkpoint-*")) and str(folder) not in str(error):
             note = f"{error} (what was trained is kept in {folder})"
             raise type(error)(note) from error
         raise
     shutil.rmtree(folder)
-    return Trained(Path(out), course, record)
+    return Trained(Path(out), course, record, merged)
 
 
 def _told(training: TrainingData, held_out: TrainingData | None) -> dict[str, Any]:
