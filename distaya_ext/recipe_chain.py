@@ -18,11 +18,13 @@ from .errors import UsageError
 from .influence.spec import DropSpec, parse_drop
 from .recipe_fields import PACKED_BITS
 from .recipe_parts import Strict
+from .train.healing import HEALING
 from .train.spec import TrainSpec
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+_TERMS = {"ce", "kl", "cosine", "mse", "spans"}  # weights of a loss
 _INDICES = TypeAdapter(list[Annotated[int, Field(ge=0)]])
 
 
@@ -30,10 +32,24 @@ class HealSpec(TrainSpec):
     """Training that makes up for what leaving out layers, pruning and rounding lost.
 
     teacher is what the compressed model learns from, a local folder or hub id; None is the recipe's
-    own model as it was before. path None is the folder of the calibration texts.
+    own model as it was before. path None is the folder of the calibration texts. Defaults are those
+    of train.healing, as for `distaya heal`.
     """
 
     teacher: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        loss = fields.get("loss")
+        if isinstance(loss, dict) and not _TERMS & loss.keys():
+            usual = dict(HEALING["loss"])
+            if loss.get("cache") is not None:
+                del usual["cosine"]  # a cache has no hidden states
+            fields = fields | {"loss": usual | loss}
+        return {**HEALING, **fields}
 
 
 class EvaluateSpec(Strict):

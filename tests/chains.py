@@ -14,18 +14,15 @@ from distaya_ext.compress import compress
 from distaya_ext.recipe import Recipe
 
 ASSETS = Path(str(files("distaya_ext"))) / "assets"
-_LINES = 40
 
 
 def texts(
     folder: Path, kind: str = "calibration", languages: tuple[str, ...] = ("en", "ja")
 ) -> Path:
-    """A folder with the beginnings of a few of the bundled languages."""
+    """A folder of a few of the bundled languages."""
     folder.mkdir()
     for lang in languages:
-        (path,) = (ASSETS / "texts" / kind).glob(f"{lang}.txt")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[:_LINES]), encoding="utf-8")
+        shutil.copy(ASSETS / "texts" / kind / f"{lang}.txt", folder)
     return folder
 
 

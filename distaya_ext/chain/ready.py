@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..texts import check_window
 from . import steps
 from .journal import WorkFolder
 
-_TRAINING = ("accelerate", "matplotlib", "peft")
 _PER_WEIGHT = 4 * (1 + 3)  # what learns: beside the model, and in a checkpoint with Adam's two
 
 
@@ -41,10 +39,12 @@ def check(recipe: Recipe, texts: Any) -> None:
             raise UsageError("heal learns from a folder of texts: give heal a path, or --calib")
         if not Path(named).is_file():  # one of chats
             open_texts(named)
-        if missing := [name for name in _TRAINING if find_spec(name) is None]:
-            raise UsageError(
-                f"heal needs {' and '.join(missing)}: pip install 'distaya-ext[train]'"
-            )
+        from ..train.adapter import need_peft
+        from ..train.fit import check_packages
+
+        check_packages()
+        if recipe.heal.train == "lora":
+            need_peft("heal by LoRA")
     if recipe.evaluate is not None:
         read_texts(recipe.evaluate.path, parallel=recipe.evaluate.per_line)
 

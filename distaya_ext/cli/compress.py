@@ -113,13 +113,13 @@ def compress(
     from ..compress import compress as run
     from ..compress.settings import from_recipe
     from .output import print_json
-    from .progress import Reporter
+    from .training import TrainReporter
 
     learns = from_recipe(whole).statistic is not None
     if learns and whole.calibration.path is None:
         raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
     by_score = not isinstance(whole.drop_layers, list)
-    with Reporter(quiet) as reporter:
+    with TrainReporter(quiet) as reporter:
         if calib is not None and not (learns or by_score or _heals_on_calib(whole)):
             reporter.say(f"note: method {whole.method} learns nothing from text; --calib is unused")
         report = run(
