@@ -15,6 +15,7 @@ from distaya_ext.cli.app import app
 from distaya_ext.compress import Report, budget, compress
 from distaya_ext.errors import DistayaError, GateError, ResourceError, UsageError
 from distaya_ext.recipe import Recipe
+from distaya_ext.train.events import TrainStep
 
 HEAL = {"steps": 3, "learning_rate": 0.01}
 
@@ -88,6 +89,26 @@ def test_all_steps_in_order(given, steps_done, tmp_path):
     first, second = chains.hashes(out), chains.hashes(tmp_path / "again")
     del first["layers.json"]
     assert first == second
+
+
+def test_nothing_is_faked(given, tmp_path):
+    """The bundled model loses a layer, half its weights and 12 bits of each, and is healed."""
+    source = chains.ASSETS / "nano-aya"
+    heal = {"steps": 6, "batch_tokens": 256, "window": 64, "rank": 8, "evaluate_every": 3}
+    evaluate = {"path": str(given / "heldout"), "tokens": 512, "window": 64}
+    recipe = chains.recipe(source, given / "calib", heal=heal, evaluate=evaluate, group=64)
+    told = []
+    found = compress(source, tmp_path / "out", recipe, on_event=told.append)
+    assert [event.step for event in told if isinstance(event, TrainStep)] == [1, 2, 3, 4, 5, 6]
+    compressed, healed = found.evaluations.values()
+    assert compressed["base_nll"] < healed["nll"] < compressed["nll"]
+    assert len(found.source_layers) == 7 and len(found.dropped_layers) == 1
+    checkpoint = open_checkpoint(tmp_path / "out", packed=True)
+    assert checkpoint.config.num_hidden_layers == 7 and len(checkpoint.stored) == 49
+    for name in ("layers.json", "training.json", "evaluation.json", "results.json", "layers.csv"):
+        assert (tmp_path / "out" / name).is_file(), name
+    assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").heal == recipe.heal
+    assert hidden(tmp_path) == []
 
 
 def test_a_plain_recipe_is_what_it_was(given, tmp_path):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import chains
 import pytest
+import torch
 
 from distaya_ext.chain import journal
 from distaya_ext.chain.identity import difference, fingerprint
 from distaya_ext.compress import compress
 from distaya_ext.errors import DistayaError, InputError, UsageError
+from distaya_ext.train.events import TrainStep
 
 HEAL = {"steps": 4, "learning_rate": 0.01}
 SCORED = {"count": 1, "score": "bi", "tokens": 256}
@@ -97,6 +99,43 @@ def test_killed_anywhere(given, tmp_path):
         s["fingerprint"] for s in steps[1]["steps"]
     ]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+REAL = {"steps": 5, "batch_tokens": 128, "window": 64, "rank": 4, "save_every": 2}
+
+KILLED_IN_TRAINING = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import chains
+from distaya_ext.compress import compress
+from distaya_ext.train.events import TrainStep
+
+def die(event):
+    if isinstance(event, TrainStep) and event.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+given = Path(sys.argv[1])
+recipe = chains.recipe(given / "source", given / "calib", drop_layers=[1], heal={REAL!r})
+compress(recipe.model, "out", recipe, on_event=die)
+"""
+
+
+def test_killed_within_real_training(given, tmp_path):
+    one = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    told = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_TRAINING, str(given)], capture_output=True, text=True,
+        timeout=300, env=os.environ | one,
+    )  # fmt: skip
+    assert told.returncode == -signal.SIGKILL, told.stderr
+    recipe = chains.recipe(given / "source", given / "calib", drop_layers=[1], heal=REAL)
+    events = []
+    found = compress(recipe.model, "out", recipe, on_event=events.append)
+    assert found.kept == ["compress"] and found.evaluations == {}
+    assert [e.step for e in events if isinstance(e, TrainStep)] == [3, 4, 5]
+    compress(recipe.model, "straight", recipe)
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "recipe.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
 @pytest.fixture
