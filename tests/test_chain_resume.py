@@ -45,10 +45,7 @@ def run(out, on_event=lambda event: None, at_step=lambda step: None):
     compress(recipe.model, out, recipe, on_event=on_event)
 
 given = Path(sys.argv[1])
-recipe = chains.recipe(
-    given / "source", given / "calib", heal={HEAL!r},
-    evaluate={{"path": str(given / "heldout"), "tokens": 256, "window": 64}},
-)
+recipe = chains.recipe(given / "source", given / "calib", heal={HEAL!r})
 drop_done = lambda event: die(isinstance(event, StepFinished) and event.name == "drop")
 in_layer = lambda event: die(isinstance(event, events.LayerDone))
 saved = lambda event: die(isinstance(event, events.Saved))
@@ -75,8 +72,7 @@ def given(tmp_path_factory):
 
 
 def chain(given, **fields):
-    evaluate = {"path": str(given / "heldout"), "tokens": 256, "window": 64}
-    fields = {"drop_layers": [1], "heal": HEAL, "evaluate": evaluate} | fields
+    fields = {"drop_layers": [1], "heal": HEAL} | fields
     return chains.recipe(given / "source", given / "calib", **fields)
 
 
@@ -175,7 +171,8 @@ def test_healing_goes_on(given, stopped):
 
 
 def test_a_change_redoes_what_it_touches(given, stopped):
-    found, notes = notes_of(given, chain(given, heal=HEAL | {"steps": 3}))
+    evaluate = {"path": str(given / "heldout"), "tokens": 256, "window": 64}
+    found, notes = notes_of(given, chain(given, heal=HEAL | {"steps": 3}, evaluate=evaluate))
     assert found.kept == ["compress"] and stopped == [0, 1, 0, 1, 2]
     said = "since the run was stopped, recipe.heal.steps was 4 and is 3; done anew: heal, evaluate"
     assert any(note.startswith(said) and "kept: compress" in note for note in notes), notes
@@ -233,7 +230,7 @@ def test_killed_behind_the_last_rename(given, stopped, monkeypatch):
         first, _ = notes_of(given, chain(given))
     assert Path(".out.chain").exists()
     found, _ = notes_of(given, chain(given))
-    assert found.kept == ["compress", "heal", "evaluate"] and found.steps == first.steps
+    assert found.kept == ["compress", "heal"] and found.steps == first.steps
     assert stopped == [0, 1, 2, 3] and not Path(".out.chain").exists()
 
 

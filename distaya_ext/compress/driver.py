@@ -134,7 +134,8 @@ class _Run:
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
-        for message in [*glu.notices(self.recipe), *self.packing.notices]:
+        notices = glu.notices(self.recipe, self.plan, self.checkpoint)
+        for message in [*notices, *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
             self._prepare(staging.scratch)

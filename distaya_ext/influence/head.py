@@ -35,15 +35,15 @@ class Head:
         """
         keep = min(_CHECKED, ids.shape[1])
         own = self.ends.logits(ids[:1], hidden[:1], keep)[0].double()
-        h, W = self.norm(hidden[:1])[0, -keep:].double(), self.W.double()
-        z = h @ W.T
+        h = self.norm(hidden[:1])[0, -keep:].double()
+        z = h @ self.W.double().T
         z = self.scale * (z if self.bias is None else z + self.bias.double())
         z = z if self.cap is None else self.cap * (z / self.cap).tanh()
         diff, most = float((z - own).abs().max()), float(own.abs().max())
-        # Beside the rounding of the result: sums of K products in fp32, K eps sum |h w| at most.
-        sums = abs(self.scale) * float((h.abs() @ W.abs().T).max())
+        # Beside the rounding of the result: sums of K products in fp32, K eps |h| |w| at most.
+        sums = abs(self.scale) * float(h.norm(dim=1).max() * self.W.norm(dim=1).max())
         allowed = _ULPS * torch.finfo(self.W.dtype).eps * most
-        allowed += W.shape[1] * torch.finfo(torch.float32).eps * sums
+        allowed += self.W.shape[1] * torch.finfo(torch.float32).eps * sums
         if not diff <= allowed:  # also when NaN
             raise InputError(
                 f"the model's logits are not those of its final norm and head with scale "
