@@ -34,6 +34,12 @@ def _letters() -> dict[str, int]:
     }
 
 
+@functools.cache
+def _names() -> list[str]:
+    """The letter of each byte."""
+    return sorted(_letters(), key=_letters().__getitem__)
+
+
 class Vocabulary:
     """The bytes behind every token of a tokenizer.
 
@@ -73,6 +79,22 @@ class Vocabulary:
             lengths[0] -= 1
             whole = whole[1:]
         return ids, whole, np.cumsum(lengths)
+
+    def write(self, string: bytes) -> list[int]:
+        """The ids with which the tokenizer's own merges write some bytes within a word; [] where
+        they cannot.
+        """
+        if self.kind == "bytes":
+            letters = _names()
+            word = "".join(letters[byte] for byte in string)
+        else:
+            try:
+                word = string.decode().replace(" ", _SPACE)
+            except UnicodeDecodeError:
+                return []
+        ids = [token.id for token in self.tokenizer.backend_tokenizer.model.tokenize(word)]
+        parts = [self.strings[i] for i in ids]
+        return ids if None not in parts and b"".join(parts) == string else []
 
 
 def _kind(tokenizer: Any) -> str | None:
