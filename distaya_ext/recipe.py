@@ -173,6 +173,9 @@ class Recipe(Strict):
         """The recipe as YAML text, written to `path` as well when one is given."""
         fields = self.model_dump(mode="json")
         fields = {k: v for k, v in fields.items() if v is not None or k not in _OF_CHAINS}
+        if self.heal is not None:  # a weight that nobody gave is none that somebody insists on
+            given = self.heal.loss.model_dump(mode="json", exclude_unset=True)
+            fields["heal"]["loss"] = given
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
         if yaml.safe_load(text) != fields:  # Unicode line breaks survive only as escapes
             text = yaml.safe_dump(fields, sort_keys=False)
