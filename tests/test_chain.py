@@ -59,6 +59,7 @@ def test_all_steps_in_order(given, steps_done, tmp_path):
     found = run(given, tmp_path / "out", whole(given), on_event=told.append)
     assert isinstance(found, Chained) and found.kept == [] and found.gate is None
     names = ["drop", "compress", "heal", "evaluate"]
+    assert told[0].message == "steps, in this order: drop, compress, heal, evaluate"
     assert [e.name for e in told if isinstance(e, StepStarted)] == names
     ends = [e for e in told if isinstance(e, StepFinished)]
     assert [(e.number, e.steps, e.name, e.kept) for e in ends] == [
@@ -108,6 +109,8 @@ def test_nothing_is_faked(given, tmp_path):
     for name in ("layers.json", "training.json", "evaluation.json", "results.json", "layers.csv"):
         assert (tmp_path / "out" / name).is_file(), name
     assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").heal == recipe.heal
+    trained = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert trained["student"] == "compress" and trained["teacher"] == str(source)
     assert hidden(tmp_path) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,11 @@ def test_other_texts_and_another_model(given, stopped, tmp_path):
 
 def test_bad_input_keeps_what_was_done(given, stopped):
     """A recipe that cannot run is refused before anything is thrown away."""
+    Path("out").mkdir()
+    Path("out/mine").write_text("not to be overwritten")
+    with pytest.raises(InputError, match="out is not empty"):
+        compress(given / "source", "out", chain(given), restart=True)
+    shutil.rmtree("out")
     for fields in ({"skip": ["nothing"]}, {"evaluate": {"path": "nowhere"}}, {"drop_layers": [9]}):
         with pytest.raises(DistayaError):
             compress(given / "source", "out", chain(given, **fields), restart=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -59,7 +60,7 @@ def run_chain(
     tell = on_event or (lambda event: None)
     find_device(device, kernels=True)
     local = Path(model).expanduser()
-    if not place(Path(out)).exists():  # else the output may be that of this very run
+    if restart or not place(Path(out)).exists():  # else the output may be that of this very run
         check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     recipe = as_run(recipe, model, texts)
     ready.check(recipe, texts)
@@ -89,6 +90,7 @@ class _Chain:
         check_output(self.out, overwrite=self.overwrite, source=self.task.checkpoint.folder)
         self._reconcile()
         ready.check_disk_space(self.task, self.work)
+        self._note(f"steps, in this order: {', '.join(self.prints)}")
         try:
             for name in self.prints:
                 self._step(name)
@@ -173,6 +175,7 @@ class _Chain:
                 if path.is_file():
                     (staging.model / name).unlink(missing_ok=True)
                     shutil.copyfile(path, staging.model / name)
+            _tell_of_step(staging.model / "training.json")
             for step, name in (("drop", steps.LAYERS), ("evaluate", steps.EVALUATION)):
                 if step in self.prints:
                     shutil.copyfile(self.work.folder(step) / name, staging.model / name)
@@ -247,6 +250,14 @@ def _is_of(out: Path, mark: str) -> bool:
     with contextlib.suppress(Exception):
         return Chained.read(out, set()).steps[-1].fingerprint == mark
     return False
+
+
+def _tell_of_step(record: Path) -> None:
+    """The record of healing names the student by its step: the folder it lay in goes."""
+    if record.is_file():
+        told = json.loads(record.read_text(encoding="utf-8"))
+        record.unlink()  # it may be a link to the step's own
+        steps.write_json(record, told | {"student": "compress"})
 
 
 def _link_all(source: Path, target: Path) -> None:
