@@ -29,6 +29,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import chains
 from distaya_ext.chain import StepFinished
 from distaya_ext.compress import compress, events
+from transformers import AutoTokenizer, CohereForCausalLM  # once, not in every process
 
 def killed(do):
     child = os.fork()
