@@ -31,6 +31,7 @@ from .inspect import inspect
 from .layers import layers
 from .merge import merge
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -108,6 +109,8 @@ app.command("inspect")(inspect)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)
