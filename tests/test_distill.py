@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import speaking
 import torch
+from tokenizers_of_tests import words
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
 import distaya_ext
@@ -388,6 +389,18 @@ def test_another_tokenizer_takes_the_aligned_route_and_says_so(made, foreign, tm
     assert about["route"] == "spans" and about["spec"]["loss"]["spans"] > 0
     assert about["after"]["all"]["nll"] < about["before"]["all"]["nll"]
     assert load(out).config.vocab_size == 300
+
+
+def test_a_tokenizer_whose_bytes_are_unknown_learns_text_the_teacher_writes(made, tmp_path):
+    events, out = [], tmp_path / "out"
+    lines = [line for each in speaking.SENTENCES.values() for line in each]
+    student = save(tmp_path / "student", seed=1, hidden_size=16, num_hidden_layers=2)
+    words(lines, 200).save_pretrained(student)
+    given = spec({"ce": 1.0, "kl": 0.0}, train="full", steps=4, tokens=20 * WINDOW)
+    distill(made.teacher, student, out, made.texts, given, on_event=events.append)
+    assert any("text that the teacher writes" in message for message in told(events))
+    assert record(out)["route"] == "sequence"
+    assert record(out)["after"]["all"]["nll"] < record(out)["before"]["all"]["nll"]
 
 
 def test_what_is_undefined_between_tokenizers_is_refused(made, foreign, tmp_path):

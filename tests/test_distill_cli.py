@@ -66,7 +66,7 @@ def test_distill_is_kl_alone_unless_told_otherwise(made, tmp_path):
         (["--layers", "1:7"], 2, "the student has 2 layers"),
         (["--layers", "first"], 2, "neither last, nor all, nor pairs"),
         (
-            ["--cosine", "0", "--cache", "64", "--cache-size", "2KiB"],
+            ["--cache", "64", "--cache-size", "2KiB"],
             5,
             "more than the 2048 allowed",
         ),

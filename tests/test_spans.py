@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import distaya_ext
 from distaya_ext import read_texts
+from distaya_ext.errors import UsageError
 from distaya_ext.evaluate import cut_windows
 from distaya_ext.evaluate.score import score
 from distaya_ext.evaluate.statistics import interval
@@ -136,8 +137,8 @@ def prepared(teacher):
         also=["norms", "embeddings"],
         window=64,
         batch_tokens=512,
-        steps=70,
-        evaluate_every=35,
+        steps=60,
+        evaluate_every=30,
         save_every=1000,
         learning_rate=3e-3,
         precision="float32",
@@ -147,8 +148,12 @@ def prepared(teacher):
     return tokenizer, spec, *paired_data(texts, teacher[1], tokenizer, spec)
 
 
-def test_a_batch_is_its_formula(teacher, prepared):
-    """Each term span by span, with whole logits in float64, and the same with chunks of one."""
+@pytest.mark.parametrize("room", [256 << 20, 0])
+def test_a_batch_is_its_formula(teacher, prepared, monkeypatch, room):
+    """Each term span by span, with whole logits in float64; what the teacher expects is kept, or
+    made again.
+    """
+    monkeypatch.setattr("distaya_ext.train.spans._KEPT_BYTES", room)
     tokenizer, spec, training, _, pairs = prepared
     model = _student(len(tokenizer), 0)
     objective = SpanObjective(teacher[0], pairs, spec.loss, binary=0.5, tau=4.0)
@@ -177,7 +182,7 @@ def test_a_batch_is_its_formula(teacher, prepared):
     expected["loss"] = (0.3 * expected["ce"] + expected["next"] + 0.5 * expected["binary"]) / 1.3
     assert int(found["count"]) == count
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(value, rel=2e-5), name
+        assert found[name].item() == pytest.approx(value, rel=2e-5), name
 
 
 def test_a_step_does_not_depend_on_how_it_is_split(teacher, prepared):
@@ -189,6 +194,17 @@ def test_a_step_does_not_depend_on_how_it_is_split(teacher, prepared):
         parts = [objective(model, training.batch(rows)) for rows in ([0, 1, 2], [3])]
     joined = sum(float(part["loss"] * part["count"]) for part in parts)
     assert joined / float(whole["count"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
+
+
+def test_what_is_kept_does_not_depend_on_the_batch(teacher, prepared):
+    """A resumed run meets rows in other company and must see the same bits."""
+    tokenizer, spec, training, _, pairs = prepared
+    model = _student(len(tokenizer), 0)
+    first, second = (SpanObjective(teacher[0], pairs, spec.loss) for _ in range(2))
+    with torch.no_grad():
+        first(model, training.batch([5, 1, 2]))
+        one, other = (o(model, training.batch([2, 9]))["loss"] for o in (first, second))
+    assert one.item() == other.item()
 
 
 def test_the_teacher_learns_nothing(teacher, prepared):
@@ -203,6 +219,12 @@ def test_the_teacher_learns_nothing(teacher, prepared):
 def test_spans_without_weight_are_refused(teacher, prepared):
     with pytest.raises(ValueError, match="weight of spans is 0"):
         SpanObjective(teacher[0], prepared[-1], LossSpec(kl=1.0))
+
+
+def test_rows_longer_than_the_teacher_reads_are_refused(teacher, prepared, monkeypatch):
+    monkeypatch.setattr(teacher[0].config, "max_position_embeddings", 8)
+    with pytest.raises(UsageError, match="positions are 8; give a smaller window"):
+        SpanObjective(teacher[0], prepared[-1], prepared[1].loss)
 
 
 # ---- what it is for ----

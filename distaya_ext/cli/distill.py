@@ -169,35 +169,39 @@ def _run(teacher: str, student: str, defaults: Mapping[str, Any], flags: dict[st
 def _asked(defaults: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[Any, str]:
     """The spec, and where the texts are."""
     from ..recipe import read_fields
-    from ..recipe_parts import parse_size
     from ..train.spec import TrainSpec
 
     file = flags["spec"]
     named = {} if file is None else read_fields(file)
-    loss = {name: flags[name] for name in _LOSS if flags.get(name) is not None}
-    if "layers" in loss:
-        loss["layers"] = parse_pairs(loss["layers"])
-    if "cache_size" in loss:
-        loss["cache_bytes"] = parse_size(loss.pop("cache_size"))
-    inner = named.get("loss") or {}
-    if not isinstance(inner, dict):
-        raise UsageError(f"{file}: loss must be a mapping, not {type(inner).__name__}")
-    given = {name: flags.get(name) for name in (*TrainSpec.model_fields, "quota") if name != "loss"}
+    given = {name: flags.get(name) for name in (*TrainSpec.model_fields, "quota")}
+    given.pop("path")
+    given["loss"] = _loss(defaults.get("loss", {}), named.get("loss") or {}, flags)
     for name, value in defaults.items():
-        if name not in named and given[name] is None and name != "loss":
+        if name not in named and given[name] is None:
             given[name] = value
-    if not inner and not set(loss) & {"ce", "kl", "cosine", "mse", "spans"}:
-        loss = {**defaults.get("loss", {}), **loss}
-    if "cache" in loss and not {"cosine", "mse"} & (set(inner) | set(flags_given(flags))):
-        loss.pop("cosine", None)  # the default's; a cache has no hidden states
-    given["loss"] = {**inner, **loss} or None
-    del given["path"]
     return training.build_spec(file, flags["texts"], **given)
 
 
-def flags_given(flags: Mapping[str, Any]) -> list[str]:
-    """Names of the flags that were given."""
-    return [name for name, value in flags.items() if value is not None]
+def _loss(
+    defaults: Mapping[str, Any], named: Any, flags: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The loss of the flags over that of the file (named), over the defaults where neither of them
+    names a weight; None when nothing is said.
+    """
+    from ..recipe_parts import parse_size
+
+    if not isinstance(named, dict):
+        raise UsageError(f"loss of the spec must be a mapping, not {type(named).__name__}")
+    loss = named | {name: flags[name] for name in _LOSS if flags.get(name) is not None}
+    if flags.get("layers") is not None:
+        loss["layers"] = parse_pairs(flags["layers"])
+    if "cache_size" in loss:
+        loss["cache_bytes"] = parse_size(str(loss.pop("cache_size")))
+    if not {"ce", "kl", "cosine", "mse", "spans"} & loss.keys():
+        # A cache has no hidden states, so the defaults' are left out where one is asked for.
+        hidden = ("cosine", "mse") if loss.get("cache") is not None else ()
+        loss = {name: value for name, value in defaults.items() if name not in hidden} | loss
+    return loss or None
 
 
 def parse_pairs(text: str) -> str | list[tuple[int, int]]:

@@ -128,6 +128,8 @@ def told(reporter: TrainReporter, found: Trained) -> None:
             f"held-out loss {start:.4f} -> {course.best_loss:.4f} nats per label (step "
             f"{course.best_step} of {course.steps})"
         )
+    if languages := _by_language(found.record):
+        reporter.say(languages)
     reporter.say(
         f"{course.tokens:,} tokens in {course.seconds:.1f} s, "
         f"{course.tokens_per_second:.0f} per second; {len(merged.merged)} matrices merged, "
@@ -135,3 +137,17 @@ def told(reporter: TrainReporter, found: Trained) -> None:
     )
     for notice in merged.notices:
         reporter.say(f"note: {notice}")
+
+
+def _by_language(record: dict[str, Any]) -> str:
+    """Which language gained most and which least on held-out text; "" without any."""
+    before, after = record.get("before") or {}, record.get("after") or {}
+    gain = {lang: before[lang]["nll"] - each["nll"] for lang, each in after.items()}
+    gain.pop("all", None)
+    if not gain:
+        return ""
+    most, least = max(gain, key=gain.__getitem__), min(gain, key=gain.__getitem__)
+    return (
+        f"nats per label by language: {most} {-gain[most]:+.4f} (gained most), "
+        f"{least} {-gain[least]:+.4f} (least)"
+    )

@@ -18,7 +18,7 @@ from .cache import Cache, Layout, files_digest, fingerprint
 from .data import Texts, TrainingData, from_texts
 from .distillation import Distillation
 from .events import Event, Notice
-from .finetune import load_to_train
+from .finetune import CrossEntropy, load_to_train
 from .fit import check_packages
 from .held_out import by_language
 from .hidden import projector
@@ -28,6 +28,7 @@ from .pairs import paired_data
 from .parts import prepare
 from .publish import Trained, check_place, train_and_publish, work_folder
 from .route import choose_route
+from .sequence import sequence_data
 from .spans import SpanObjective
 from .spec import TrainSpec
 from .teacher import Cached, Online, Teacher
@@ -140,8 +141,14 @@ class _Run:
         route = choose_route(*tokenizers, self.spec)
         if route.sentence is not None:
             self.say(route.sentence)
+        if route.name != "logits" and self.spec.loss.cache is not None:
+            raise UsageError(
+                f"a cache holds the teacher's {self.spec.loss.cache} most probable tokens, and "
+                "between different tokenizers tokens are not compared; leave it out"
+            )
         self.spec = self.spec.model_copy(update={"loss": route.loss})
-        way = {"logits": self._tokens, "spans": self._spans}[route.name]
+        ways = {"logits": self._tokens, "spans": self._spans, "sequence": self._sequence}
+        way = ways[route.name]
         ready = way(*tokenizers)
         return ready._replace(about={"route": route.name, **ready.about})
 
@@ -171,11 +178,6 @@ class _Run:
 
     def _spans(self, theirs: Any, ours: Any) -> _Ready:
         """Spans of bytes that two tokenizers share."""
-        if self.spec.loss.cache is not None:
-            raise UsageError(
-                f"a cache holds the teacher's {self.spec.loss.cache} most probable tokens, and "
-                "between different tokenizers tokens are not compared; leave it out"
-            )
         training, held_out, pairs = paired_data(self.texts, theirs, ours, self.spec)
         rows = self.pair[1].config.vocab_size
         for data in (training, held_out):
@@ -184,6 +186,20 @@ class _Run:
         model = load_to_train(self.pair[0], self.spec, self.device)
         objective = SpanObjective(model, pairs, self.spec.loss)
         return _Ready(training, held_out, objective, None, {"left_out": pairs.left_out})
+
+    def _sequence(self, theirs: Any, ours: Any) -> _Ready:
+        """Text that the teacher writes, since nothing else passes between two tokenizers."""
+        model = load_to_train(self.pair[0], self.spec, self.device)
+        cache = self.folder / "written.jsonl"
+        tell = self.tell or (lambda event: None)
+        training, held_out = sequence_data(
+            model, theirs, ours, self.texts, self.spec, cache, on_event=tell
+        )
+        rows = self.pair[1].config.vocab_size
+        for data in (training, held_out):
+            if data is not None:
+                check_rows(int(data.ids.max()), rows, "the teacher's text holds token")
+        return _Ready(training, held_out, CrossEntropy(), None, {})
 
     def _guide(
         self, few: int | None, training: TrainingData, held_out: TrainingData | None

@@ -17,6 +17,7 @@ from .data import IGNORED, Texts, from_texts
 from .events import Event, Notice
 from .fit import check_packages
 from .head import chunked_logits, final_hidden
+from .held_out import by_language
 from .loop import precision
 from .objective import Batch
 from .publish import Trained, check_place, train_and_publish
@@ -65,13 +66,16 @@ def finetune(
     work   folder for checkpoints: hidden beside `out` unless named. It goes when `out` is written
            and stays when the run fails or is stopped: the same call then goes on from there
 
-    InputError, UsageError or ResourceError in one sentence; `out` is written whole or not at all.
+    training.json in `out` is the record, with the loss per language on held-out rows before and
+    after. InputError, UsageError or ResourceError in one sentence; `out` is written whole or not at
+    all.
     """
     from .parts import prepare
 
     spec = spec or TrainSpec()
     tell = on_event or (lambda event: None)
     check_packages()
+    find_device(device)
     checkpoint = open_checkpoint(model, offline=offline, packed=True)
     check_place(out, checkpoint.folder, overwrite)
     check_window(spec.window, checkpoint.config)
@@ -84,6 +88,14 @@ def finetune(
     parts = prepare(network, spec)
     for note in parts.notices:
         tell(Notice(note))
+    where = next(network.parameters()).device
+
+    def measured(when: str) -> dict[str, Any]:
+        if held_out is None:
+            return {}
+        run_in = precision(spec.precision, where)
+        return {when: by_language(network, None, held_out, where, run_in)}
+
     return train_and_publish(
         checkpoint,
         parts,
@@ -92,7 +104,8 @@ def finetune(
         CrossEntropy(),
         spec,
         out,
-        about={"model": str(model), "loss": CrossEntropy.identity},
+        about={"model": str(model), "loss": CrossEntropy.identity, **measured("before")},
+        found=lambda: measured("after"),
         overwrite=overwrite,
         work=work,
         on_event=on_event,

@@ -13,16 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.whole import quiet_transformers
+from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
 from . import saved
 from .data import TrainingData
 from .events import Event, Notice, Resumed, Started, Stopped
 from .identity import difference, identity
-from .loop import Diverged, Loop
+from .loop import Diverged, Loop, precision
 from .objective import Objective
 from .spec import TrainSpec
 from .trainer import run_steps, told_to_stop
+
+# Copies of what learns on the disk at once: two checkpoints and a third being written, with two
+# moments each, the best and its successor.
+_COPIES = 3 * 3 + 2
 
 
 class TrainingError(InputError):
@@ -56,7 +63,7 @@ class Course:
         """As plain JSON, without paths."""
         fields = asdict(self)
         del fields["metrics"], fields["work"]
-        return fields
+        return {**fields, "held_out": [list(pair) for pair in self.held_out]}
 
 
 def fit(
@@ -104,9 +111,10 @@ def fit(
                 stopped = told()
         except Diverged as error:
             raise _given_up(loop, str(error)) from None
-        if stopped is not None and loop.step < spec.steps:
+        if stopped is not None:
             name = signal.Signals(stopped).name
-            loop.tell(Stopped(f"{name} after step {loop.step} of {spec.steps}"))
+            done = f"{name} after step {loop.step} of {spec.steps}"
+            loop.tell(Stopped(f"{done}; the same call goes on from there"))
             signal.raise_signal(stopped)
             raise KeyboardInterrupt  # where the signal was handled and ignored
         saved.load_best(work, loop.parameters)
@@ -142,17 +150,31 @@ def _begin(loop: Loop) -> int | None:
     counts = len(loop.training), 0 if loop.held_out is None else len(loop.held_out)
     numbers = sum(p.numel() for p in loop.parameters.values())
     loop.tell(Started(spec.steps, loop.rows, *counts, numbers, loop.precision))
-    if loop.rows > len(loop.training):
-        loop.tell(
-            Notice(
-                f"a step takes {loop.rows} windows and there are {len(loop.training)}, so windows "
-                "repeat within it"
-            )
-        )
+    for note in _notes(loop, None if found is None else found[1]):
+        loop.tell(Notice(note))
     if found is None:
+        check_disk(loop.work, _COPIES * 4 * numbers)
         return None
     loop.tell(Resumed(loop.step, spec.steps))
     return loop.step
+
+
+def _notes(loop: Loop, state: dict[str, Any] | None) -> list[str]:
+    """What the user should know of a run before its first step."""
+    notes = []
+    if loop.rows > len(loop.training):
+        notes.append(
+            f"a step takes {loop.rows} rows and there are {len(loop.training)}, so rows repeat "
+            "within it"
+        )
+    if loop.precision != precision("auto", loop.device) == "float32":
+        notes.append("this machine has no bfloat16 products; they are emulated, which takes longer")
+    if state is not None and state["threads"] != torch.get_num_threads():
+        notes.append(
+            f"the checkpoint was made with {state['threads']} threads and this run has "
+            f"{torch.get_num_threads()}, so it may end with other last bits"
+        )
+    return notes
 
 
 def _given_up(loop: Loop, reason: str) -> TrainingError:

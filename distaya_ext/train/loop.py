@@ -76,6 +76,7 @@ class Loop:
         self.best: tuple[int, float] | None = None
         self.losses: list[tuple[int, float]] = []  # (step, held-out loss)
         self._orders: dict[int, np.ndarray] = {}
+        self._saved = -1
         self.new_step()
 
     # ---- a step ----
@@ -116,7 +117,8 @@ class Loop:
         self._count += count
         loss = float(found["loss"].detach())
         if not math.isfinite(loss):
-            parts = {name: float(term) for name, term in found.items() if name != "count"}
+            parts: dict[str, float] = {}
+            self._add(parts, found, 1.0)
             raise Diverged(f"the loss is {loss} ({_listed(parts)}) over {count:g} labels")
         return (found["loss"] * count).to("cpu")
 
@@ -139,8 +141,8 @@ class Loop:
             raise Diverged(f"the gradient's norm is {norm} at a loss of {loss:g}")
         self._norm = norm
 
-    def after_step(self, stop: bool = False) -> None:
-        """Count, write down, measure and keep; stop keeps in any case."""
+    def after_step(self) -> None:
+        """Count, write down, measure, and keep where it is time to."""
         now = time.monotonic()
         spent = now - self._start
         self.step += 1
@@ -159,7 +161,7 @@ class Loop:
         last = self.step == self.spec.steps
         if last or self.step % self.spec.evaluate_every == 0:
             self.evaluate()
-        if last or stop or self.step % self.spec.save_every == 0:
+        if last or self.step % self.spec.save_every == 0:
             self.save()
         self.new_step()
 
@@ -202,17 +204,21 @@ class Loop:
         self.tell(Evaluated(self.step, terms["loss"], better))
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved == self.step:
+            return
         state = {
             "run": self.identity,
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "threads": torch.get_num_threads(),
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
             "losses": self.losses,
         }
         saved.save_checkpoint(self.work, self.step, self.parameters, self.optimizer, state)
+        self._saved = self.step
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this run."""
@@ -220,7 +226,8 @@ class Loop:
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step = self._saved = state["step"]
+        self.tokens = state["tokens"]
         self.seconds = state["seconds"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         self.losses = [(step, loss) for step, loss in state["losses"]]

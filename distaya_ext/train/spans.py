@@ -17,10 +17,11 @@ Boundaries that both tokenizers have are mostly starts of words, where that matt
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import UsageError
 from .data import IGNORED
 from .head import chunked_logits, final_hidden, head_logits
 from .objective import Batch
@@ -28,6 +29,7 @@ from .pairs import Pairs
 from .spec import LossSpec
 
 TAU = 10.0  # spans of several tokens have small probabilities; p^(1 / tau) spreads them over (0, 1)
+_KEPT_BYTES = 256 << 20  # of what the teacher says of all rows, where it is kept
 _LOG_2 = 0.6931471805599453
 _NEARLY_ONE = {torch.float32: 1e-7, torch.float64: 1e-15}  # 1 - p below which p counts as this
 
@@ -83,7 +85,8 @@ class SpanObjective:
     binary_divergence(span's log p of teacher and student).
 
     teacher  a model in evaluation mode, on the student's device
-    pairs    of pairs.paired_data, for the rows of the batches
+    pairs    of pairs.paired_data, for the rows of the batches; UsageError where the teacher has
+             fewer positions than one of them
     """
 
     modules = None
@@ -93,6 +96,13 @@ class SpanObjective:
     ):
         if not loss.spans:
             raise ValueError("the weight of spans is 0")
+        longest = max(map(len, pairs.teacher))
+        room = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise UsageError(
+                f"a row of the student's window takes {longest} tokens of the teacher, whose "
+                f"positions are {room}; give a smaller window"
+            )
         self.teacher = teacher.eval().requires_grad_(False)
         self.pairs, self.binary, self.tau = pairs, binary, tau
         self.ce, self.spans = loss.ce, loss.spans
@@ -101,12 +111,13 @@ class SpanObjective:
             f"pairs {pairs.digest()}"
         )
         self._first: torch.Tensor | None = None
+        self._kept: dict[int, _Said] = {}
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Terms "ce", "next", "binary", "loss" and "count"; see Objective."""
-        spans = _Spans(self.pairs, batch)
+        spans = _Spans(self.pairs, batch.rows.tolist(), batch.ids.device)
         learnt = batch.labels[:, 1:] != IGNORED
-        seen, said = self._teacher(spans)
+        said = self._teacher(batch, spans, model.config.get_text_config().vocab_size)
         hidden = final_hidden(model, batch.ids)[:, :-1]
         width = hidden.shape[1]
         targets = batch.ids[:, 1:].reshape(-1)
@@ -124,7 +135,8 @@ class SpanObjective:
             chosen = log_q.gather(1, targets[here, None])[:, 0]
             which = begins[here]
             at = (which >= 0).nonzero()[:, 0]
-            further = self._next(seen[which[at]], log_q[at])
+            P = self._next(said, which[at], log_q.shape[-1])
+            further = distribution_divergence(P, log_q[at])
             found = torch.stack([chosen, torch.zeros_like(chosen).index_copy(0, at, further)])
             left = found.new_zeros(2, here.start)
             right = found.new_zeros(2, len(targets) - here.stop)
@@ -138,17 +150,19 @@ class SpanObjective:
             "next": both[1].sum() / count,
         }
         own = spans.total(torch.nn.functional.pad(log_p, (1, 0)), 2)
-        terms["binary"] = binary_divergence(said, own, self.tau).sum() / count
+        terms["binary"] = binary_divergence(said.log_p, own, self.tau).sum() / count
         aligned = terms["next"] + self.binary * terms["binary"]
         terms["loss"] = (self.ce * terms["ce"] + self.spans * aligned) / (self.ce + self.spans)
         return terms | {"count": count}
 
-    def _next(self, seen: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-        """KL [n] of the teacher's next tokens after hidden states [n, width] to log_q [n, V]."""
-        with torch.no_grad(), torch.autocast(log_q.device.type, enabled=False):
-            logits = head_logits(self.teacher, seen).float()
-            P = carried(logits, self._carry(logits), log_q.shape[-1])
-        return distribution_divergence(P, log_q)
+    @torch.no_grad()
+    def _next(self, said: _Said, which: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """The teacher's next token where some spans begin, [n, vocabulary]."""
+        if said.carried is not None:
+            return said.carried[which]
+        with torch.autocast(which.device.type, enabled=False):
+            logits = head_logits(self.teacher, said.hidden[which]).float()
+        return carried(logits, self._carry(logits), vocabulary)
 
     def _carry(self, logits: torch.Tensor) -> torch.Tensor:
         """pairs.first on the device, no longer than the logits."""
@@ -156,22 +170,62 @@ class SpanObjective:
             self._first = self.pairs.first.to(logits.device)
         return self._first[: logits.shape[1]]
 
+    def _teacher(self, batch: Batch, spans: _Spans, vocabulary: int) -> _Said:
+        """About a batch. Where everything the teacher will ever say of the rows is small it says it
+        once: of each row alone, so that it does not depend on the batch the row came in first.
+        """
+        expected = 4 * vocabulary * sum(map(len, self.pairs.spans))
+        if expected > _KEPT_BYTES:
+            return self._say(spans, None)
+        rows = batch.rows.tolist()
+        for row in rows:
+            if row not in self._kept:
+                self._kept[row] = self._say(_Spans(self.pairs, [row], batch.ids.device), vocabulary)
+        found = [self._kept[row] for row in rows]
+        return _Said(
+            None,
+            torch.cat([said.carried for said in found]),
+            torch.cat([said.log_p for said in found]),
+        )
+
     @torch.no_grad()
-    def _teacher(self, spans: _Spans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [spans, width] where the spans begin, and log p of the spans, float32."""
+    def _say(self, spans: _Spans, vocabulary: int | None) -> _Said:
+        """About some rows; what comes next as hidden states, or (vocabulary: the student's)
+        carried.
+        """
         with torch.autocast(spans.ids.device.type, enabled=False):
             hidden = final_hidden(self.teacher, spans.ids)
             width = hidden.shape[1] - 1
             targets = spans.ids[:, 1:].reshape(-1)
+            before = spans.row * width + spans.table[:, 0] - 1
+            seen = hidden[:, :-1].reshape(len(targets), -1)
+            kept = (
+                None
+                if vocabulary is None
+                else seen.new_zeros(len(before), vocabulary, dtype=torch.float32)
+            )
 
             def each(logits: torch.Tensor, here: slice) -> torch.Tensor:
+                if kept is not None:
+                    at = ((before >= here.start) & (before < here.stop)).nonzero()[:, 0]
+                    some = logits[before[at] - here.start]
+                    kept[at] = carried(some, self._carry(logits), vocabulary)
                 found = torch.log_softmax(logits, dim=-1).gather(1, targets[here, None])[:, 0]
                 return torch.nn.functional.pad(found, (here.start, len(targets) - here.stop))
 
-            inner = hidden[:, :-1].reshape(len(targets), -1)
-            log_p = chunked_logits(self.teacher, inner, each).view(len(spans.ids), width)
-        seen = hidden[spans.row, spans.table[:, 0] - 1]
-        return seen, spans.total(torch.nn.functional.pad(log_p, (1, 0)), 0)
+            log_p = chunked_logits(self.teacher, seen, each).view(len(spans.ids), width)
+        total = spans.total(torch.nn.functional.pad(log_p, (1, 0)), 0)
+        return _Said(seen[before] if kept is None else None, kept, total)
+
+
+class _Said(NamedTuple):
+    """A teacher on some rows: hidden states [spans, width] where the spans begin, or what it
+    expects there, carried to the student's tokens, [spans, vocabulary]; and log p [spans].
+    """
+
+    hidden: torch.Tensor | None
+    carried: torch.Tensor | None
+    log_p: torch.Tensor
 
 
 class _Spans:
@@ -179,9 +233,7 @@ class _Spans:
     ids [rows, L], padded on the right.
     """
 
-    def __init__(self, pairs: Pairs, batch: Batch):
-        device = batch.ids.device
-        rows = batch.rows.tolist()
+    def __init__(self, pairs: Pairs, rows: list[int], device: torch.device):
         found = [pairs.spans[row] for row in rows]
         self.table = torch.cat(found).to(device)
         lengths = torch.tensor([len(part) for part in found])

@@ -48,8 +48,9 @@ def run_steps(loop: Loop, told: Callable[[], int | None]) -> None:
             loop.new_step()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-            stop = told() is not None
-            loop.after_step(stop)
+            loop.after_step()
+            if stop := told() is not None:
+                loop.save()
             control.should_training_stop = stop or loop.step >= loop.spec.steps
             return control
 
