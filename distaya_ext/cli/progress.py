@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..chain.events import StepFinished, StepStarted
 from ..compress import events
 from ..influence.events import Measured
 from .output import console, size
@@ -91,6 +92,11 @@ class Reporter:
                 told = f"{seconds:.1f} s{worst}{self._languages}"
                 detail = "" if self._bar is not None else told
                 self._advance("layers", layer + 1, layers, detail, always=True)
+            case StepStarted(number, steps, name):
+                self.say(f"step {number} of {steps}: {name}")
+            case StepFinished(number, steps, name, seconds, kept):
+                how = "was done before" if kept else "done"
+                self.say(f"step {number} of {steps}: {name} {how} in {seconds:.1f} s")
             case Measured(done, total, what):
                 self._advance("forwards", done, total, what, always=done == total)
             case events.Saved(_, shards, count):

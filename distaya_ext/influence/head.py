@@ -10,7 +10,8 @@ from ..errors import InputError
 from ..ops import influence
 
 _STACK_BYTES = 64 << 20  # hidden states of all variants compared at once
-_CHECKED = 4  # positions whose logits are compared with the model's own
+_CHECKED = 4  # positions whose logits are compared with the model's own,
+_ENTRIES = 4096  # and so many of the vocabulary
 _ULPS = 4  # rounding steps of the run's dtype allowed there, at the largest logit
 
 
@@ -34,12 +35,16 @@ class Head:
         ids [windows, length] and the outputs [windows, length, hidden] of the last layer for them.
         """
         keep = min(_CHECKED, ids.shape[1])
-        own = self.ends.logits(ids[:1], hidden[:1], keep)[0].double()
-        z = self.norm(hidden[:1])[0, -keep:].double() @ self.W.double().T
-        z = self.scale * (z if self.bias is None else z + self.bias.double())
+        own = self.ends.logits(ids[:1], hidden[:1], keep)[0, :, :_ENTRIES].double()
+        h, W = self.norm(hidden[:1])[0, -keep:].double(), self.W[:_ENTRIES].double()
+        z = h @ W.T
+        z = self.scale * (z if self.bias is None else z + self.bias[:_ENTRIES].double())
         z = z if self.cap is None else self.cap * (z / self.cap).tanh()
         diff, most = float((z - own).abs().max()), float(own.abs().max())
+        # Beside the rounding of the result: sums of K products in fp32, K eps |h| |w| at most.
+        sums = abs(self.scale) * float(h.norm(dim=1).max() * W.norm(dim=1).max())
         allowed = _ULPS * torch.finfo(self.W.dtype).eps * most
+        allowed += W.shape[1] * torch.finfo(torch.float32).eps * sums
         if not diff <= allowed:  # also when NaN
             raise InputError(
                 f"the model's logits are not those of its final norm and head with scale "

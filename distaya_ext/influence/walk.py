@@ -89,13 +89,17 @@ class Walk:
         self._done = self._total = 0
 
     def __enter__(self) -> Walk:
-        self.store = self._store()
         ends = self._ends()
         self._weightless, self._calls = ends.layers, Calls()
-        for chunk, ids in enumerate(self.ids):
-            hidden, calls = ends.inputs(ids.to(self.device))
-            self.store.put(("first", chunk), hidden)
-            self._calls.add(calls)
+        self.store = self._store()
+        try:
+            for chunk, ids in enumerate(self.ids):
+                hidden, calls = ends.inputs(ids.to(self.device))
+                self.store.put(("first", chunk), hidden)
+                self._calls.add(calls)
+        except BaseException:
+            self.__exit__()  # nobody else will
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,8 +118,8 @@ class Walk:
         width = self.checkpoint.config.hidden_size * self.checkpoint.dtype.itemsize
         needed = (self._streams + 3) * self.windows.tokens * width
         if self._budget.spills(needed):
+            check_disk(self._scratch or Path(tempfile.gettempdir()), needed)
             self._folder = tempfile.TemporaryDirectory(dir=self._scratch, prefix="distaya-layers-")
-            check_disk(Path(self._folder.name), needed)
             return Store(Path(self._folder.name))
         away = self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0] // 2
         return Store(host=away)
@@ -137,7 +141,7 @@ class Walk:
         without removal compares nothing.
         """
         left = self.layers if left is None else tuple(left)
-        self._begin(len(left), removal, parts)
+        self._begin(len(left), removal, parts, what)
         state = _State(self, left, run, parts, removal)
         for place, layer in enumerate(left):
             told = f"{what}layer {place + 1} of {len(left)}"
@@ -162,12 +166,13 @@ class Walk:
         """A chunk through a layer, as the model's own forward calls it."""
         return self._calls.of(layer, chunk).run(module, x)
 
-    def _begin(self, count: int, removal: bool, parts: bool) -> None:
+    def _begin(self, count: int, removal: bool, parts: bool, what: str) -> None:
         each = 1 + 2 * parts
         variants = count * each if removal else 0
         later = variants * (count - 1) // 2
         self._done = 0
         self._total = len(self.ids) * (count * each + later + 1 + variants)
+        self.tell(f"{what}layer 1 of {count}", 0)
 
     def tell(self, what: str, steps: int = 1) -> None:
         """So many forwards more are done."""
