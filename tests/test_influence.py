@@ -204,6 +204,7 @@ def test_mixed_dtypes_of_operands():
 
 def test_the_same_bits_for_any_number_of_threads_and_alone(isa):
     operands, options = head(3, 70, 200, 2000, dtype=torch.bfloat16, cap=9.0)
+    check_divergence(operands, options, terms(200))
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 2):

@@ -29,6 +29,7 @@ from .inspect import inspect
 from .layers import layers
 from .merge import merge
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -103,6 +104,8 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)
