@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distaya_ext.checkpoint import open_checkpoint
-from distaya_ext.compress import compress
+from distaya_ext.compress import compress, events
 from distaya_ext.errors import InputError
 from distaya_ext.models import describe
 from distaya_ext.models.depth import remove_layers
@@ -162,6 +162,17 @@ def test_distayas_way_is_refused_and_ours_is_not(tmp_path):
     with torch.no_grad():
         expected = whole(input_ids=IDS, use_cache=False).logits
         assert torch.equal(ours.eval()(input_ids=IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("dropped, told", [([0, 5], True), ([4, 5, 6, 7], False), ([], False)])
+def test_what_readers_that_count_would_run_wrongly_is_told(tmp_path, dropped, told):
+    source = tiny.make(tmp_path / "source", loud.config("cohere2", 8))
+    said: list[events.Event] = []
+    recipe = tiny.recipe("dense", drop_layers=dropped)
+    report = compress(source, tmp_path / "out", recipe, on_event=said.append)
+    notices = [event.message for event in said if isinstance(event, events.Notice)]
+    assert report.notices == notices and len(notices) == told
+    assert all("layer_types" in message and "llama.cpp" in message for message in notices)
 
 
 @pytest.mark.parametrize("config, held", [(4, [0, 1, 2]), (2, [0, 1, 2]), (3, [1, 2, 3])])

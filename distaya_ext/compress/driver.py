@@ -24,7 +24,7 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
-from ..models.depth import cut_json
+from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
@@ -123,6 +123,9 @@ class _Run:
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
+        pattern = irregular(self.source.config, self.checkpoint.source_layers)
+        if pattern is not None:
+            self._notice(pattern)
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
