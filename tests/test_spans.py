@@ -257,3 +257,22 @@ def test_the_aligned_route_beats_cross_entropy_at_equal_steps(teacher, prepared,
     low, high = interval(np.mean(gains, axis=0), tokens)
     assert all(gain.sum() > 0 for gain in gains)
     assert low > 0.1, (low, high)  # nats per token
+
+
+def test_the_bench_counts_bits_of_bytes_and_pairs_windows():
+    from bench.students import Row, gains, table
+
+    nats = {"text alone": [[8.0, 4.0], [6.0, 6.0]], "aligned": [[6.0, 4.0], [6.0, 2.0]]}
+    rows = [
+        Row(arm, seed, sum(found[seed]) / 10 / math.log(2), 5, 1.0, found[seed])
+        for seed in (0, 1)
+        for arm, found in nats.items()
+    ]
+    saved = gains(rows, np.array([5.0, 5.0]))
+    bits = 1 / math.log(2)
+    assert saved["0"][0] == pytest.approx(0.2 * bits)
+    assert saved["1"][0] == pytest.approx(0.4 * bits)
+    assert saved["all"] == pytest.approx([0.3 * bits, 0.2 * bits, 0.4 * bits])
+    about = {"parameters": 10**6, "vocabulary": 9, "training_tokens": 7, "steps": 5}
+    lines = table(rows, about | {"batch_tokens": 3, "gains": saved}).splitlines()
+    assert lines[-1] == "| mean | 1.731 | 1.298 | 0.433 (0.289 to 0.577) |"
