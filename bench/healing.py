@@ -57,7 +57,7 @@ def student_of(args: argparse.Namespace, which: str, windows, out: Path) -> None
     """Compress MODEL into `out`."""
     from distaya_ext import Recipe, compress
     from distaya_ext.checkpoint import open_checkpoint
-    from distaya_ext.influence import choose
+    from distaya_ext.influence.choose import choose
     from distaya_ext.influence.spec import DropSpec
 
     if which == STUDENTS[0]:
@@ -82,7 +82,7 @@ def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) 
         also=args.also,
         steps=args.steps,
         learning_rate=args.learning_rate,
-        tokens=args.steps * 2048,
+        tokens=max(args.steps * 2048, 1 << 17),
         evaluate_every=max(1, args.steps // 4),
         save_every=max(1, args.steps // 2),
         loss=LossSpec(kl=1.0, cosine=args.cosine),

@@ -11,7 +11,6 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import load_calibration
 from ..compress.driver import compress
-from ..compress.events import Notice
 from ..errors import GateError
 from ..recipe import Recipe
 
@@ -58,8 +57,6 @@ def drop(task: Task, folder: Path, scratch: Path) -> None:
         scratch=scratch,
         max_ram=recipe.max_ram_bytes,
     )
-    for notice in choice.notices:
-        task.on_event(Notice(notice))
     told = choice.to_dict() | {"layers": choice.scores.to_dict()}
     write_json(scratch / LAYERS, told)
     scratch.rename(folder)
