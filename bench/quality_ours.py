@@ -73,6 +73,8 @@ def recipe_of(row: Row, options: Options):
         fields["format"] = "distaya"
     if row.quality and "quality" in Recipe.model_fields:
         fields["quality"] = row.quality
+    if row.permute:
+        fields["permute"] = True
     if row.update:
         fields["dass"] = {"update": True}
     if row.mlp_only:

@@ -51,8 +51,8 @@ class Row:
     """A method at a pattern.
 
     side: "textbook" (bench/plain.py, no extension) or "ours" (distaya_ext). kind: the method of
-    either side, or "search". quality, update (of method dass): ours alone. seeded: whether
-    calibration texts matter.
+    either side, or "search". quality, update (of method dass), permute: ours alone. seeded:
+    whether calibration texts matter.
     mlp_only: attention stays dense (so it is compared with rows of the same kind alone).
     """
 
@@ -63,6 +63,7 @@ class Row:
     pattern: Pattern
     quality: str | None = None
     update: bool = False
+    permute: bool = False
     mlp_only: bool = False
     seeded: bool = True
 
@@ -98,6 +99,9 @@ def _rows(p: Pattern) -> list[Row]:
     add(solver, "SparseGPT" if p.prunes else "GPTQ", "textbook", solver)
     for quality in ("plain", "default", "high"):
         add(f"ours-{quality}", f"ours, {quality}", "ours", solver, quality=quality)
+    if p.nm:
+        more = {"quality": "default", "permute": True}
+        add("ours-permute", "ours, default, permuted", "ours", solver, **more)
     if not p.prunes:  # int3 takes the bits of 2:4 + int4 and 50 % + int4: one search is for all
         add("ours-search", "ours, search of this size", "ours", "search")
     if p.prunes and not p.bits:

@@ -30,6 +30,7 @@ from distaya_ext.runtime import (
     register_when_imported,
     resident_bytes,
     set_exact,
+    trainable,
     use_kernels,
 )
 from distaya_ext.texts import read_texts
@@ -45,5 +46,6 @@ __all__ = [
     "read_texts",
     "resident_bytes",
     "set_exact",
+    "trainable",
     "use_kernels",
 ]

@@ -92,7 +92,7 @@ def _documents(path: Path, parallel: bool) -> Iterator[str]:
         yield from _parquet(path)
         return
     blank = 0
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             blank = blank or number
             continue
@@ -103,7 +103,7 @@ def _documents(path: Path, parallel: bool) -> Iterator[str]:
         yield line if path.suffix == ".txt" else _json_text(path, number, line)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of a UTF-8 file, checked strictly."""
     offset = number = 0
     with open(path, "rb") as file:

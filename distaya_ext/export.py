@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoint import (
     MARKER,
     Checkpoint,
@@ -20,6 +22,7 @@ from .checkpoint import (
     open_checkpoint,
     write_config,
 )
+from .checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contained
 from .compress.budget import check_disk
 from .errors import InputError, UsageError
 from .formats import ModuleScheme, bits, compressed, gptq
@@ -56,7 +59,8 @@ def export(
                zero of 0 in the first version of the format, others as gptq_v2
     on_module  is called with (done, of, name) after each module
 
-    Codes, scales and zeros are carried over bit for bit. One module is in memory at a time, and
+    Codes, scales and zeros are carried over bit for bit. LoRA that stays beside quantised weights
+    goes into the dense ones, and as it is beside the others. One module is in memory at a time, and
     shards of at most 1 GiB. UsageError in one sentence for what the target cannot hold.
     """
     if to not in TARGETS:
@@ -68,11 +72,14 @@ def export(
         raise InputError(f"{folder} is not quantised, so there is nothing to export")
     check_companions(checkpoint.folder)
     schemes, notices = _targets(checkpoint, to)
+    updates = _updates(checkpoint, to, notices)
     with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
         check_disk(staging.root, _size(checkpoint, schemes))
         writer = ShardWriter(staging.model, _SHARD)
-        _write(checkpoint, schemes, writer, on_module or (lambda done, of, name: None))
+        _write(checkpoint, schemes, updates, writer, on_module or (lambda done, of, name: None))
         shards = writer.finish()
+        if checkpoint.adapter is not None and to != "dense":
+            _copy_adapter(checkpoint.adapter, staging.model)
         copy_companions(checkpoint.folder, staging.model)
         write_config(checkpoint.folder, staging.model, _config(checkpoint, schemes, to))
         _write_recipe(checkpoint.folder, staging.model, to)
@@ -117,6 +124,37 @@ def _targets(checkpoint: Checkpoint, to: str) -> tuple[dict[str, ModuleScheme | 
     return found, notices
 
 
+def _updates(checkpoint: Checkpoint, to: str, notices: list[str]) -> dict[str, Any]:
+    """LoRA beside the weights by module, where it is to be merged into dense ones."""
+    if checkpoint.adapter is None:
+        return {}
+    from .train.adapter import read_adapter
+
+    found = read_adapter(checkpoint.adapter, checkpoint)
+    if to != "dense":
+        notices.append(f"LoRA of {len(found.low_rank)} matrices stays beside {to}, in adapter/")
+        return {}
+    if checkpoint.tied and checkpoint.architecture.head in found.low_rank:
+        raise UsageError("LoRA of the head cannot become dense: it is tied to the embedding")
+    if found.tensors:
+        raise UsageError(
+            f"the adapter replaces {len(found.tensors)} tensors; distaya merge it first"
+        )
+    notices.append(
+        f"LoRA of {len(found.low_rank)} matrices is merged into them; pruned ones among them have "
+        "no zeros any more"
+    )
+    return found.low_rank
+
+
+def _copy_adapter(adapter: Path, target: Path) -> None:
+    """The files of an adapter, unchanged, into a folder of the same name."""
+    (target / adapter.name).mkdir()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"):
+        if (adapter / name).is_file():
+            shutil.copyfile(contained(adapter, name), target / adapter.name / name)
+
+
 def _gptq_offset(checkpoint: Checkpoint) -> int:
     """1 for the first version of GPTQ, 0 for gptq_v2: the first cannot say a zero of 0."""
     ends = (checkpoint.architecture.embed, checkpoint.architecture.head)
@@ -155,14 +193,22 @@ def _copied(checkpoint: Checkpoint) -> list[str]:
 def _write(
     checkpoint: Checkpoint,
     schemes: dict[str, ModuleScheme | None],
+    updates: dict[str, Any],
     writer: ShardWriter,
     on_module: Callable[[int, int, str], None],
 ) -> None:
     for name in _copied(checkpoint):
-        writer.add(name, checkpoint.read([name])[name])
+        tensor = checkpoint.read([name])[name]
+        module = name.removesuffix(".weight")
+        if module in updates:
+            tensor = (tensor.float() + updates[module].delta()).to(tensor.dtype)
+        writer.add(name, tensor)
     for done, (name, scheme) in enumerate(schemes.items(), 1):
         grid = checkpoint.grid(name)
-        if scheme is None:
+        if scheme is None and name in updates:
+            W = grid.dense(torch.float32) + updates[name].delta()
+            writer.add(f"{name}.weight", W.to(checkpoint.dtype))
+        elif scheme is None:
             writer.add(f"{name}.weight", grid.dense(checkpoint.dtype))
         else:
             grid = dataclasses.replace(grid, group=scheme.group)

@@ -6,6 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from refusing import refused
 from speaking import SENTENCES, save_model, save_texts, tokenizer
 
 from distaya_ext.errors import GateError, InputError, UsageError
@@ -29,15 +30,6 @@ def loaded(models):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return save_texts(tmp_path_factory.mktemp("texts"), repeat=4)
-
-
-def refused(kind, call, *words):
-    with pytest.raises(kind) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    for word in words:
-        assert word in sentence, sentence
 
 
 def by_hand(model, base, row):

@@ -1,6 +1,9 @@
 """Rules for single Linears: what each gets, that stacks share a Hessian, and how it is stored."""
 
+from functools import partial
+
 import pytest
+import refusing
 import tiny
 import torch
 from hypothesis import given, settings
@@ -17,6 +20,8 @@ from distaya_ext.compress.solve import Statistic, solve
 from distaya_ext.errors import UsageError
 from distaya_ext.models import describe
 from distaya_ext.recipe import Recipe, Rule
+
+refused = partial(refusing.refused, UsageError)
 
 # Every choice that a search makes, all over one layer and different from layer to layer.
 MIXED = [
@@ -39,15 +44,6 @@ STANDARD = [
 def mixed(rules, **more):
     fields = {"bits": 4, "group": 32, "quality": "plain", **more}
     return Recipe(model="tiny", method="gptq", modules=rules, **fields)
-
-
-def refused(call, *words):
-    with pytest.raises(UsageError) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    for word in words:
-        assert word in sentence, sentence
 
 
 def walked(folder, plan, calibration):

@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import refusing
 import torch
 from speaking import SENTENCES, save_texts, tokenizer
 from tokenizers import Tokenizer, models
@@ -16,14 +18,7 @@ from distaya_ext.errors import InputError
 from distaya_ext.evaluate import cut_lines, cut_windows
 from distaya_ext.texts import read_texts, windows
 
-
-def refused(call, *words):
-    with pytest.raises(InputError) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    for word in words:
-        assert word in sentence, sentence
+refused = partial(refusing.refused, InputError)
 
 
 def write(folder, name, content):

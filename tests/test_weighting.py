@@ -1,6 +1,9 @@
 """What recipes and flags may say about languages; everything else is refused in one sentence."""
 
+from functools import partial
+
 import pytest
+import refusing
 
 from distaya_ext.cli.compress import build_recipe
 from distaya_ext.cli.languages import parse_quotas, parse_weights
@@ -9,14 +12,7 @@ from distaya_ext.compress import events
 from distaya_ext.errors import UsageError
 from distaya_ext.recipe import CalibrationSpec, Recipe
 
-
-def refused(call, *words):
-    with pytest.raises(UsageError) as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    for word in words:
-        assert word in sentence, sentence
+refused = partial(refusing.refused, UsageError)
 
 
 @pytest.mark.parametrize("weights", ["equal", "proportional", "worst", {"en": 2.0, "zh-Hant": 0.0}])

@@ -65,6 +65,27 @@ struct Solve {
   int64_t rows, n;
 };
 
+// Where the last of the blocks of `size` columns that end before column `end` begins.
+inline int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
+
+// B[:, to:to+n] -= B[:, c:c+k] M, M = R[to:to+n, c:c+k]^T or R[c:c+k, to:to+n], as a product of
+// either device (cpu::Gemm, cuda::Gemm).
+template <class Gemm>
+Gemm elimination(const Solve& p, int64_t to, int64_t n, int64_t c, int64_t k, bool backward) {
+  return {.m = p.rows,
+          .n = n,
+          .k = k,
+          .alpha = -1,
+          .A = p.B + c,
+          .a_row = p.n,
+          .a_col = 1,
+          .B = backward ? p.R + to * p.n + c : p.R + c * p.n + to,
+          .b_row = backward ? 1 : p.n,
+          .b_col = backward ? p.n : 1,
+          .C = p.B + to,
+          .ldc = p.n};
+}
+
 int64_t cholesky_work(const Tensor& H);  // floats of `work` that H [n, n] needs: 0 on the CPU
 void cholesky_(Tensor H, double damp, double floor, Tensor info, Tensor mean, Tensor work);
 void inverse_factor(Tensor R, Tensor U);

@@ -123,8 +123,6 @@ void store_block(const Block& in, int64_t n, int64_t c, int w, float* A) {
 
 // Start of the block that ends at `end`: blocks begin at multiples of their size, so that columns
 // stay aligned and the last one is the ragged one.
-int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
-
 // Scans the diagonal, then damps it. Returns the smallest pivot allowed; false in `ok` for NaN/Inf.
 float prepare(const Cholesky& p, bool& ok) {
   double sum = 0;

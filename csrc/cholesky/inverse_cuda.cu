@@ -80,8 +80,6 @@ __global__ void __launch_bounds__(kThreads) mirror_kernel(float* H, int64_t n) {
   }
 }
 
-int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
-
 }  // namespace
 
 void inverse_factor_cuda(const InverseFactor& p, Stream s, int device) {

@@ -156,24 +156,6 @@ void solve_columns(const Solve& p, int64_t c, int w, bool backward) {
   solve_block(d, p.B + c, p.n, p.rows);
 }
 
-// B[:, to:to+n] -= B[:, c:c+k] M, M = R[to:to+n, c:c+k]^T or R[c:c+k, to:to+n].
-void subtract(const Solve& p, int64_t to, int64_t n, int64_t c, int64_t k, bool backward) {
-  cpu::gemm({.m = p.rows,
-             .n = n,
-             .k = k,
-             .alpha = -1,
-             .A = p.B + c,
-             .a_row = p.n,
-             .a_col = 1,
-             .B = backward ? p.R + to * p.n + c : p.R + c * p.n + to,
-             .b_row = backward ? 1 : p.n,
-             .b_col = backward ? p.n : 1,
-             .C = p.B + to,
-             .ldc = p.n});
-}
-
-int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
-
 }  // namespace
 
 void solve_cpu(const Solve& p) {
@@ -182,18 +164,18 @@ void solve_cpu(const Solve& p) {
     for (int64_t last = end, c; last > begin; last = c) {
       c = start_of(last, kTriangle);
       solve_columns(p, c, static_cast<int>(last - c), true);
-      subtract(p, begin, c - begin, c, last - c, true);
+      cpu::gemm(elimination<cpu::Gemm>(p, begin, c - begin, c, last - c, true));
     }
-    subtract(p, 0, begin, begin, end - begin, true);
+    cpu::gemm(elimination<cpu::Gemm>(p, 0, begin, begin, end - begin, true));
   }
   for (int64_t begin = 0, end; begin < p.n; begin = end) {
     end = std::min(p.n, begin + kSolveSlice);
     for (int64_t c = begin, next; c < end; c = next) {
       next = std::min<int64_t>(end, c + kTriangle);
       solve_columns(p, c, static_cast<int>(next - c), false);
-      subtract(p, next, end - next, c, next - c, false);
+      cpu::gemm(elimination<cpu::Gemm>(p, next, end - next, c, next - c, false));
     }
-    subtract(p, end, p.n - end, begin, end - begin, false);
+    cpu::gemm(elimination<cpu::Gemm>(p, end, p.n - end, begin, end - begin, false));
   }
 }
 

@@ -122,26 +122,6 @@ void solve_columns(const Solve& p, int64_t c, int64_t w, cudaStream_t stream) {
          stream, p, c, static_cast<int>(w));
 }
 
-// B[:, to:to+n] -= B[:, c:c+k] M, M = R[to:to+n, c:c+k]^T or R[c:c+k, to:to+n].
-void subtract(const Solve& p, int64_t to, int64_t n, int64_t c, int64_t k, bool backward,
-              cudaStream_t stream) {
-  gemm({.m = p.rows,
-        .n = n,
-        .k = k,
-        .alpha = -1,
-        .A = p.B + c,
-        .a_row = p.n,
-        .a_col = 1,
-        .B = backward ? p.R + to * p.n + c : p.R + c * p.n + to,
-        .b_row = backward ? 1 : p.n,
-        .b_col = backward ? p.n : 1,
-        .C = p.B + to,
-        .ldc = p.n},
-       stream);
-}
-
-int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
-
 }  // namespace
 
 void solve_cuda(const Solve& p, Stream s, int device) {
@@ -154,18 +134,18 @@ void solve_cuda(const Solve& p, Stream s, int device) {
     for (int64_t last = end, c; last > begin; last = c) {
       c = start_of(last, kBlock);
       solve_columns<true>(p, c, last - c, stream);
-      subtract(p, begin, c - begin, c, last - c, true, stream);
+      gemm(elimination<Gemm>(p, begin, c - begin, c, last - c, true), stream);
     }
-    subtract(p, 0, begin, begin, end - begin, true, stream);
+    gemm(elimination<Gemm>(p, 0, begin, begin, end - begin, true), stream);
   }
   for (int64_t begin = 0, end; begin < p.n; begin = end) {
     end = begin + kSlice < p.n ? begin + kSlice : p.n;
     for (int64_t c = begin, next; c < end; c = next) {
       next = c + kBlock < end ? c + kBlock : end;
       solve_columns<false>(p, c, next - c, stream);
-      subtract(p, next, end - next, c, next - c, false, stream);
+      gemm(elimination<Gemm>(p, next, end - next, c, next - c, false), stream);
     }
-    subtract(p, end, p.n - end, begin, end - begin, false, stream);
+    gemm(elimination<Gemm>(p, end, p.n - end, begin, end - begin, false), stream);
   }
 }
 

@@ -78,6 +78,20 @@ DISTAYA_HD constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// Arrays laid out one after the other in a workspace, each at a multiple of 256 bytes. With a null
+// base only the bytes are counted.
+struct Arena {
+  void* base;
+  int64_t bytes = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* at = static_cast<char*>(base) + bytes;
+    bytes += ceil_div<int64_t>(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(at);
+  }
+};
+
 // Every kernel is started here. `early`: it may begin while the kernel before it in the stream
 // still runs (programmatic dependent launch, code for sm_90 and later; else nothing changes), so it
 // must call ptx::wait_for_earlier before it touches anything that an earlier kernel writes, or

@@ -40,20 +40,15 @@ int64_t e_pitch(int64_t cols) { return ceil_div<int64_t>(cols, 4) * 4; }
 
 Work lay_out(void* base, int64_t rows, int64_t cols) {
   Work w{};
-  int64_t offset = 0;
-  const auto take = [&](int64_t bytes) {
-    char* p = static_cast<char*>(base) + offset;
-    offset += ceil_div<int64_t>(bytes, 256) * 256;
-    return p;
-  };
   if (rows == 0 || cols == 0) return w;
-  w.E = reinterpret_cast<float*>(take(rows * e_pitch(cols) * 4));
-  w.T = reinterpret_cast<float*>(take(rows * kB * 4));
-  w.P = reinterpret_cast<float*>(take(panels_together(cols) * cols * kB * 4));
-  w.N = reinterpret_cast<float*>(take(most_blocks(cols) * kPacked * 4));
-  w.D = reinterpret_cast<float*>(take(cols * 4));
-  w.state = reinterpret_cast<SelectState*>(take(sizeof(SelectState)));
-  w.bytes = offset;
+  Arena arena{base};
+  w.E = arena.take<float>(rows * e_pitch(cols));
+  w.T = arena.take<float>(rows * kB);
+  w.P = arena.take<float>(panels_together(cols) * cols * kB);
+  w.N = arena.take<float>(most_blocks(cols) * kPacked);
+  w.D = arena.take<float>(cols);
+  w.state = arena.take<SelectState>(1);
+  w.bytes = arena.bytes;
   return w;
 }
 

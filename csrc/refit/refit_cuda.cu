@@ -29,21 +29,15 @@ struct Work {
 
 Work lay_out(void* base, int64_t rows, int64_t cols) {
   Work w{};
-  int64_t offset = 0;
-  const auto take = [&](int64_t bytes) {
-    char* p = static_cast<char*>(base) + offset;
-    offset += ceil_div<int64_t>(bytes, 256) * 256;
-    return p;
-  };
+  Arena arena{base};
   w.pitch = ceil_div<int64_t>(cols, 4) * 4;
   w.run = rows_together(rows, cols, kRefitRunCuda);
-  w.damp = reinterpret_cast<float*>(take(4));
-  w.D = reinterpret_cast<float*>(take(cols * 4));
-  w.inverse = reinterpret_cast<float*>(take(cols * 4));
-  w.searches = reinterpret_cast<Search*>(take(w.run * static_cast<int64_t>(sizeof(Search))));
-  for (float** array : {&w.Q, &w.residual, &w.p, &w.y})
-    *array = reinterpret_cast<float*>(take(w.run * w.pitch * 4));
-  w.bytes = offset;
+  w.damp = arena.take<float>(1);
+  w.D = arena.take<float>(cols);
+  w.inverse = arena.take<float>(cols);
+  w.searches = arena.take<Search>(w.run);
+  for (float** array : {&w.Q, &w.residual, &w.p, &w.y}) *array = arena.take<float>(w.run * w.pitch);
+  w.bytes = arena.bytes;
   return w;
 }
 

@@ -25,6 +25,9 @@ _SKIP = ["*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # transformers takes null for these and falls only in the first forward.
 _NUMBERS = ("layer_norm_eps", "rms_norm_eps", "logit_scale")
+# LoRA that belongs to the model and stays beside its quantised weights, as PEFT writes it.
+ADAPTER = "adapter"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as A; '
     "A.from_pretrained('MODEL').save_pretrained('OUT')\""
@@ -58,6 +61,8 @@ def _download(repo: str, offline: bool) -> Path:
 
     local = offline or constants.HF_HUB_OFFLINE
     try:
+        beside = [f"{ADAPTER}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        snapshot_download(repo, allow_patterns=beside, local_files_only=local)
         return Path(
             snapshot_download(
                 repo, allow_patterns=_FETCH, ignore_patterns=_SKIP, local_files_only=local
@@ -69,6 +74,13 @@ def _download(repo: str, offline: bool) -> Path:
         raise InputError(
             f"{repo} is no local folder and could not be read {how}: {reason}"
         ) from error
+
+
+def adapter_of(folder: Path) -> Path | None:
+    """The folder of the adapter that belongs to a model folder, or None."""
+    beside = folder / ADAPTER
+    held = any((beside / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return beside if held else None
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -83,7 +95,8 @@ def contained(folder: Path, name: str) -> Path:
         )
     root = folder.resolve()
     target = (folder / name).resolve()
-    cache_blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    above = [p.parent for p in (root, root.parent) if p.parent.name == "snapshots"]
+    cache_blobs = above[0].parent / "blobs" if above else None
     if target.parent != root and target.parent != cache_blobs:
         raise InputError(
             f"{name} is a link that leaves the model folder (to {target.name}); it is not followed"

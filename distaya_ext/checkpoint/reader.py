@@ -22,7 +22,7 @@ from ..models.depth import cut_config, layers_left
 from ..models.skeleton import build_skeleton, check_table, is_tied
 from .compare import Stored, compare, stored_modules
 from .entry import DTYPES, FLOATS, Entry, some
-from .folder import contained, locate, read_config, read_index
+from .folder import ADAPTER, adapter_of, contained, locate, read_config, read_index
 
 # Old files carry tables that the model computes by itself; they are neither used nor copied.
 _HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$|\.masked_bias$|self_attn\.bias$")
@@ -58,6 +58,11 @@ class Checkpoint:
         self.source_layers = tuple(range(config.num_hidden_layers))  # their numbers in the folder
         self.left_out = 0  # bytes of the folder's tensors that are not among the entries
         self._finite: set[str] = set()
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the LoRA that belongs to the model, which every loader must attach."""
+        return adapter_of(self.folder)
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +165,11 @@ def open_checkpoint(
     """
     folder = locate(model, offline=offline)
     raw = read_config(folder, packed=packed)
+    if not packed and adapter_of(folder) is not None:
+        raise InputError(
+            f"{folder.name} has an adapter beside its weights, which would be lost; write it into "
+            f"them first (distaya merge {folder.name} {folder.name}/{ADAPTER} --out OUT)"
+        )
     scheme = read_scheme(raw)
     weight_map = read_index(folder)
     entries = _headers(folder, weight_map)
@@ -199,15 +209,26 @@ def _config(folder: Path) -> Any:
 
 
 def _check_depth(config: Any, entries: dict[str, Entry]) -> None:
-    """Refuse a wrong number of layers before a model of that depth is built."""
+    """Refuse a wrong number of layers, or wrong numbers, before a model of that depth is built."""
     start = f"{describe(config).layers}."
     names = (name[len(start) :].partition(".")[0] for name in entries if name.startswith(start))
-    held = len({name for name in names if name.isdecimal()})
+    held = sorted({int(name) for name in names if name.isdecimal()})
     asked = config.num_hidden_layers
-    if asked != held or not held:
+    if asked != len(held) or not held:
         raise InputError(
-            f"config.json asks for {asked} decoder layers; the checkpoint holds {held}"
+            f"config.json asks for {asked} decoder layers; the checkpoint holds {len(held)}"
         )
+    if held != list(range(asked)):  # transformers would make up the ones in the gaps
+        gaps = [index for index in range(asked) if index not in held]
+        raise InputError(
+            f"config.json asks for decoder layers 0 to {asked - 1}; the checkpoint lacks "
+            f"{_numbers(gaps)} and holds {_numbers(held[asked - len(gaps) :])} instead: layers "
+            "were taken out and those that stayed not numbered anew"
+        )
+
+
+def _numbers(found: list[int]) -> str:
+    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
 
 
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:

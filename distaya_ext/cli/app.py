@@ -21,12 +21,17 @@ from ..errors import DistayaError
 from . import bench
 from .compress import compress
 from .demo import demo
+from .distill import distill, heal
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
+from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
+from .layers import layers
+from .merge import merge
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -97,10 +102,17 @@ def root(
 
 app.command("compress")(compress)
 app.command("search")(search)
+app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("distill")(distill)
+app.command("heal")(heal)
+app.command("finetune")(finetune)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
+app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")

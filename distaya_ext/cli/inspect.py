@@ -194,7 +194,23 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
             "quantised": f"{checkpoint.scheme.method}, {len(inside)} matrices of the layers",
             "bits_per_weight": round(8 * sum(x.bytes for x in inside) / held, 3) if held else None,
         }
+    if checkpoint.adapter is not None:
+        facts["adapter"] = _adapter(checkpoint)
     return facts
+
+
+def _adapter(checkpoint: Checkpoint) -> str:
+    """What stays beside the weights, in words."""
+    from ..train.adapter import read_adapter
+    from .output import size
+
+    held = read_adapter(checkpoint.adapter, checkpoint)
+    ranks = sorted({each.rank for each in held.low_rank.values()})
+    total = sum(each.nbytes for each in held.low_rank.values())
+    return (
+        f"LoRA of rank {' and '.join(map(str, ranks))} beside {len(held.low_rank)} matrices, "
+        f"{size(total)}, loaded with the model"
+    )
 
 
 def _table(linears: list[Linear], every: bool) -> Any:

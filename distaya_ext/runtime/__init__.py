@@ -10,7 +10,7 @@ from .glu import PackedGLU, fuse
 from .load import load
 from .modules import PackedEmbedding, PackedHead, PackedLinear
 from .register import register_when_imported
-from .swap import dense_bytes, resident_bytes, set_exact, use_kernels
+from .swap import dense_bytes, resident_bytes, set_exact, trainable, use_kernels
 
 __all__ = [
     "PackedEmbedding",
@@ -23,5 +23,6 @@ __all__ = [
     "register_when_imported",
     "resident_bytes",
     "set_exact",
+    "trainable",
     "use_kernels",
 ]

@@ -36,7 +36,9 @@ class PackedGLU(nn.Module):
         """Whether gate and up run as one kernel now."""
         gate, up = self.gate_proj, self.up_proj
         if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)):
-            return False  # made dense again
+            return False  # made dense again, or with LoRA beside
+        if gate.trains or up.trains:
+            return False  # the one kernel has no gradient
         return gate.packed is not None and gate.spec == up.spec and not _hooked(gate, up)
 
     def forward(self, x: Tensor) -> Tensor:

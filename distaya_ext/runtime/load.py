@@ -32,6 +32,9 @@ def load(
     dtype    of activations, norms and whatever is dense: auto is that of the checkpoint
     exact    full-precision activations on the CPU too, where 8-bit ones are the default
 
+    LoRA that the folder holds in adapter/, as healing leaves it beside quantised weights, is
+    attached with PEFT.
+
     InputError and UsageError in one sentence. Remote code is never run, pickles are never read.
     """
     chosen = parse_dtype(dtype)
@@ -42,6 +45,16 @@ def load(
 
 def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False) -> Any:
     """The model of a folder that is checked, on the CPU in eval mode."""
+    if checkpoint.adapter is None:
+        return _load_base(checkpoint, dtype, exact)
+    from ..train.adapter import attach, need_peft, read_adapter
+
+    need_peft(f"the adapter in {checkpoint.folder.name}")
+    adapter = read_adapter(checkpoint.adapter, checkpoint)
+    return attach(_load_base(checkpoint, dtype, exact), adapter)
+
+
+def _load_base(checkpoint: Checkpoint, dtype: torch.dtype, exact: bool) -> Any:
     if checkpoint.scheme is None:
         return load_whole(checkpoint.folder, dtype)
     register()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import pack, sqgemm
+from . import gradient
 
 if TYPE_CHECKING:
     from ..formats import ModuleScheme
@@ -25,10 +26,12 @@ _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 class Packed(nn.Module):
     """A weight matrix [rows, cols] packed for the kernels, and how its folder stores it.
 
-    It is empty (packed is None) until take() or load_state_dict gives it weights.
+    It is empty (packed is None) until take() or load_state_dict gives it weights. trains, which
+    runtime.trainable sets, lets gradients pass it; the weights themselves never have one.
     """
 
     packed: Tensor | None
+    trains = False
 
     def __init__(self, scheme: ModuleScheme, rows: int, cols: int) -> None:
         super().__init__()
@@ -85,6 +88,11 @@ class Packed(nn.Module):
         """The weights as a dense matrix [rows, cols]."""
         return pack.dequantize(self.weights(), dtype)
 
+    @property
+    def qweight(self) -> Tensor | None:
+        """The buffer, by the name under which PEFT looks for the device of quantised weights."""
+        return self.packed
+
     def portable(self) -> dict[str, Tensor]:
         """The tensors its folder stores, by suffix, on the device of the buffer."""
         from ..formats import Grid
@@ -140,7 +148,7 @@ class PackedLinear(Packed):
     """y = x W^T + bias on packed weights: x [..., in_features] bf16, fp16 or fp32, y as x.
 
     exact chooses full-precision activations on the CPU instead of 8-bit ones (a GPU is always
-    exact). There is no gradient: an input that needs one is refused in a sentence.
+    exact). An input that needs a gradient is refused in a sentence unless the module trains.
     """
 
     def __init__(
@@ -208,6 +216,11 @@ class PackedHead(nn.Module):
         """The embedding whose weights this head uses."""
         return self._tied[0]
 
+    @property
+    def qweight(self) -> Tensor | None:
+        """As Packed.qweight."""
+        return self.embedding.packed
+
     def forward(self, x: Tensor) -> Tensor:
         return multiply(self._tied[0], x, self.bias, self.exact)
 
@@ -227,6 +240,8 @@ def multiply(held: Packed, x: Tensor, bias: Tensor | None, exact: bool) -> Tenso
     """x W^T + bias by the kernel."""
     if held.packed is None:
         raise RuntimeError(f"this {type(held).__name__} was given no weights yet")
+    if held.trains:
+        return gradient.product(held, x, bias)
     return sqgemm.sqgemm(
         without_gradient(x).contiguous(), held.packed, held.spec, like(bias, x), exact
     )
@@ -239,7 +254,7 @@ def without_gradient(x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "packed weights cannot be trained through: the input needs a gradient; run the model "
-            "under torch.no_grad(), or train the dense model"
+            "under torch.no_grad(), or say that you want this with distaya_ext.trainable(model)"
         )
     return x.detach()
 

@@ -90,6 +90,22 @@ def set_exact(model: nn.Module, exact: bool = True) -> int:
     return len(modules)
 
 
+def trainable(model: Any, trains: bool = True) -> Any:
+    """Let gradients pass the packed modules of a model, or (False) refuse them again; returns it.
+
+    Packed weights themselves never learn: this is for what stands beside and before them, such as
+    LoRA, norms and biases. While it is on, every product takes its activations in full precision,
+    gated MLPs run part by part, and the backward pass makes one matrix at a time dense.
+    """
+    for module in model.modules():
+        if isinstance(module, Packed):
+            module.trains = trains
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(quantizer, "trains"):
+        quantizer.trains = trains
+    return model
+
+
 def dense_bytes(model: nn.Module) -> int:
     """What resident_bytes would be if all packed weights were dense in the dtype of the model."""
     held = [module for module in model.modules() if isinstance(module, Packed)]

@@ -1,0 +1,242 @@
+"""How much of what compression lost some minutes of distillation bring back.
+
+    python bench/healing.py --model MODEL --train TRAIN --test TEST [--json OUT] [--readme]
+
+Two students of MODEL: 2:4 + int4 (packed, LoRA stays beside the codes) and one with a quarter of
+its layers dropped by KL (dense, LoRA is merged). Each learns from MODEL on TRAIN; calibration is on
+TRAIN too. Judged before and after on windows of TEST, which nothing has seen. The codes, scales and
+zeros of the healed folder are compared with those of the compressed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+from bench import harness  # noqa: E402
+
+if __name__ == "__main__":
+    harness.passive()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from bench.plain import drawn, read_folder  # noqa: E402
+from bench.quality_score import Base, Scores, score  # noqa: E402
+from bench.quality_stats import Draws, interval  # noqa: E402
+from bench.quality_texts import test_windows  # noqa: E402
+
+STUDENTS = ("2:4 + int4", "a quarter of the layers dropped")
+
+
+@dataclass(frozen=True)
+class Healed:
+    """One student: scores before and after, and what it took.
+
+    bits: per weight of the Linears, before and after, what stays beside counted. unchanged: packed
+    tensors and zeros that were compared and found equal.
+    """
+
+    student: str
+    before: Scores
+    after: Scores
+    minutes: float
+    tokens: int
+    bits: tuple[float, float]
+    unchanged: int
+
+
+def student_of(args: argparse.Namespace, which: str, windows, out: Path) -> None:
+    """Compress MODEL into `out`."""
+    from distaya_ext import Recipe, compress
+    from distaya_ext.checkpoint import open_checkpoint
+    from distaya_ext.influence import choose
+    from distaya_ext.influence.spec import DropSpec
+
+    if which == STUDENTS[0]:
+        recipe = Recipe(model=str(args.model), method="sparsegpt", nm="2:4", bits=4, group=128)
+        compress(args.model, out, recipe, texts=windows)
+        return
+    choice = choose(open_checkpoint(args.model), windows, DropSpec(share=0.25))
+    print(f"layers dropped: {choice.dropped}", flush=True)
+    recipe = Recipe(model=str(args.model), method="dense", drop_layers=choice.dropped)
+    compress(args.model, out, recipe)
+
+
+def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) -> Healed:
+    """Compress, judge, distil, judge again."""
+    from distaya_ext.train.distill import distill
+    from distaya_ext.train.spec import LossSpec, TrainSpec
+
+    before, after = root / "before", root / "after"
+    student_of(args, which, windows, before)
+    spec = TrainSpec(
+        rank=args.rank,
+        also=args.also,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        tokens=args.steps * 2048,
+        evaluate_every=max(1, args.steps // 4),
+        save_every=max(1, args.steps // 2),
+        loss=LossSpec(kl=1.0, cosine=args.cosine),
+    )
+    scored = judged(before, base)
+    began = time.perf_counter()
+    trained = distill(args.model, before, after, args.train, spec)
+    minutes = (time.perf_counter() - began) / 60
+    found = Healed(
+        which,
+        scored,
+        judged(after, base),
+        minutes,
+        trained.course.tokens,
+        (bits(before), bits(after)),
+        unchanged(before, after),
+    )
+    print(f"{which}: {minutes:.1f} minutes, {found.tokens} tokens", flush=True)
+    return found
+
+
+def judged(folder: Path, base: Base) -> Scores:
+    """Loss on the test windows, activations exact."""
+    from distaya_ext import load
+
+    return score(load(folder, dtype=torch.float32, exact=True), base)
+
+
+def bits(folder: Path) -> float:
+    """Bits per weight of the decoder layers' matrices, low-rank factors beside them counted."""
+    from distaya_ext.checkpoint import open_checkpoint
+    from distaya_ext.checkpoint.reader import read_header
+
+    held = open_checkpoint(folder, packed=True)
+    layers = held.architecture.layers + "."
+    size = sum(entry.nbytes for name, entry in held.entries.items() if name.startswith(layers))
+    for path in (folder / "adapter").glob("*.safetensors"):
+        size += sum(entry.nbytes for entry in read_header(path).values())
+    from distaya_ext.models.skeleton import build_skeleton
+
+    model = build_skeleton(held.config, torch.float32)
+    count = sum(p.numel() for name, p in model.named_parameters() if name.startswith(layers))
+    return 8 * size / count
+
+
+def unchanged(before: Path, after: Path) -> int:
+    """Packed tensors that are the same bytes, and dense ones with the same zeros; SystemExit if any
+    differs.
+    """
+    from distaya_ext.checkpoint import open_checkpoint
+
+    old, new = (open_checkpoint(folder, packed=True) for folder in (before, after))
+    layers, same = old.architecture.layers + ".", 0
+    if old.entries.keys() != new.entries.keys():
+        raise SystemExit("the healed folder holds other tensors than the compressed one")
+    for name in (name for name in old.entries if name.startswith(layers)):
+        a, b = old.read([name])[name], new.read([name])[name]
+        packed = any(name.startswith(f"{module}.") for module in old.stored)
+        if not (torch.equal(a, b) if packed else torch.equal(a == 0, b == 0)):
+            raise SystemExit(f"{name} of the healed folder differs from the compressed one")
+        same += 1
+    return same
+
+
+def row(found: Healed, base: Base) -> str:
+    """A line of the table: losses in nats per token, and the share that came back."""
+    lost, left = ({k: np.array(x.windows) for k, x in s.languages.items()} for s in (
+        found.before, found.after
+    ))  # fmt: skip
+    draws = Draws({lang: len(v) for lang, v in lost.items()})
+    a, b = (float(np.mean([v.mean() for v in each.values()])) for each in (lost, left))
+    low, high = interval(1 - draws.mean(left) / draws.mean(lost))
+    worst = max(left, key=lambda lang: left[lang].mean())
+    share = {k: 1 - left[k].mean() / lost[k].mean() for k in left}
+    least = min(share, key=share.__getitem__)
+    return (
+        f"| {found.student} | {a:+.4f} | {b:+.4f} | {100 * (1 - b / a):.0f} % "
+        f"[{100 * low:.0f}, {100 * high:.0f}] | {least} {100 * share[least]:.0f} % | "
+        f"{worst} {left[worst].mean():+.3f} | {found.before.mean('kl'):.3f} → "
+        f"{found.after.mean('kl'):.3f} | {found.bits[0]:.2f} → {found.bits[1]:.2f} | "
+        f"{found.minutes:.1f} |"
+    )
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    assets = ROOT / "distaya_ext" / "assets"
+    parser.add_argument("--model", type=Path, default=assets / "nano-aya")
+    parser.add_argument("--train", type=Path, default=assets / "texts" / "calibration")
+    parser.add_argument("--test", type=Path, default=assets / "texts" / "evaluation")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS)
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows in all")
+    parser.add_argument("--test-windows", type=int, help="per language (default: all)")
+    parser.add_argument("--steps", type=int, default=700, help="of 2048 tokens")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--cosine", type=float, default=0.0, help="weight of hidden states")
+    parser.add_argument("--also", nargs="*", default=["norms"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    args = arguments(words)
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    base = Base(dense, test_windows(args.test, tokenizer, 256, args.test_windows))
+    windows = drawn(read_folder(args.train), tokenizer, args.windows, 256, 0)
+    found = []
+    for which in args.students:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(heal(args, which, windows, base, Path(folder)))
+    lines = [
+        "| student | lost | after healing | came back | least in | worst language | KL | "
+        "bits/weight | minutes |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *(row(each, base) for each in found),
+    ]
+    nll = sum(float(x.mean()) for x in base.nll.values()) / len(base.nll)
+    note = (
+        f"{args.model.name}, dense NLL {nll:.4f} nats per token of test text; {args.steps} steps "
+        f"of 2048 tokens, LoRA of rank {args.rank}, learning rate {args.learning_rate:g}, "
+        f"{args.threads} threads. 95 % paired bootstrap over test windows. Minutes are those of "
+        "the whole distillation, reading and writing included; bits per weight count what stays "
+        f"beside. {' and '.join(str(each.unchanged) for each in found)} tensors were compared with "
+        "the compressed folder's: codes and zeros are the same."
+    )
+    text = "\n".join(lines) + f"\n\n{note}"
+    print(text)
+    if args.json:
+        args.json.write_text(json.dumps(record(args, found, nll)) + "\n", encoding="utf-8")
+    if args.readme:
+        harness.write_table(ROOT / "README.md", "healing", text)
+    return 0
+
+
+def record(args: argparse.Namespace, found: list[Healed], nll: float) -> dict:
+    """What the table is made of, per test window."""
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, list, tuple))}
+    rows = []
+    for each in found:
+        windows = {
+            when: {lang: [round(x, 5) for x in one.windows] for lang, one in s.languages.items()}
+            for when, s in (("before", each.before), ("after", each.after))
+        }
+        plain = {"student": each.student, "minutes": each.minutes, "tokens": each.tokens}
+        rows.append({**plain, "bits": each.bits, "unchanged": each.unchanged, "deltas": windows})
+    return {"settings": settings, "dense_nll": nll, "machine": harness.machine(), "rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""fit(): train what learns; a killed run, started again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.whole import quiet_transformers
+from ..compress.budget import check_disk
+from ..errors import InputError, UsageError
+from . import saved
+from .data import TrainingData
+from .events import Event, Notice, Resumed, Started, Stopped
+from .identity import difference, identity
+from .loop import Diverged, Loop, precision
+from .objective import Objective
+from .spec import TrainSpec
+from .trainer import run_steps, told_to_stop
+
+# Copies of what learns on the disk at once: two checkpoints and a third being written, with two
+# moments each, the best and its successor.
+_COPIES = 3 * 3 + 2
+
+
+class TrainingError(InputError):
+    """Training had to stop: a loss or gradient was not finite (exit code 3)."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a training went. Losses are in nats per label; tokens without padding.
+
+    best_step and best_loss are of the parameters the model was left with (None without held-out
+    text, where they are those of the last step); held_out the loss after each evaluation, step 0
+    before the first step. seconds and tokens_per_second are of the steps alone, over all
+    interruptions. resumed_from is the step of the checkpoint the run began with.
+    """
+
+    steps: int
+    best_step: int | None
+    best_loss: float | None
+    held_out: list[tuple[int, float]]
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    parameters: int
+    precision: str
+    resumed_from: int | None
+    metrics: Path
+    work: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON, without paths."""
+        fields = asdict(self)
+        del fields["metrics"], fields["work"]
+        return {**fields, "held_out": [list(pair) for pair in self.held_out]}
+
+
+def fit(
+    model: Any,
+    training: TrainingData,
+    held_out: TrainingData | None,
+    objective: Objective,
+    spec: TrainSpec,
+    work: Path,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+) -> Course:
+    """Train every parameter of the model and of objective.modules that requires a gradient.
+
+    model     on its device; parameters that learn are float32
+    held_out  rows whose loss decides which parameters are the best; None: the last ones are
+    work      folder of this run alone: checkpoints of what learns, metrics.jsonl, best/, loss.png
+              and loss.svg; a run that finds a checkpoint of its own there goes on from it, and ends
+              with the same bits (same device and number of threads)
+
+    On return the model holds the best parameters. A step's loss is the mean over all its labels,
+    however it is split into micro-batches. The first SIGINT or SIGTERM ends the run after its step
+    with a checkpoint. TrainingError when a loss or gradient is not finite: the model then holds the
+    best parameters so far. InputError when the folder holds another run or another process uses it,
+    UsageError when nothing learns or accelerate or matplotlib is missing.
+    """
+    check_packages()
+    if not len(training):
+        raise InputError("there are 0 windows to train on")
+    if held_out is not None and not len(held_out):
+        raise InputError("there are 0 held-out windows; pass None to do without")
+    work = Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone(work), _as_it_was(model, spec), quiet_transformers():
+        loop = Loop(model, training, held_out, objective, spec, work, on_event)
+        loop.identity = identity(loop)
+        resumed = _begin(loop)
+        try:
+            if resumed is None:
+                loop.evaluate()
+                loop.save()
+            with told_to_stop() as told:
+                if loop.step < spec.steps:
+                    run_steps(loop, told)
+                stopped = told()
+        except Diverged as error:
+            raise _given_up(loop, str(error)) from None
+        if stopped is not None:
+            name = signal.Signals(stopped).name
+            done = f"{name} after step {loop.step} of {spec.steps}"
+            loop.tell(Stopped(f"{done}; the same call goes on from there"))
+            signal.raise_signal(stopped)
+            raise KeyboardInterrupt  # where the signal was handled and ignored
+        saved.load_best(work, loop.parameters)
+    return _course(loop, resumed)
+
+
+def check_packages() -> None:
+    """UsageError unless what training needs is installed, and this is the only process of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"training runs in one process, and WORLD_SIZE says {os.environ['WORLD_SIZE']}; start "
+            "it without torchrun"
+        )
+    absent = [n for n in ("accelerate", "matplotlib") if importlib.util.find_spec(n) is None]
+    if absent:
+        raise UsageError(f"training needs {' and '.join(absent)}: pip install 'distaya-ext[train]'")
+
+
+def _begin(loop: Loop) -> int | None:
+    """Seed the generators, or go on from the newest checkpoint; returns its step."""
+    from transformers import set_seed
+
+    set_seed(loop.spec.seed % (1 << 32))
+    found = saved.newest(loop.work)
+    if found is None:
+        shutil.rmtree(loop.work / "best", ignore_errors=True)
+        (loop.work / saved.METRICS).unlink(missing_ok=True)
+    else:
+        folder, state = found
+        if (reason := difference(state.get("run", {}), loop.identity)) is not None:
+            raise InputError(
+                f"{loop.work} holds step {state['step']} of another training: {reason}; remove "
+                "that folder to start anew"
+            )
+        loop.restore(folder, state)
+        shutil.copyfile(folder / saved.METRICS, loop.work / saved.METRICS)
+    spec = loop.spec
+    counts = len(loop.training), 0 if loop.held_out is None else len(loop.held_out)
+    numbers = sum(p.numel() for p in loop.parameters.values())
+    loop.tell(Started(spec.steps, loop.rows, *counts, numbers, loop.precision))
+    for note in _notes(loop, None if found is None else found[1]):
+        loop.tell(Notice(note))
+    if found is None:
+        check_disk(loop.work, _COPIES * 4 * numbers)
+        return None
+    loop.tell(Resumed(loop.step, spec.steps))
+    return loop.step
+
+
+def _notes(loop: Loop, state: dict[str, Any] | None) -> list[str]:
+    """What the user should know of a run before its first step."""
+    notes = []
+    if loop.rows > len(loop.training):
+        notes.append(
+            f"a step takes {loop.rows} rows and there are {len(loop.training)}, so rows repeat "
+            "within it"
+        )
+    if loop.precision != precision("auto", loop.device) == "float32":
+        notes.append("this machine has no bfloat16 products; they are emulated, which takes longer")
+    if state is not None and state["threads"] != torch.get_num_threads():
+        notes.append(
+            f"the checkpoint was made with {state['threads']} threads and this run has "
+            f"{torch.get_num_threads()}, so it may end with other last bits"
+        )
+    return notes
+
+
+def _given_up(loop: Loop, reason: str) -> TrainingError:
+    """Leave the model with the best parameters so far; the sentence that says so."""
+    best = saved.load_best(loop.work, loop.parameters)
+    if best is not None:
+        kept = (
+            f"the best parameters so far, of step {best[0]} with a held-out loss of {best[1]:.4f}, "
+            f"are in {loop.work / 'best'}"
+        )
+    else:
+        found = saved.newest(loop.work)
+        assert found is not None  # step 0 is saved before anything is learnt
+        saved.load_parameters(found[0] / "parameters.safetensors", loop.parameters)
+        kept = f"the parameters of step {found[1]['step']} are in {found[0]}"
+    rate = loop.optimizer.param_groups[0]["lr"]
+    sentence = (
+        f"training stopped in step {loop.step + 1} of {loop.spec.steps} at a learning rate of "
+        f"{rate:g}: {reason}; {kept}"
+    )
+    loop.tell(Stopped(sentence))
+    return TrainingError(sentence)
+
+
+def _course(loop: Loop, resumed: int | None) -> Course:
+    from .plot import plot_losses
+
+    metrics = loop.work / saved.METRICS
+    plot_losses(metrics, loop.work)
+    return Course(
+        steps=loop.step,
+        best_step=None if loop.best is None else loop.best[0],
+        best_loss=None if loop.best is None else loop.best[1],
+        held_out=list(loop.losses),
+        tokens=loop.tokens,
+        seconds=loop.seconds,
+        tokens_per_second=loop.tokens / max(loop.seconds, 1e-9),
+        parameters=sum(p.numel() for p in loop.parameters.values()),
+        precision=loop.precision,
+        resumed_from=resumed,
+        metrics=metrics,
+        work=loop.work,
+    )
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Hold the folder's lock. InputError when another process does."""
+    handle = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another process trains in {work}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _as_it_was(model: Any, spec: TrainSpec) -> Iterator[None]:
+    """The model's mode, gradient checkpointing and the random generators, put back at the end."""
+    mode = model.training
+    before = saved.get_generators()
+    if spec.gradient_checkpointing:
+        _checkpointing(model, True)
+    try:
+        yield
+    finally:
+        saved.set_generators(*before)
+        if spec.gradient_checkpointing:
+            _checkpointing(model, False)
+        model.train(mode)
+
+
+def _checkpointing(model: Any, on: bool) -> None:
+    """Have the decoder layers' activations made again in the backward pass, or not."""
+    new = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{new}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{new}_checkpointing_disable")()

@@ -1,0 +1,202 @@
+"""What training keeps on disk: checkpoints that a killed run goes on from, and the best so far.
+
+A checkpoint is a folder checkpoint-00000120 with what learns (parameters.safetensors), the
+optimizer's state (optimizer.safetensors), the random generators (generators.safetensors), the
+metrics up to there and state.json, which is written last and says how large the others are. It is
+made under another name and renamed when all of it is on the disk. The weights that do not learn are
+in none of them: they are the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError
+
+_PREFIX, _PARTIAL = "checkpoint-", ".partial-"
+_KEPT = 2
+_BEST = "best/parameters.safetensors"
+METRICS = "metrics.jsonl"
+
+
+def save_checkpoint(
+    work: Path,
+    step: int,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `step`, and remove all but the newest two. state is plain JSON."""
+    partial, final = work / f"{_PARTIAL}{step:08d}", work / f"{_PREFIX}{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(_plain(parameters), partial / "parameters.safetensors")
+    save_file(_moments(parameters, optimizer), partial / "optimizer.safetensors")
+    tensors, rest = get_generators()
+    save_file(tensors, partial / "generators.safetensors")
+    if (work / METRICS).is_file():
+        shutil.copyfile(work / METRICS, partial / METRICS)
+    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    held = {"step": step, "files": files, "generators": rest, **state}
+    text = json.dumps(held, indent=1, ensure_ascii=False)
+    (partial / "state.json").write_text(text, encoding="utf-8")
+    for path in partial.iterdir():
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync(work)
+    for old in _folders(work)[:-_KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(work: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint and its state. What a kill left half-written is removed."""
+    for partial in work.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for folder in reversed(_folders(work)):
+        state = _state(folder)
+        if state is not None:
+            return folder, state
+        shutil.rmtree(folder)
+    return None
+
+
+def restore(
+    folder: Path,
+    state: Mapping[str, Any],
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a checkpoint's parameters, moments and random generators back."""
+    load_parameters(folder / "parameters.safetensors", parameters)
+    found = load_file(folder / "optimizer.safetensors")
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in found.items():
+        name, _, part = key.rpartition(":")
+        moments.setdefault(name, {})[part] = tensor
+    for name, parameter in parameters.items():
+        if name in moments:
+            optimizer.state[parameter] = {
+                part: tensor if part == "step" else tensor.to(parameter.device)
+                for part, tensor in moments[name].items()
+            }
+    set_generators(load_file(folder / "generators.safetensors"), state["generators"])
+
+
+def save_best(work: Path, parameters: Mapping[str, torch.Tensor], step: int, loss: float) -> None:
+    """Replace the best parameters, in one rename."""
+    target = work / _BEST
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_suffix(".partial")
+    save_file(_plain(parameters), partial, {"step": str(step), "loss": repr(loss)})
+    _sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def load_best(work: Path, parameters: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:
+    """Put the best parameters back; (step, held-out loss) of them, None where there are none."""
+    path = work / _BEST
+    if not path.is_file():
+        return None
+    about = load_parameters(path, parameters)
+    return int(about["step"]), float(about["loss"])
+
+
+def load_parameters(path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Copy a file's tensors into the parameters of their names; returns the file's metadata.
+
+    InputError when the file cannot be read or holds others.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(parameters):
+                raise InputError(
+                    f"{path} holds {len(names)} trained tensors, {len(names - set(parameters))} of "
+                    f"which are none of the {len(parameters)} that learn now"
+                )
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(file.get_tensor(name))
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _plain(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+
+
+def _moments(
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors as "name:exp_avg" and so on."""
+    return {
+        f"{name}:{part}": tensor.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for part, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def get_generators() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """States of the random generators of torch, numpy and Python: tensors, and the rest."""
+    kind, keys, *rest = np.random.get_state()
+    tensors = {
+        "torch": torch.random.get_rng_state(),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        for number, each in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda.{number}"] = each
+    return tensors, {"numpy": [kind, *rest], "python": random.getstate()}
+
+
+def set_generators(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+    """Put the states of the random generators back."""
+    torch.random.set_rng_state(tensors["torch"])
+    kind, *numbers = rest["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *numbers))
+    version, inner, gauss = rest["python"]
+    random.setstate((version, tuple(inner), gauss))
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            if f"cuda.{number}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{number}"], number)
+
+
+def _folders(work: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = (p for p in work.glob(f"{_PREFIX}*") if p.is_dir())
+    return sorted(p for p in found if p.name.removeprefix(_PREFIX).isdecimal())
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    """state.json of a checkpoint all of whose files are as long as it says; None otherwise."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in state["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if sizes == state["files"] else None
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file's or folder's contents before anything is renamed over another."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
