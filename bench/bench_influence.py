@@ -39,6 +39,7 @@ def note(benchmark, ways: dict, limit: float, flop: float = 0.0, runs: int = 5) 
     benchmark.pedantic(ways["ours"], rounds=1)
     extra = benchmark.extra_info
     extra["seconds"] = {name: round(t.wall, 5) for name, t in times.items()}
+    extra["cpu_seconds"] = {name: round(t.cpu, 5) for name, t in times.items()}
     extra["times ours"] = {n: round(t.wall / times["ours"].wall, 2) for n, t in times.items()}
     extra["threads"] = machine.threads()
     if flop:

@@ -184,8 +184,6 @@ void panel(const Cholesky& p, int64_t c, int width, cudaStream_t stream) {
                stream, p, c, width);
 }
 
-int64_t start_of(int64_t end, int64_t size) { return (end - 1) / size * size; }
-
 }  // namespace
 
 int64_t cholesky_work_cuda(int64_t) { return kBlock * kBlock; }  // a diagonal block's inverse
