@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench import gpu_packed, gpu_products, gpu_refine, shapes, textbook, tuned
+from bench import gpu_influence, gpu_packed, gpu_products, gpu_refine, shapes, textbook, tuned
 from bench.cases import MODES, our_options
 from bench.gpu_case import Case, Size, disagreement, relative, rotated
 
@@ -294,6 +294,7 @@ def cases(section: str, s: Size) -> dict[str, Callable[[], Case]]:
         },
         "refit": gpu_refine.refit_cases(s),
         "dass": gpu_refine.dass_cases(s),
+        "influence": gpu_influence.cases(s),
         "pack": gpu_packed.pack_cases(s),
         "sqgemm": gpu_products.cases(s),
     }

@@ -151,6 +151,18 @@ def dass(make: Inputs) -> None:
         room.arrange(scores.sum(1), m, scores, (n, m), rounds=2)  # an odd number of groups
 
 
+def influence(make: Inputs) -> None:
+    from distaya_ext.ops import influence as room
+
+    hidden, vocabulary = 76, 2300  # more than one block of the vocabulary
+    targets = torch.arange(7).to(make.device) * 300
+    for dtype in DTYPES:
+        P, W = make.normal(7, hidden, dtype=dtype), make.normal(vocabulary, hidden, dtype=dtype)
+        Q, bias = make.normal(2, 7, hidden, dtype=dtype), make.normal(vocabulary, dtype=dtype)
+        finite(room.similarity(P, Q[0]), room.divergence(P, Q, W, targets))
+        finite(room.divergence(P, Q, W, targets, scale=0.1, cap=30.0, bias=bias))
+
+
 def pack(make: Inputs) -> None:
     from distaya_ext.ops import pack as room
 
@@ -191,7 +203,8 @@ def sqgemm(make: Inputs) -> None:
 
 
 ROOMS: dict[str, Callable[[Inputs], None]] = {
-    room.__name__: room for room in (hessian, cholesky, obs, mask, refit, dass, pack, sqgemm)
+    room.__name__: room
+    for room in (hessian, cholesky, obs, mask, refit, dass, influence, pack, sqgemm)
 }
 
 

@@ -73,7 +73,6 @@ def student_of(args: argparse.Namespace, which: str, windows, out: Path) -> None
 def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) -> Healed:
     """Compress, judge, distil, judge again."""
     from distaya_ext.train.distill import distill
-
     from distaya_ext.train.spec import LossSpec, TrainSpec
 
     before, after = root / "before", root / "after"

@@ -13,24 +13,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .errors import UsageError
-from .recipe_file import MAX_YAML_BYTES, read_fields
-from .recipe_parts import (
+from .recipe_chain import DropSpec, EvaluateSpec, HealSpec, read_drop, read_evaluate, read_heal
+from .recipe_checks import check_together
+from .recipe_fields import (
     GROUPS,
-    DassSpec,
-    Rule,
-    Strict,
+    METHODS,
+    PACKED_BITS,
+    PRUNING,
+    STANDARD_BITS,
+    SWEEPING,
+    Bits,
+    Group,
+    Nm,
+    Share,
+    Size,
     is_16,
-    known_group,
     one_pattern,
     parse_nm,
     parse_size,
     parse_sparsity,
     regular,
 )
-from .weighting import Quotas, Weights
+from .recipe_file import MAX_YAML_BYTES, read_fields
+from .recipe_parts import CalibrationSpec, DassSpec, Rule, Strict
 
 __all__ = [
     "GROUPS",
@@ -42,6 +50,9 @@ __all__ = [
     "SWEEPING",
     "CalibrationSpec",
     "DassSpec",
+    "DropSpec",
+    "EvaluateSpec",
+    "HealSpec",
     "Recipe",
     "Rule",
     "parse_nm",
@@ -50,37 +61,9 @@ __all__ = [
     "read_fields",
 ]
 
-METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense")
-PRUNING = ("sparsegpt", "wanda", "magnitude", "ria", "dass")
-SWEEPING = ("sparsegpt", "gptq")
-PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
-STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
+_OF_CHAINS = ("heal", "evaluate")  # fields that a recipe without them does not write
 
-
-class CalibrationSpec(Strict):
-    """What the calibration statistics are gathered from.
-
-    tokens is the total over all languages, window the tokens per sample (both counted with BOS).
-    quotas gives languages tokens of their own (0: leaves one out); the others share what is left.
-
-    weights says how much each language counts in H = sum_l w_l H_l: "proportional" every token as
-    much as any other; "equal" every language as much as any other, however many tokens it has;
-    {lang: weight} a token of that language as much as `weight` tokens of a language not named;
-    "worst" begins like equal and raises, layer after layer, the languages that lose most.
-    """
-
-    path: str | None = None
-    tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
-    window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    weights: Weights = "proportional"
-    quotas: Quotas = None
-
-    @model_validator(mode="after")
-    def _one_window(self) -> CalibrationSpec:
-        if self.tokens < self.window:
-            raise ValueError(f"{self.tokens} tokens are fewer than one window of {self.window}")
-        return self
+_Skip = Annotated[str, AfterValidator(lambda value: regular(value, "skip pattern"))]
 
 
 class Recipe(Strict):
@@ -94,6 +77,10 @@ class Recipe(Strict):
     modules are rules for some Linears; the first that matches one decides, and skip wins over all
     of them. drop_layers are indices of decoder layers of the source model that the written one has
     not; what stays is numbered anew there, while skip and modules mean the numbers of the source.
+    Instead of indices it may say how many, and they are chosen by score (DropSpec).
+
+    heal trains what was compressed and evaluate measures it; with either, or with layers that are
+    chosen, the run is a chain of steps in this order: drop, compress, heal, evaluate.
 
     symmetric grids have their zero in the middle. None chooses them for pack-quantized, since stock
     transformers load no others as they are, and else asymmetric ones, which fit closer.
@@ -120,12 +107,12 @@ class Recipe(Strict):
     method: Literal["sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense"] = (
         "sparsegpt"
     )
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    nm: str | None = None
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    sparsity: Share | None = None
+    nm: Nm | None = None
+    bits: Bits | None = None
     embed_bits: Literal[8] | None = None
     format: Literal["auto", "dense", "pack-quantized", "distaya"] = "auto"
-    group: int = 128
+    group: Group = 128
     symmetric: bool | None = None
     scale: Literal["minmax", "mse"] = "minmax"
     order: Literal["natural", "activation", "group", "block"] = "natural"
@@ -135,10 +122,12 @@ class Recipe(Strict):
     dass: DassSpec | None = None
     permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
-    max_ram: str | None = None
-    skip: list[str] = Field(default=[])
+    max_ram: Size | None = None
+    skip: list[_Skip] = Field(default=[])
     modules: list[Rule] = Field(default=[])
-    drop_layers: list[Annotated[int, Field(ge=0)]] = Field(default=[])
+    drop_layers: Annotated[list[int] | DropSpec, BeforeValidator(read_drop)] = Field(default=[])
+    heal: Annotated[HealSpec | None, BeforeValidator(read_heal)] = None
+    evaluate: Annotated[EvaluateSpec | None, BeforeValidator(read_evaluate)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -150,143 +139,25 @@ class Recipe(Strict):
             fields = fields | {"dass": fields.get("dass") or {}}
         return fields
 
-    @field_validator("nm")
-    @classmethod
-    def _nm(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_nm(value)
-        return value
-
-    @field_validator("group")
-    @classmethod
-    def _group(cls, value: int) -> int:
-        return known_group(value)
-
-    @field_validator("max_ram")
-    @classmethod
-    def _max_ram(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value)
-        return value
-
-    @field_validator("skip")
-    @classmethod
-    def _skip(cls, value: list[str]) -> list[str]:
-        return [regular(pattern, "skip pattern") for pattern in value]
-
-    @field_validator("drop_layers")
-    @classmethod
-    def _drop(cls, value: list[int]) -> list[int]:
-        for index in value:
-            if value.count(index) > 1:
-                raise ValueError(f"drop_layers names layer {index} twice")
-        return sorted(value)
-
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        prunes = self.sparsity is not None or self.nm is not None
-        if self.sparsity is not None and self.nm is not None:
-            raise ValueError(f"give sparsity ({self.sparsity:g}) or nm ({self.nm}), not both")
-        if self.method in PRUNING and not prunes:
-            raise ValueError(
-                f"method {self.method} prunes: say how much, a share such as 0.5 or a pattern "
-                "such as 2:4"
-            )
-        if self.method not in PRUNING and prunes:
-            raise ValueError(
-                f"method {self.method} does not prune, so sparsity and nm must be left out"
-            )
-        if self.method in ("gptq", "rtn") and self.bits is None:
-            raise ValueError(f"method {self.method} quantises: say to how many bits, from 2 to 8")
-        if self.method == "dense" and self.bits is not None:
-            raise ValueError(
-                f"method dense changes nothing, so bits ({self.bits}) must be left out"
-            )
-        self._dass_fits()
-        if self.permute and (self.method != "sparsegpt" or self.nm is None):
-            raise ValueError(
-                "permute balances the groups of an N:M pattern for method sparsegpt (and, under "
-                "dass, for method dass)"
-            )
-        updates = self.dass is not None and self.dass.update
-        if self.quality not in (None, "plain") and self.method not in SWEEPING and not updates:
-            raise ValueError(
-                f"quality {self.quality} is for sparsegpt and gptq; method {self.method} has no "
-                "sweep"
-            )
-        if self.bias_correction and self.method in ("magnitude", "rtn", "dense"):
-            raise ValueError(
-                f"bias_correction needs the means of inputs, and method {self.method} looks at no "
-                "texts"
-            )
-        self._rules()
-        self._ordered()
-        self._storable()
+        check_together(self)
         return self
-
-    def _dass_fits(self) -> None:
-        """ValueError when the options of dass do not go with the rest."""
-        if self.dass is None:
-            return
-        if self.method != "dass":
-            raise ValueError(f"the options under dass are for method dass, not {self.method}")
-        if self.dass.permute and self.nm is None and not self.dass.dense_neurons:
-            raise ValueError(
-                "permute balances the groups of an N:M pattern and gathers dense_neurons; with a "
-                "share and no dense neurons there is nothing to permute"
-            )
-
-    def _rules(self) -> None:
-        """ValueError for rules that the method has no sweep for."""
-        if self.modules and self.method not in SWEEPING:
-            raise ValueError(
-                f"modules (rules for some Linears) are for {' and '.join(SWEEPING)}, which sweep; "
-                f"method {self.method} does not"
-            )
-
-    def _ordered(self) -> None:
-        """ValueError for an order that does not go with what is pruned, here or by a rule."""
-        if self.order == "natural":
-            return
-        if self.method not in SWEEPING:
-            raise ValueError(
-                f"order {self.order} is for {' and '.join(SWEEPING)}; method {self.method} has no "
-                "sweep"
-            )
-        ruled = [(f"rule {i} of modules: ", r) for i, r in enumerate(self.modules, 1)]
-        for where, part in [("", self), *((w, r) for w, r in ruled if not r.dense)]:
-            if self.order == "activation" and part.nm is not None:
-                raise ValueError(f"{where}order activation is not for an N:M pattern: {part.nm}")
-            if self.order == "group" and part.nm is None:
-                raise ValueError(f"{where}order group is for an N:M pattern such as 2:4")
-            if self.order == "block" and not part.sparsity:
-                raise ValueError(f"{where}order block is for a share of the weights such as 0.5")
-
-    def _storable(self) -> None:
-        """ValueError when the format cannot hold what the recipe makes."""
-        if self.embed_bits is not None and self.format in ("dense", "pack-quantized"):
-            raise ValueError(
-                f"format {self.format} cannot hold an int8 embedding (embed_bits); use distaya"
-            )
-        packs = self.format in ("pack-quantized", "distaya") or self.embed_bits is not None
-        allowed = STANDARD_BITS if self.format == "pack-quantized" else PACKED_BITS
-        given = {"": self.bits}
-        given |= {f"rule {i} of modules: ": rule.bits for i, rule in enumerate(self.modules, 1)}
-        for where, bits in given.items():
-            if packs and bits is not None and bits not in allowed:
-                form = "distaya" if self.format == "auto" else self.format
-                raise ValueError(
-                    f"{where}{bits} bits cannot be packed: format {form} holds "
-                    f"{', '.join(map(str, allowed))} bits; format dense holds any"
-                )
-        rounds = any(given.values()) or self.embed_bits
-        if self.format in ("pack-quantized", "distaya") and not rounds:
-            raise ValueError(f"format {self.format} is for quantised weights: say to how many bits")
 
     @property
     def effort(self) -> str:
         """The quality that is meant: plain, default or high."""
         return self.quality or ("default" if self.method in SWEEPING else "plain")
+
+    @property
+    def chained(self) -> bool:
+        """Whether the run has steps beside the compression itself."""
+        chosen = isinstance(self.drop_layers, DropSpec)
+        return chosen or self.heal is not None or self.evaluate is not None
+
+    def alone(self, layers: list[int]) -> Recipe:
+        """What the step that compresses does, without these layers."""
+        return self.model_copy(update={"drop_layers": layers, "heal": None, "evaluate": None})
 
     @property
     def nm_pair(self) -> tuple[int, int] | None:
@@ -301,6 +172,10 @@ class Recipe(Strict):
     def to_yaml(self, path: str | os.PathLike | None = None) -> str:
         """The recipe as YAML text, written to `path` as well when one is given."""
         fields = self.model_dump(mode="json")
+        fields = {k: v for k, v in fields.items() if v is not None or k not in _OF_CHAINS}
+        if self.heal is not None:  # a weight that nobody gave is none that somebody insists on
+            given = self.heal.loss.model_dump(mode="json", exclude_unset=True)
+            fields["heal"]["loss"] = given
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
         if yaml.safe_load(text) != fields:  # Unicode line breaks survive only as escapes
             text = yaml.safe_dump(fields, sort_keys=False)

@@ -1,26 +1,25 @@
-"""What recipes are made of: strict records with one-sentence errors, rules, patterns and sizes."""
+"""What recipes are made of: strict records with one-sentence errors, rules for single modules."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 from .errors import UsageError
+from .recipe_fields import Bits, Group, Nm, Share, is_16, one_pattern, parse_nm, regular
+from .weighting import Quotas, Weights
 
-GROUPS = (0, 32, 64, 128)
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_RECORDS = ("calibration", "dass", "heal", "evaluate", "loss")  # fields that are records again
 
 
 class Strict(BaseModel):
@@ -44,11 +43,11 @@ class Rule(Strict):
     A module with sparsity or nm is swept as by sparsegpt, one with bits alone as by gptq.
     """
 
-    match: str
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    nm: str | None = None
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group: int | None = None
+    match: Annotated[str, AfterValidator(lambda value: regular(value, "match"))]
+    sparsity: Share | None = None
+    nm: Nm | None = None
+    bits: Bits | None = None
+    group: Group | None = None
     dense: bool = False
 
     @model_validator(mode="before")
@@ -59,23 +58,6 @@ class Rule(Strict):
             alone = fields.get("sparsity") is None and fields.get("nm") is None
             fields = fields | {"bits": None} | ({"dense": True} if alone else {})
         return fields
-
-    @field_validator("match")
-    @classmethod
-    def _match(cls, value: str) -> str:
-        return regular(value, "match")
-
-    @field_validator("nm")
-    @classmethod
-    def _nm(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_nm(value)
-        return value
-
-    @field_validator("group")
-    @classmethod
-    def _group(cls, value: int | None) -> int | None:
-        return value if value is None else known_group(value)
 
     @model_validator(mode="after")
     def _together(self) -> Rule:
@@ -126,7 +108,7 @@ class DassSpec(Strict):
     alpha: Annotated[float, Field(ge=0.0, le=4.0)] = 0.5
     direction: Literal["outputs", "inputs"] = "outputs"
     update: bool = False
-    dense_neurons: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dense_neurons: Share = 0.0
     permute: bool = False
 
     @model_validator(mode="after")
@@ -139,79 +121,30 @@ class DassSpec(Strict):
         return self
 
 
-def parse_nm(text: str) -> tuple[int, int]:
-    """(N, M) of "N:M", N kept of every M. UsageError unless 0 < N < M <= 32."""
-    found = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
-    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < n < m <= 32:
-        raise UsageError(f"pattern {text!r} is not N:M with 0 < N < M <= 32, such as 2:4")
-    return n, m
+class CalibrationSpec(Strict):
+    """What the calibration statistics are gathered from.
 
+    tokens is the total over all languages, window the tokens per sample (both counted with BOS).
+    quotas gives languages tokens of their own (0: leaves one out); the others share what is left.
 
-def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB" and the like. UsageError without a unit or with nothing left."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"memory size {text!r} is not a number with a unit, such as 8GiB or 500MB")
-    unit = found[2].upper()
-    size = int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
-    if size < 1:
-        raise UsageError(f"memory size {text!r} leaves no memory at all")
-    return size
+    weights says how much each language counts in H = sum_l w_l H_l: "proportional" every token as
+    much as any other; "equal" every language as much as any other, however many tokens it has;
+    {lang: weight} a token of that language as much as `weight` tokens of a language not named;
+    "worst" begins like equal and raises, layer after layer, the languages that lose most.
+    """
 
+    path: str | None = None
+    tokens: Annotated[int, Field(ge=1, le=1 << 40)] = 65536
+    window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    weights: Weights = "proportional"
+    quotas: Quotas = None
 
-def parse_sparsity(text: str) -> dict[str, Any]:
-    """What --sparsity takes: "2:4" gives {"nm": "2:4"}, "0.5" or "50%" gives {"sparsity": 0.5}."""
-    if ":" in text:
-        parse_nm(text)
-        return {"nm": text}
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise UsageError(
-            f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4"
-        ) from None
-    if not 0.0 <= share < 1.0:
-        raise UsageError(f"sparsity {text} is outside [0, 1); it is the share of weights to remove")
-    return {"sparsity": share}
-
-
-def one_pattern(fields: Any) -> Any:
-    """`sparsity: "2:4"` means nm; an unquoted 2:4 is 124 to YAML 1.1 (base 60)."""
-    if not isinstance(fields, dict):
-        return fields
-    fields = {k: _from_base_60(v) if k in ("sparsity", "nm") else v for k, v in fields.items()}
-    share = fields.get("sparsity")
-    if isinstance(share, str) and ":" in share:
-        if fields.get("nm") is not None:
-            raise ValueError(f"give sparsity ({share}) or nm ({fields['nm']}), not both")
-        fields |= {"sparsity": None, "nm": share}
-    return fields
-
-
-def is_16(bits: Any) -> bool:
-    return isinstance(bits, int) and not isinstance(bits, bool) and bits == 16
-
-
-def known_group(value: int) -> int:
-    if value not in GROUPS:
-        raise ValueError(
-            f"group {value} is none of {', '.join(map(str, GROUPS))} (0 = the whole row)"
-        )
-    return value
-
-
-def regular(pattern: str, what: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{what} {pattern!r} is not a regular expression ({error})") from None
-    return pattern
-
-
-def _from_base_60(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 60
-    return f"{value // 60}:{value % 60}" if whole else value
+    @model_validator(mode="after")
+    def _one_window(self) -> CalibrationSpec:
+        if self.tokens < self.window:
+            raise ValueError(f"{self.tokens} tokens are fewer than one window of {self.window}")
+        return self
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
@@ -230,10 +163,10 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         )
         return f"unknown key {name!r}; {hint}"
     if first["type"] == "missing":
-        return f"{'it' if model is Rule else 'the recipe'} lacks {name!r}"
+        return f"{'the recipe' if 'model' in model.model_fields else 'it'} lacks {name!r}"
     if first["type"] == "value_error":  # our own sentences
         inner = str(first["ctx"]["error"])
-        nested = name in ("calibration", "dass") or name.startswith("rule ")
+        nested = name in _RECORDS or name.startswith("rule ")
         return f"{name}: {inner}" if nested else inner
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} {repr(first['input'])[:80]} is not usable: {reason}"

@@ -49,12 +49,31 @@ def test_zero_and_odd_rows(simulator):
 @pytest.mark.parametrize("options", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_divergence_within_its_bound(simulator, small, dtype, options):
+    """With rows that 16-bit products take as they are (multiples of 8) and others."""
     with simulator.use():
-        operands, rest = head(2, 2, 33, 70, dtype=dtype, **HEADS[options])
-        checks.check_divergence(operands, rest, terms(33))
+        for hidden in (33, 40):
+            operands, rest = head(2, 2, hidden, 70, dtype=dtype, **HEADS[options])
+            checks.check_divergence(operands, rest, terms(hidden))
     with small.use():  # several blocks of the vocabulary, runs of tokens, a last block of one
-        operands, rest = head(2, 5, 20, 513, dtype=dtype, **HEADS[options])
-        checks.check_divergence(operands, rest, terms(20))
+        for hidden in (20, 24):
+            operands, rest = head(2, 5, hidden, 513, dtype=dtype, **HEADS[options])
+            checks.check_divergence(operands, rest, terms(hidden))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_products_of_16_bits(simulator, dtype):
+    """Several tiles of rows and columns, ragged, and more slices of k than are under way."""
+    for shape in ((2, 50, 200, 131), (1, 64, 8, 257), (1, 1, 72, 3)):
+        operands, rest = head(*shape, dtype=dtype)
+        with simulator.use():
+            found = checks.check_divergence(operands, rest, terms(shape[2]))
+    again = simulator.same_always(lambda: divergence(*operands, **rest))
+    assert torch.equal(found, again)
+    P, Q, W, targets = head(1, 3, 16, 40, dtype=dtype)[0]
+    shifted = torch.empty(W.numel() + 1, dtype=dtype)[1:].view_as(W).copy_(W)  # not on 16 bytes
+    with simulator.use():
+        other, plain = divergence(P, Q, shifted, targets), divergence(P, Q, W, targets)
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_whole_blocks(simulator):
@@ -104,11 +123,11 @@ def test_nothing_to_compare(simulator):
 
 @pytest.mark.parametrize("options", HEADS)
 def test_all_schedules_give_the_same_bits(small, options):
-    for dtype in DTYPES:
-        operands, rest = head(2, 3, 10, 300, dtype=dtype, **HEADS[options])
+    for dtype, hidden in zip(DTYPES, (10, 8, 8), strict=True):
+        operands, rest = head(2, 3, hidden, 300, dtype=dtype, **HEADS[options])
         found = small.same_always(lambda o=operands, r=rest: divergence(*o, **r))
         ours = divergence(*operands, **rest)
-        of_kl, of_nll, _ = checks.allowed(*operands[:3], terms(10), **rest)
+        of_kl, of_nll, _ = checks.allowed(*operands[:3], terms(hidden), **rest)
         assert bool(((found - ours)[..., 0].abs() <= 2 * of_kl).all())
         off = (found - ours)[..., 1:3].abs() - 2 * checks.U * ours[..., 1:3]
         assert bool((off <= 2 * of_nll[..., None]).all())

@@ -181,9 +181,17 @@ def test_sparsegpt_may_permute_as_well(tmp_path):
     """With attention skipped it is what dass does along inputs; with it, only more is pruned."""
     _, ours, _ = run(tmp_path, "llama-bias", LEGAL, nm="2:4")
     fields = {"nm": "2:4", "permute": True, "quality": "plain"}
+    said = {}
     for name, skip in (("mlp", ["self_attn"]), ("all", []), ("down", ["gate_proj"])):
         recipe = tiny.recipe("sparsegpt", skip=skip, **fields)
-        compress(tmp_path / "source", tmp_path / name, recipe, tiny.windows())
+        report = compress(tmp_path / "source", tmp_path / name, recipe, tiny.windows())
+        said[name] = [notice for notice in report.notices if notice.startswith("permute")]
+    assert said["mlp"] == said["all"] == []
+    assert said["down"] == [
+        "permute moves neurons only where all three matrices of an MLP are compressed and "
+        "mlp.down_proj is pruned to N:M, so they stay where they are in layer 0 (mlp.gate_proj not "
+        "compressed), layer 1 (mlp.gate_proj not compressed)"
+    ]
     theirs = weights_of(tmp_path / "mlp")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     source, whole = weights_of(tmp_path / "source"), weights_of(tmp_path / "all")
@@ -195,6 +203,18 @@ def test_sparsegpt_may_permute_as_well(tmp_path):
         assert torch.equal(torn[bias], source[bias])  # gate stays, so all neurons do
         for name in mlp(layer):
             assert bool(((whole[name] != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
+def test_permute_says_where_a_rule_stops_it(tmp_path):
+    source = tiny.make(tmp_path / "source", tiny.FAMILIES["llama"])
+    rules = [
+        {"match": r"layers\.1\.mlp\.down_proj", "sparsity": 0.5},
+        {"match": r"layers\.2\.mlp", "dense": True},
+    ]
+    recipe = tiny.recipe("sparsegpt", nm="2:4", permute=True, quality="plain", modules=rules)
+    report = compress(source, tmp_path / "out", recipe, tiny.windows())
+    (said,) = [notice for notice in report.notices if notice.startswith("permute")]
+    assert said.endswith("in layer 1 (mlp.down_proj without an N:M pattern)")
 
 
 @pytest.mark.parametrize("direction", ["outputs", "inputs"])

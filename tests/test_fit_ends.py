@@ -180,6 +180,9 @@ def test_what_cannot_be_trained(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="step 1 of the training has no label"):
         fit(tiny_model(), mute, None, CrossEntropy(), spec(), tmp_path / "mute")
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="WORLD_SIZE says 2"):
+        patch.setenv("WORLD_SIZE", "2")
+        fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs accelerate and matplotlib: pip install"):
         fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path)

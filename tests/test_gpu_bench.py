@@ -134,6 +134,7 @@ def test_aya_shapes_and_every_op_are_listed(capsys):
     wanted += ["admm 4096x4096 2:4, 30 iterations"]
     wanted += ["gate_up 14336x4096 bf16", "moments_ 14336 x 8192 bf16 silu"]
     wanted += [f"balance 14336x4096 {nm}, one round" for nm in ("2:4", "4:8")]
+    wanted += ["similarity 8192 x 4096 bf16", "divergence 256000x4096 bf16, 3 x 1024"]
     wanted += [f"linear 256000x4096 int8, {m}" for m in (1, 8, 16, 64)]
     products = ["glu 28672x4096"]
     products += [f"linear {n}" for n in ("34816x4096", "6144x4096", "4096x14336", "4096x18432")]

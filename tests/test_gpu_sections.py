@@ -33,7 +33,9 @@ def pretend(section, device, quick):
 
 def test_sections_survive_each_other(monkeypatch):
     short = {"ceilings": 1, "hessian": 1, "cholesky": 1, "obs": 1, "mask": 6}
-    args = gpu.arguments(["--device", "cpu", "--quick", "--skip", "refit,dass,pack,sqgemm,whole"])
+    args = gpu.arguments(
+        ["--device", "cpu", "--quick", "--skip", "refit,dass,influence,pack,sqgemm,whole"]
+    )
     monkeypatch.setattr(gpu, "BUDGETS", short)
     report, saved, begin = gpu_report.Report(), [], time.monotonic()
     gpu.run(args, report, begin + 13, lambda: saved.append(len(report.sections)), pretend)

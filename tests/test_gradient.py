@@ -100,6 +100,17 @@ def test_autocast_rounds_the_input_as_for_a_dense_linear():
     assert torch.equal(y, packed(x.detach().bfloat16()))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_gpu_has_the_gradient_of_the_cpu(name):
+    packed = module(name)
+    x, dy = draw(9, 64).requires_grad_(), draw(9, 96, seed=2)
+    packed(x).backward(dy)
+    there = x.detach().cuda().requires_grad_()
+    packed.cuda()(there).backward(dy.cuda())
+    torch.testing.assert_close(there.grad.cpu(), x.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", trained.FAMILIES)
 def test_a_model_has_the_gradient_of_its_dense_twin(tmp_path, family):
     """Also through tied int8 heads, biases, and gated MLPs that otherwise are one kernel."""

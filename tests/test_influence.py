@@ -204,6 +204,7 @@ def test_mixed_dtypes_of_operands():
 
 def test_the_same_bits_for_any_number_of_threads_and_alone(isa):
     operands, options = head(3, 70, 200, 2000, dtype=torch.bfloat16, cap=9.0)
+    check_divergence(operands, options, terms(200))
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 2):
@@ -266,8 +267,9 @@ def check_first_choices() -> None:
     P, Q = torch.ones(1, 4), torch.ones(2, 1, 4)
     Q[1] = -1  # now 0 is the first of the best
     assert divergence(P, Q, W, torch.tensor([0]))[..., 3].tolist() == [[1], [0]]
-    W[5] = 0.5  # the best of q is now 900 alone
-    assert divergence(P, Q[:1] * torch.tensor([1.0, 1, 1, 1]), W, torch.tensor([0]))[0, 0, 3] == 1
+    W[5], W[1650] = 0.5, torch.tensor([0.0, 1, 1, 2])
+    Q[0] = torch.tensor([2.0, 1, 1, 1])  # p has 900 and 1650 alike, q likes 900 better
+    assert divergence(P, Q, W, torch.tensor([0]))[..., 3].tolist() == [[1], [0]]
 
 
 def test_of_equal_logits_the_first_is_chosen(isa):

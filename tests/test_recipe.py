@@ -13,6 +13,9 @@ from distaya_ext.recipe import (
     PRUNING,
     CalibrationSpec,
     DassSpec,
+    DropSpec,
+    EvaluateSpec,
+    HealSpec,
     Recipe,
     parse_nm,
     parse_size,
@@ -32,6 +35,25 @@ def dass_options(draw, groups):
         "permute": (groups or share > 0) and draw(st.booleans()),
     }
     return options | {"dense_neurons": share if options["permute"] else 0.0}
+
+
+@st.composite
+def steps_beside(draw, **fields):
+    """Layers by number or by score, healing and evaluation."""
+    layers = st.lists(st.integers(0, 40), unique=True, max_size=3)
+    specs = st.builds(DropSpec, count=st.integers(1, 9), score=st.sampled_from(["kl", "bi"]))
+    shares = st.builds(DropSpec, share=st.sampled_from([0.25, 0.1]), protect=st.just([0, -1]))
+    found = {"drop_layers": draw(layers | specs | shares)}
+    if fields.get("bits") in (None, 3, 4, 8) and fields.get("format") != "dense":
+        found["heal"] = draw(st.none() | st.integers(1, 9) | st.builds(
+            HealSpec, steps=st.integers(1, 9), rank=st.integers(1, 64), path=st.none() | st.text(),
+            loss=st.fixed_dictionaries({"kl": st.floats(0.1, 9.0)}),
+        ))  # fmt: skip
+    evaluations = st.builds(
+        EvaluateSpec, path=st.text(min_size=1), max_gap=st.none() | st.floats(0.0, 9.0),
+        per_line=st.booleans(),
+    )  # fmt: skip
+    return found | {"evaluate": draw(st.none() | evaluations)}
 
 
 @st.composite
@@ -60,7 +82,7 @@ def recipes(draw):
         st.lists(st.sampled_from(["q_proj$", r"layers\.0\.", "ümlaut"]), max_size=3)
     )
     fields["calibration"] = CalibrationSpec(path=draw(st.none() | st.text(max_size=9)), tokens=4096)
-    return Recipe(**fields)
+    return Recipe(**fields, **draw(steps_beside(**fields)))
 
 
 @given(recipes())

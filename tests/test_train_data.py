@@ -162,8 +162,8 @@ def test_long_chats_are_cut_and_mute_ones_left_out(tokenizer, tmp_path):
     training, _ = from_texts(tmp_path, tokenizer, spec(held_out=0.0))
     assert len(training) == 2 and training.window == 32
     assert training.notes == [
-        "1 chats are left out: the assistant says nothing in their first 32 tokens",
-        "2 chats are longer than 32 tokens and were cut there",
+        "chats left out, since the assistant says nothing in their first 32 tokens: 1",
+        "chats longer than 32 tokens, which were cut there: 2",
     ]
 
 

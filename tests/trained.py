@@ -14,7 +14,6 @@ from distaya_ext.train.parts import Parts, prepare
 from distaya_ext.train.spec import TrainSpec
 
 IDS = torch.randint(3, tiny.VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
-KINDS = ("dense", "2:4", "half int4", "2:4 int4", "embed int8")
 FAMILIES = ("cohere", "cohere2", "llama-bias", "qwen2", "gemma")
 
 

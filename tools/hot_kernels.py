@@ -38,6 +38,9 @@ HOT = (
     Hot(r"gemm_kernel<", (TF32, r"LDGSTS")),
     Hot(r"cholesky_cuda/(step_kernel<|panel_kernel)", (TF32, r"LDGSTS")),
     Hot(r"inverse_cuda/finish_rows_kernel", (TF32, r"LDGSTS")),
+    # Logits of 16-bit states and weights
+    Hot(r"product_kernel<bf16>", (r"HMMA\.16816\.F32\.BF16", r"LDSM", r"LDGSTS")),
+    Hot(r"product_kernel<f16>", (r"HMMA\.16816\.F32$", r"LDSM", r"LDGSTS")),
     # multiply_kernel<terms, y, tiles of 8 tokens, parts, body>; body 0: int4, 1: int8, 2: 2:4
     Hot(r"multiply_kernel<bf16, .*, [01]>", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS")),
     Hot(r"multiply_kernel<f16, .*, [01]>", (r"HMMA\.16816\.F32$", r"LDGSTS")),

@@ -28,7 +28,8 @@
 // target outside of the vocabulary (CUDA, where it is not looked for): -log is NaN.
 //
 // Rounding. Let n be the terms' worth of u that a product loses (core/gemm.h: at most 384 + hidden
-// / 384 and hidden; core/gemm.cuh: hidden / 16 + 48). A logit is off by
+// / 384 and hidden, as by pairs of bf16, where products below 2^-126 count as 0; core/gemm.cuh:
+// hidden / 16 + 48, and less in 16 bits). A logit is off by
 //
 //   e_v <= |scale| (n + 4) u (sum_j |h_j| |W_vj| + |bias_v|) + 8 u cap
 //

@@ -8,46 +8,15 @@
 
 #ifdef DISTAYA_ISA_PASS
 #include "core/activation.h"
+#include "core/microkernel.h"
+#include "core/pack.h"
+#include "influence/pairs.h"
+#include "influence/rows.h"
 
 namespace distaya::DISTAYA_ISA {
 namespace {
 
-typedef double vd __attribute__((vector_size(DISTAYA_LANES * 8)));
-
-DISTAYA_INLINE vd wide(vf x) { return __builtin_convertvector(x, vd); }
-
-DISTAYA_INLINE double sum(vd x) {  // fixed tree: same bits every time
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
-}
-
-// Calls body(j, x, y) for the vectors of two rows; what lies beyond them is 0.
-template <class T, class Body>
-DISTAYA_INLINE void along(const T* x, const T* y, int64_t n, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) body(wide(load(x + j)), wide(load(y + j)));
-  if (j < n) body(wide(load_n(x + j, n - j)), wide(load_n(y + j, n - j)));
-}
-
-template <class T>
-void compare_rows(const Similarity& p, int64_t t) {
-  const T* x = static_cast<const T*>(p.X) + t * p.hidden;
-  const T* y = static_cast<const T*>(p.Y) + t * p.hidden;
-  vd xx{}, yy{}, moved{};
-  along(x, y, p.hidden, [&](vd a, vd b) __attribute__((always_inline)) {
-    const vd d = b - a;
-    xx += a * a, yy += b * b, moved += d * d;
-  });
-  const double size_x = sum(xx), size_y = sum(yy);
-  const double unit_x = 1 / std::sqrt(size_x), unit_y = 1 / std::sqrt(size_y);
-  vd apart{}, together{};
-  along(x, y, p.hidden, [&](vd a, vd b) __attribute__((always_inline)) {
-    const vd u = a * unit_x, v = b * unit_y, minus = u - v, plus = u + v;
-    apart += minus * minus, together += plus * plus;
-  });
-  compare(size_x, size_y, sum(moved), sum(apart), sum(together), p.out + 3 * t);
-}
+static_assert(kColumnsCpu % kNR == 0);
 
 constexpr int64_t kTask = 16;  // rows per task
 
@@ -150,17 +119,66 @@ double add_other(Side& side, const Block& b, int64_t target, float* z, const flo
 
 // What a run of tokens and Qs needs, kept from run to run.
 struct Space {
-  cpu::Scratch<float> h, w, z, bias;  // [rows, hidden], [kColumns, hidden], [rows, kColumns]
-  cpu::Scratch<Side> sides;           // [rows]: those of P, then those of each Q
-  cpu::Scratch<double> a;             // [rows], the first `tokens` of them not used
+  bool pairs;                   // h and w hold packed pairs of bf16 (pairs.h), else fp32 rows
+  cpu::Scratch<float> h, w;     // rows of P, then those of each Q; rows of W
+  cpu::Scratch<float> z, bias;  // [rows, kColumns], [kColumns]
+  cpu::Scratch<Side> sides;     // [rows]
+  cpu::Scratch<double> a;       // [rows], the first `tokens` of them not used
+
+  Space(const Divergence& p, int64_t rows)
+      : pairs(kLanes == 16 && p.p_dtype == Dtype::bf16 && p.q_dtype == Dtype::bf16 &&
+              p.w_dtype == Dtype::bf16 && p.hidden % 2 == 0) {
+    rows = (rows + kMR - 1) / kMR * kMR;  // tiles are written whole
+    const int64_t words = pairs ? slices_of(p.hidden / 2) * kSteps : p.hidden;
+    h = cpu::scratch<float>(rows * words);
+    w = cpu::scratch<float>(p.w_dtype == Dtype::f32 ? 0 : kColumnsCpu * words);
+    z = cpu::scratch<float>(rows * kColumnsCpu);
+    bias = cpu::scratch<float>(kColumnsCpu);
+    sides = cpu::scratch<Side>(rows);
+    a = cpu::scratch<double>(rows);
+    std::fill_n(z.get(), rows * kColumnsCpu, 0.0f);  // vectors are read whole
+    std::fill_n(bias.get(), kColumnsCpu, 0.0f);
+  }
 };
 
-void add_block(const Divergence& p, const Space& space, const Run& run, int64_t t0,
-               const Block& b) {
-  const float* W =
-      p.w_dtype == Dtype::f32 ? static_cast<const float*>(p.W) + b.first * p.hidden : space.w.get();
-  if (W == space.w.get()) widen_rows(p.W, p.w_dtype, b.first, b.n, p.hidden, space.w.get());
-  cpu::gemm({.m = run.rows(),
+// A run and where it begins.
+struct Part : Run {
+  int64_t t0, v0;
+
+  Part(const Divergence& p, const Run& most, int64_t t0, int64_t v0)
+      : Run{std::min(most.variants, p.variants - v0), std::min(most.tokens, p.tokens - t0)},
+        t0(t0),
+        v0(v0) {}
+};
+
+void take_states(const Divergence& p, const Space& space, const Part& part) {
+  if (space.pairs) {
+    const auto *P = static_cast<const bf16*>(p.P), *Q = static_cast<const bf16*>(p.Q);
+    return pack_rows<kMR>(part.rows(), p.hidden, space.h.get(), [&](int64_t i) {
+      const int64_t t = part.t0 + i % part.tokens, v = i / part.tokens - 1;
+      return v < 0 ? P + t * p.hidden : Q + ((part.v0 + v) * p.tokens + t) * p.hidden;
+    });
+  }
+  widen_rows(p.P, p.p_dtype, part.t0, part.tokens, p.hidden, space.h.get());
+  for (int64_t v = 0; v < part.variants; ++v)
+    widen_rows(p.Q, p.q_dtype, (part.v0 + v) * p.tokens + part.t0, part.tokens, p.hidden,
+               space.h.get() + (1 + v) * part.tokens * p.hidden);
+}
+
+// z = h W^T for the block's rows of W.
+void multiply_block(const Divergence& p, const Space& space, const Part& part, const Block& b) {
+  if (space.pairs) {
+    const bf16* W = static_cast<const bf16*>(p.W) + b.first * p.hidden;
+    pack_rows<kNR>(b.n, p.hidden, space.w.get(), [&](int64_t i) { return W + i * p.hidden; });
+    return multiply_pairs(space.h.get(), tiles(part.rows(), kMR), space.w.get(), tiles(b.n, kNR),
+                          p.hidden / 2, space.z.get(), kColumnsCpu);
+  }
+  const float* W = static_cast<const float*>(p.W) + b.first * p.hidden;
+  if (p.w_dtype != Dtype::f32) {
+    widen_rows(p.W, p.w_dtype, b.first, b.n, p.hidden, space.w.get());
+    W = space.w.get();
+  }
+  cpu::gemm({.m = part.rows(),
              .n = b.n,
              .k = p.hidden,
              .alpha = 1.0f,
@@ -173,27 +191,25 @@ void add_block(const Divergence& p, const Space& space, const Run& run, int64_t 
              .C = space.z.get(),
              .ldc = kColumnsCpu,
              .add = false});
-  cpu::parallel_for(run.tokens, [&](int64_t t) {
+}
+
+void sum_block(const Divergence& p, const Space& space, const Part& part, const Block& b) {
+  cpu::parallel_for(part.tokens, [&](int64_t t) {
     alignas(64) float e[kColumnsCpu];
     float* z = space.z.get() + t * kColumnsCpu;
-    const int64_t target = p.targets[t0 + t];
+    const int64_t target = p.targets[part.t0 + t];
     const double shrink = add_first(space.sides[t], b, target, z, e);
-    for (int64_t i = t + run.tokens; i < run.rows(); i += run.tokens) {
+    for (int64_t i = t + part.tokens; i < part.rows(); i += part.tokens) {
       float* other = space.z.get() + i * kColumnsCpu;
       space.a[i] = space.a[i] * shrink + add_other(space.sides[i], b, target, other, z, e);
     }
   });
 }
 
-// Tokens [t0, t0 + run.tokens) and Qs [v0, v0 + run.variants).
-void diverge(const Divergence& p, const Space& space, const Run& run, int64_t t0, int64_t v0) {
-  float* h = space.h.get();
-  widen_rows(p.P, p.p_dtype, t0, run.tokens, p.hidden, h);
-  for (int64_t v = 0; v < run.variants; ++v)
-    widen_rows(p.Q, p.q_dtype, (v0 + v) * p.tokens + t0, run.tokens, p.hidden,
-               h + (1 + v) * run.tokens * p.hidden);
-  std::fill_n(space.sides.get(), run.rows(), fresh_side());
-  std::fill_n(space.a.get(), run.rows(), 0.0);
+void diverge(const Divergence& p, const Space& space, const Part& part) {
+  take_states(p, space, part);
+  std::fill_n(space.sides.get(), part.rows(), fresh_side());
+  std::fill_n(space.a.get(), part.rows(), 0.0);
   for (int64_t j = 0; j < p.vocabulary; j += kColumnsCpu) {
     const Block b{.first = j,
                   .n = std::min(kColumnsCpu, p.vocabulary - j),
@@ -204,14 +220,14 @@ void diverge(const Divergence& p, const Space& space, const Run& run, int64_t t0
       dispatch<float, f16, bf16>(p.bias_dtype, "bias", [&]<class T>() {
         widen(static_cast<const T*>(p.bias) + j, b.n, space.bias.get());
       });
-    add_block(p, space, run, t0, b);
+    multiply_block(p, space, part, b);
+    sum_block(p, space, part, b);
   }
-  for (int64_t v = 0; v < run.variants; ++v)
-    for (int64_t t = 0; t < run.tokens; ++t) {
-      const int64_t i = (1 + v) * run.tokens + t;
-      conclude(space.sides[t], space.sides[i], space.a[i],
-               p.out + 4 * ((v0 + v) * p.tokens + t0 + t));
-    }
+  for (int64_t i = part.tokens; i < part.rows(); ++i) {
+    const int64_t t = i % part.tokens, v = i / part.tokens - 1;
+    conclude(space.sides[t], space.sides[i], space.a[i],
+             p.out + 4 * ((part.v0 + v) * p.tokens + part.t0 + t));
+  }
 }
 
 }  // namespace
@@ -224,21 +240,9 @@ void influence_similarity(const Similarity& p) {
 
 void influence_divergence(const Divergence& p) {
   const Run most = run_of(p.variants, p.tokens, kRowsCpu);
-  const int64_t rows = most.rows();
-  Space space{.h = cpu::scratch<float>(rows * p.hidden),
-              .w = cpu::scratch<float>(p.w_dtype == Dtype::f32 ? 0 : kColumnsCpu * p.hidden),
-              .z = cpu::scratch<float>(rows * kColumnsCpu),
-              .bias = cpu::scratch<float>(kColumnsCpu),
-              .sides = cpu::scratch<Side>(rows),
-              .a = cpu::scratch<double>(rows)};
-  std::fill_n(space.bias.get(), kColumnsCpu, 0.0f);  // vectors are read whole
-  std::fill_n(space.z.get(), rows * kColumnsCpu, 0.0f);
+  const Space space(p, most.rows());
   for (int64_t v = 0; v < p.variants; v += most.variants)
-    for (int64_t t = 0; t < p.tokens; t += most.tokens)
-      diverge(p, space,
-              {.variants = std::min(most.variants, p.variants - v),
-               .tokens = std::min(most.tokens, p.tokens - t)},
-              t, v);
+    for (int64_t t = 0; t < p.tokens; t += most.tokens) diverge(p, space, Part(p, most, t, v));
 }
 
 }  // namespace distaya::DISTAYA_ISA

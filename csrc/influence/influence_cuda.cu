@@ -1,20 +1,23 @@
 // A thread block per row: hidden states are compared in fp64, from the caches the second time; the
-// logits of a block of the vocabulary come from one product (core/gemm) for all rows of P and Q.
+// logits of a block of the vocabulary come from one product for all rows of P and Q, in 16 bits
+// (product.cuh) or fp32 (core/gemm).
 // Nothing is allocated, copied to the host or waited for (influence.h has the formulas).
 //
-// Counted for a hidden size of 4096: three products in tf32 take 24576 operations per logit, at
-// least 50 ps of an H100's tensor cores; writing and reading the logit moves 12 bytes of it, which
-// is 4 ps of memory and less where they stay in the L2 cache, for which the blocks are sized.
+// Counted for a hidden size of 4096: a product in bf16 takes 8192 operations per logit, at least 8
+// ps of an H100's tensor cores, three in tf32 at least 50; writing and reading the logit moves 12
+// bytes of it, 4 ps of memory and less where it stays in the L2 cache, for which blocks are sized.
 #include "core/cuda.cuh"
 #include "core/gemm.cuh"
 #include "influence/influence.h"
+#include "influence/product.cuh"
+#include "influence/rows.cuh"
 
 namespace distaya {
 namespace {
 
 using namespace cuda;
+using influence::block_sums, influence::kThreads, influence::similarity_kernel;
 
-constexpr int kThreads = 256;
 constexpr int kEach = static_cast<int>(kColumnsCuda) / kThreads;  // logits of a thread in a row
 
 // Device scratch, laid out once; every part starts at a multiple of 256 bytes.
@@ -53,54 +56,6 @@ Work lay_out(void* base, const Run& run, int64_t hidden) {
   w.bytes = offset;
   return w;
 }
-
-// Sums over the block for every thread: a tree over lanes, then the warps in their order. `part` is
-// shared memory, free again when this returns.
-template <int count>
-__device__ void block_sums(double (&x)[count], double (&part)[count][kThreads / 32]) {
-#pragma unroll
-  for (int c = 0; c < count; ++c) {
-    x[c] = warp_sum(x[c]);
-    if (threadIdx.x % 32 == 0) part[c][threadIdx.x / 32] = x[c];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < count; ++c) {
-    x[c] = 0;
-    for (int w = 0; w < kThreads / 32; ++w) x[c] += part[c][w];
-  }
-  __syncthreads();
-}
-
-// ---- hidden states ----
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) similarity_kernel(const Similarity p) {
-  __shared__ double sizes[3][kThreads / 32], angles[2][kThreads / 32];
-  for (int64_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {
-    const T* x = static_cast<const T*>(p.X) + t * p.hidden;
-    const T* y = static_cast<const T*>(p.Y) + t * p.hidden;
-    double size[3] = {};  // |x|^2, |y|^2, |y - x|^2
-#pragma unroll 4
-    for (int64_t j = threadIdx.x; j < p.hidden; j += kThreads) {
-      const double a = load_float(x + j), b = load_float(y + j), d = b - a;
-      size[0] += a * a, size[1] += b * b, size[2] += d * d;
-    }
-    block_sums(size, sizes);
-    const double unit_x = 1 / sqrt(size[0]), unit_y = 1 / sqrt(size[1]);
-    double angle[2] = {};
-#pragma unroll 4
-    for (int64_t j = threadIdx.x; j < p.hidden; j += kThreads) {
-      const double a = load_float(x + j) * unit_x, b = load_float(y + j) * unit_y;
-      const double minus = a - b, plus = a + b;
-      angle[0] += minus * minus, angle[1] += plus * plus;
-    }
-    block_sums(angle, angles);
-    if (threadIdx.x == 0) compare(size[0], size[1], size[2], angle[0], angle[1], p.out + 3 * t);
-  }
-}
-
-// ---- the head ----
 
 // rows x cols elements as fp32, rows of `to` at a distance of `pitch`.
 template <class T>
@@ -253,43 +208,78 @@ void widen(const void* from, Dtype dtype, int64_t first, int64_t rows, int64_t c
 
 unsigned grid_of_elements(int64_t n) { return grid_of(ceil_div<int64_t>(n, kThreads)); }
 
-void add_block(const Divergence& p, const Work& w, const Run& run, const Block& b, cudaStream_t s) {
-  const bool as_it_is = p.w_dtype == Dtype::f32;
-  if (!as_it_is) widen(p.W, p.w_dtype, b.first, b.n, p.hidden, w.W, w.pitch, s);
-  if (p.bias) widen(p.bias, p.bias_dtype, b.first, b.n, 1, w.bias, 1, s);
-  gemm({.m = run.rows(),
+// A run and where it begins.
+struct Part : Run {
+  int64_t t0, v0;
+};
+
+// Whether rows can be multiplied as they are: 16 bits, one dtype, aligned to 16 bytes.
+bool as_they_are(const Divergence& p) {
+  const auto addresses = reinterpret_cast<uintptr_t>(p.P) | reinterpret_cast<uintptr_t>(p.Q) |
+                         reinterpret_cast<uintptr_t>(p.W);
+  return p.w_dtype != Dtype::f32 && p.p_dtype == p.w_dtype && p.q_dtype == p.w_dtype &&
+         p.hidden % 8 == 0 && addresses % 16 == 0;
+}
+
+// z = h W^T for the block's rows of W.
+void multiply_block(const Divergence& p, const Work& w, const Part& part, const Block& b,
+                    cudaStream_t s) {
+  if (as_they_are(p))
+    return dispatch<bf16, f16>(p.w_dtype, "W", [&]<class T>() {
+      const auto *P = static_cast<const T*>(p.P), *Q = static_cast<const T*>(p.Q),
+                 *W = static_cast<const T*>(p.W);
+      influence::multiply<T>({.P = P + part.t0 * p.hidden,
+                              .Q = Q + (part.v0 * p.tokens + part.t0) * p.hidden,
+                              .W = W + b.first * p.hidden,
+                              .tokens = part.tokens,
+                              .stride = p.tokens * p.hidden,
+                              .hidden = p.hidden,
+                              .rows = part.rows(),
+                              .columns = b.n,
+                              .z = w.z,
+                              .ldz = kColumnsCuda},
+                             s);
+    });
+  const bool wide = p.w_dtype == Dtype::f32;
+  if (!wide) widen(p.W, p.w_dtype, b.first, b.n, p.hidden, w.W, w.pitch, s);
+  gemm({.m = part.rows(),
         .n = b.n,
         .k = p.hidden,
         .alpha = 1.0f,
         .A = w.h,
         .a_row = w.pitch,
         .a_col = 1,
-        .B = as_it_is ? static_cast<const float*>(p.W) + b.first * p.hidden : w.W,
+        .B = wide ? static_cast<const float*>(p.W) + b.first * p.hidden : w.W,
         .b_row = 1,
-        .b_col = as_it_is ? p.hidden : w.pitch,
+        .b_col = wide ? p.hidden : w.pitch,
         .C = w.z,
         .ldc = kColumnsCuda,
         .overwrite = true},
        s);
-  launch(first_kernel, grid_of(run.tokens), kThreads, 0, s, p, w, b);
-  launch(other_kernel, grid_of(run.rows() - run.tokens), kThreads, 0, s, p, w, b, run.rows());
 }
 
-// Tokens [t0, t0 + run.tokens) and Qs [v0, v0 + run.variants).
-void diverge(const Divergence& p, const Work& w, const Run& run, int64_t t0, int64_t v0,
-             cudaStream_t s) {
-  widen(p.P, p.p_dtype, t0, run.tokens, p.hidden, w.h, w.pitch, s);
-  for (int64_t v = 0; v < run.variants; ++v)
-    widen(p.Q, p.q_dtype, (v0 + v) * p.tokens + t0, run.tokens, p.hidden,
-          w.h + (1 + v) * run.tokens * w.pitch, w.pitch, s);
-  launch(begin_kernel, grid_of_elements(run.rows()), kThreads, 0, s, w, run.rows());
+void diverge(const Divergence& p, const Work& w, const Part& part, cudaStream_t s) {
+  const int64_t rows = part.rows(), others = rows - part.tokens;
+  if (!as_they_are(p)) {
+    widen(p.P, p.p_dtype, part.t0, part.tokens, p.hidden, w.h, w.pitch, s);
+    for (int64_t v = 0; v < part.variants; ++v)
+      widen(p.Q, p.q_dtype, (part.v0 + v) * p.tokens + part.t0, part.tokens, p.hidden,
+            w.h + (1 + v) * part.tokens * w.pitch, w.pitch, s);
+  }
+  launch(begin_kernel, grid_of_elements(rows), kThreads, 0, s, w, rows);
   for (int64_t j = 0; j < p.vocabulary; j += kColumnsCuda) {
     const int64_t left = p.vocabulary - j;
-    const int n = static_cast<int>(left < kColumnsCuda ? left : kColumnsCuda);
-    add_block(p, w, run, {.first = j, .n = n, .tokens = run.tokens, .t0 = t0}, s);
+    const Block b{.first = j,
+                  .n = static_cast<int>(left < kColumnsCuda ? left : kColumnsCuda),
+                  .tokens = part.tokens,
+                  .t0 = part.t0};
+    if (p.bias) widen(p.bias, p.bias_dtype, b.first, b.n, 1, w.bias, 1, s);
+    multiply_block(p, w, part, b, s);
+    launch(first_kernel, grid_of(part.tokens), kThreads, 0, s, p, w, b);
+    launch(other_kernel, grid_of(others), kThreads, 0, s, p, w, b, rows);
   }
-  launch(conclude_kernel, grid_of_elements(run.rows() - run.tokens), kThreads, 0, s, p, w, run, v0,
-         t0);
+  launch(conclude_kernel, grid_of_elements(others), kThreads, 0, s, p, w, Run(part), part.v0,
+         part.t0);
 }
 
 }  // namespace
@@ -311,10 +301,10 @@ void divergence_cuda(const Divergence& p, Stream stream) {
   const Work w = lay_out(p.work, most, p.hidden);
   for (int64_t v = 0; v < p.variants; v += most.variants)
     for (int64_t t = 0; t < p.tokens; t += most.tokens) {
-      Run run = most;
-      if (p.variants - v < run.variants) run.variants = p.variants - v;
-      if (p.tokens - t < run.tokens) run.tokens = p.tokens - t;
-      diverge(p, w, run, t, v, raw(stream));
+      const int64_t variants = p.variants - v, tokens = p.tokens - t;
+      const Run run{variants < most.variants ? variants : most.variants,
+                    tokens < most.tokens ? tokens : most.tokens};
+      diverge(p, w, Part{run, t, v}, raw(stream));
     }
 }
 

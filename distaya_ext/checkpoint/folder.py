@@ -96,7 +96,7 @@ def contained(folder: Path, name: str) -> Path:
     root = folder.resolve()
     target = (folder / name).resolve()
     above = [p.parent for p in (root, root.parent) if p.parent.name == "snapshots"]
-    cache_blobs = above[0].parent.parent / "blobs" if above else None
+    cache_blobs = above[0].parent / "blobs" if above else None
     if target.parent != root and target.parent != cache_blobs:
         raise InputError(
             f"{name} is a link that leaves the model folder (to {target.name}); it is not followed"

@@ -209,15 +209,26 @@ def _config(folder: Path) -> Any:
 
 
 def _check_depth(config: Any, entries: dict[str, Entry]) -> None:
-    """Refuse a wrong number of layers before a model of that depth is built."""
+    """Refuse a wrong number of layers, or wrong numbers, before a model of that depth is built."""
     start = f"{describe(config).layers}."
     names = (name[len(start) :].partition(".")[0] for name in entries if name.startswith(start))
-    held = len({name for name in names if name.isdecimal()})
+    held = sorted({int(name) for name in names if name.isdecimal()})
     asked = config.num_hidden_layers
-    if asked != held or not held:
+    if asked != len(held) or not held:
         raise InputError(
-            f"config.json asks for {asked} decoder layers; the checkpoint holds {held}"
+            f"config.json asks for {asked} decoder layers; the checkpoint holds {len(held)}"
         )
+    if held != list(range(asked)):  # transformers would make up the ones in the gaps
+        gaps = [index for index in range(asked) if index not in held]
+        raise InputError(
+            f"config.json asks for decoder layers 0 to {asked - 1}; the checkpoint lacks "
+            f"{_numbers(gaps)} and holds {_numbers(held[asked - len(gaps) :])} instead: layers "
+            "were taken out and those that stayed not numbered anew"
+        )
+
+
+def _numbers(found: list[int]) -> str:
+    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
 
 
 def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> torch.dtype:

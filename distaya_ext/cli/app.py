@@ -28,8 +28,10 @@ from .export import export
 from .finetune import finetune
 from .generate import generate
 from .inspect import inspect
+from .layers import layers
 from .merge import merge
 from .search import search
+from .students import shrink, students
 
 INTERRUPTED = 130
 
@@ -100,12 +102,15 @@ def root(
 
 app.command("compress")(compress)
 app.command("search")(search)
+app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
+app.command("students")(students)
+app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)

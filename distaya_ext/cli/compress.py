@@ -37,9 +37,7 @@ def compress(
     group: Annotated[
         int | None, typer.Option(help="Inputs per scale: 32, 64, 128 or 0 for the row.")
     ] = None,
-    embed_bits: Annotated[
-        int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
-    ] = None,
+    embed_bits: options.EmbedBits = None,
     format: Annotated[
         str | None,
         typer.Option(help="auto, dense, pack-quantized (stock readers) or distaya (only ours)."),
@@ -47,11 +45,9 @@ def compress(
     calib: Annotated[
         Path | None, typer.Option(help="Folder of <lang>.txt, .jsonl or .parquet to calibrate on.")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens over all languages.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of windows.")] = None,
+    tokens: options.CalibTokens = None,
+    window: options.CalibWindow = None,
+    seed: options.Seed = None,
     language_weights: Annotated[
         str | None,
         typer.Option(help="equal, proportional, worst, a YAML file {lang: weight} or en=2,sw=5."),
@@ -64,11 +60,21 @@ def compress(
         Path | None, typer.Option(help="YAML recipe; flags given beside it win.")
     ] = None,
     drop_layers: Annotated[
-        str | None, typer.Option(help="Decoder layers to leave out, from 0, such as 3,5.")
+        str | None,
+        typer.Option(help="How many decoder layers go by score (4 or 25%), or which (3,5 or 3,)."),
     ] = None,
-    max_ram: Annotated[
-        str | None, typer.Option(help="Memory to stay within, such as 8GiB.")
+    heal: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training steps against the model before; a recipe says more."),
     ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="Folder of texts to compare the result with the model before on."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
+    ] = False,
+    max_ram: options.MaxRam = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older result of ours.")
     ] = False,
@@ -89,8 +95,10 @@ def compress(
         group=group,
         embed_bits=embed_bits,
         format=format,
-        drop_layers=parse_layers(drop_layers),
+        drop_layers=drop_layers,
         max_ram=max_ram,
+        heal={"steps": heal},
+        evaluate={"path": evaluate},
         calibration={
             "path": calib,
             "tokens": tokens,
@@ -105,45 +113,59 @@ def compress(
     from ..compress import compress as run
     from ..compress.settings import from_recipe
     from .output import print_json
-    from .progress import Reporter
+    from .training import TrainReporter
 
     learns = from_recipe(whole).statistic is not None
     if learns and whole.calibration.path is None:
         raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
-    with Reporter(quiet) as reporter:
-        if calib is not None and not learns:
+    by_score = not isinstance(whole.drop_layers, list)
+    with TrainReporter(quiet) as reporter:
+        if calib is not None and not (learns or by_score or _heals_on_calib(whole)):
             reporter.say(f"note: method {whole.method} learns nothing from text; --calib is unused")
         report = run(
             whole.model,
             out,
             whole,
             on_event=reporter.on_event,
+            on_progress=reporter.on_progress,
             overwrite=overwrite,
+            restart=restart,
             device=device,
             offline=offline,
         )
         if report.dropped_layers:
             left = len(report.source_layers)
             reporter.say(f"{len(report.dropped_layers)} layers left out, {left} written")
-        reporter.say(
-            f"{len(report.modules)} matrices, {100 * report.sparsity:.1f} % zeros, "
-            f"{report.bits_per_weight:.2f} bits per weight ({report.format}), "
-            f"{report.seconds:.1f} s"
-        )
+        reporter.say(written(report.summary(), report.seconds))
     if json:
         print_json({"out": str(out), **report.summary()})
     else:
+        show_evaluations(report)
         typer.echo(str(out))
+    if whole.chained:
+        report.check_gate()
 
 
-def parse_layers(text: str | None) -> list[int] | None:
-    """The layers that "3,5" names; None stays None."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in parts):
-        raise UsageError(f"--drop-layers {text!r} is no list of layer numbers such as 3,5")
-    return [int(part) for part in parts]
+def _heals_on_calib(recipe: Recipe) -> bool:
+    return recipe.heal is not None and recipe.heal.path is None
+
+
+def written(summary: dict[str, Any], seconds: float) -> str:
+    """What was compressed, in a line."""
+    totals = summary["totals"]
+    return (
+        f"{totals['modules']} matrices, {100 * totals['sparsity']:.1f} % zeros, "
+        f"{totals['bits_per_weight']:.2f} bits per weight ({summary['size']['format']}), "
+        f"{seconds:.1f} s"
+    )
+
+
+def show_evaluations(report: Any) -> None:
+    """The languages after every step of a chain, where it evaluates."""
+    if evaluations := getattr(report, "evaluations", None):
+        from .output import chain_table, console
+
+        console().print(chain_table(evaluations))
 
 
 def build_recipe(file: Path | None, **flags: Any) -> Recipe:
@@ -152,18 +174,9 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
 
     fields = read_fields(file) if file is not None else {}
     given = {name: value for name, value in flags.items() if value is not None}
-    spec = {
-        k: str(v) if k == "path" else v
-        for k, v in given.pop("calibration").items()
-        if v is not None
-    }
-    if spec:
-        inner = fields.get("calibration") or {}
-        if not isinstance(inner, dict):
-            raise UsageError(
-                f"recipe {file}: calibration must be a mapping, not {type(inner).__name__}"
-            )
-        fields["calibration"] = {**inner, **spec}
+    for name in ("calibration", "heal", "evaluate"):
+        spec = given.pop(name, {})
+        fields |= _laid_over(name, fields.get(name), spec, file)
     if "sparsity" in given:
         # One flag stands for two fields: the one it does not set must not survive from the file.
         fields = {k: v for k, v in fields.items() if k not in ("sparsity", "nm")}
@@ -177,3 +190,18 @@ def build_recipe(file: Path | None, **flags: Any) -> Recipe:
     if not asked and {"embed_bits", "drop_layers"} & fields.keys():
         fields["method"] = "dense"
     return Recipe(**fields)
+
+
+def _laid_over(name: str, inner: Any, flags: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """{name: what a recipe's file says of it, with the flags over it}; nothing without flags."""
+    from ..recipe_chain import read_evaluate, read_heal
+
+    given = {k: str(v) if k == "path" else v for k, v in flags.items() if v is not None}
+    if not given:
+        return {}
+    inner = {"heal": read_heal, "evaluate": read_evaluate}.get(name, lambda value: value)(
+        inner or {}
+    )
+    if not isinstance(inner, dict):
+        raise UsageError(f"recipe {file}: {name} must be a mapping, not {type(inner).__name__}")
+    return {name: {**inner, **given}}

@@ -27,3 +27,16 @@ Texts = Annotated[
     Path,
     typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False),
 ]
+
+# of recipes; without one the recipe's own value, or its default, holds
+CalibTokens = Annotated[
+    int | None, typer.Option("--tokens", help="Calibration tokens over all languages.")
+]
+CalibWindow = Annotated[int | None, typer.Option("--window", help="Tokens per calibration window.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the choice of windows, and of the swaps of a search.")
+]
+EmbedBits = Annotated[
+    int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
+]
+MaxRam = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")]

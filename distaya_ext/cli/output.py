@@ -76,6 +76,29 @@ def evaluation_table(found: Evaluation) -> Table:
     return table
 
 
+def chain_table(evaluations: dict[str, dict[str, Any]]) -> Table:
+    """Languages before a chain and after each of its steps that was measured, worst first."""
+    names = list(evaluations)
+    rows = {
+        name: {r["language"]: r for r in found["languages"]} for name, found in evaluations.items()
+    }
+    table = Table(title="NLL in nats per token", title_justify="left")
+    table.add_column("lang")
+    for head in ("before", *(f"after {name}" for name in names), "lost", "95 % CI"):
+        table.add_column(head, justify="right")
+    last = evaluations[names[-1]]
+    for row in last["languages"]:
+        language = row["language"]
+        after = [number(rows[name][language]["nll"]) for name in names]
+        lost = [number(row["dnll"], sign=True), interval(row.get("dnll_interval"))]
+        style = "bold" if language == "en" else None
+        table.add_row(language, number(row["base_nll"]), *after, *lost, style=style)
+    table.add_section()
+    after = [number(evaluations[name]["nll"]) for name in names]
+    table.add_row("all", number(last["base_nll"]), *after, number(last["dnll"], sign=True), "")
+    return table
+
+
 def verdict(found: Evaluation) -> str:
     """The worst language with English beside it, and the gap."""
     if not found.compared:

@@ -14,7 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..chain.events import StepFinished, StepStarted
 from ..compress import events
+from ..influence.events import Measured
 from .output import console, size
 
 _HEARTBEAT_SECONDS = 10.0
@@ -90,6 +92,13 @@ class Reporter:
                 told = f"{seconds:.1f} s{worst}{self._languages}"
                 detail = "" if self._bar is not None else told
                 self._advance("layers", layer + 1, layers, detail, always=True)
+            case StepStarted(number, steps, name):
+                self.say(f"step {number} of {steps}: {name}")
+            case StepFinished(number, steps, name, seconds, kept):
+                how = "was done before" if kept else "done"
+                self.say(f"step {number} of {steps}: {name} {how} in {seconds:.1f} s")
+            case Measured(done, total, what):
+                self._advance("forwards", done, total, what, always=done == total)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
 
@@ -110,6 +119,10 @@ class Reporter:
     def on_search(self, done: int, total: int, what: str) -> None:
         """What search() calls after each measurement."""
         self._advance("measurements", done, total, what, always=done == total)
+
+    def on_layers(self, done: int, total: int, what: str) -> None:
+        """What make_student() calls after each layer it looked at."""
+        self._advance(f"layers ({what})", done, total, always=done == total)
 
     def on_module(self, done: int, total: int, name: str) -> None:
         """What export() calls after each module."""

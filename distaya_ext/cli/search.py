@@ -54,23 +54,17 @@ def search(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zeros.")
     ] = None,
-    embed_bits: Annotated[
-        int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
-    ] = None,
+    embed_bits: options.EmbedBits = None,
     quality: Annotated[
         str | None, typer.Option(help="Of the recipe: plain, default or high (see compress).")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens over all languages.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per calibration window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of windows and swaps.")] = None,
+    tokens: options.CalibTokens = None,
+    window: options.CalibWindow = None,
+    seed: options.Seed = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write the recipe to; printed without it.")
     ] = None,
-    max_ram: Annotated[
-        str | None, typer.Option(help="Memory to stay within, such as 8GiB.")
-    ] = None,
+    max_ram: options.MaxRam = None,
     device: options.Device = "cpu",
     offline: options.Offline = False,
     json: options.Json = False,

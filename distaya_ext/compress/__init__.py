@@ -1,7 +1,6 @@
 """The streaming driver: policy (settings, walk, driver) and maths (solve) live apart."""
 
 from .calibrate import Calibration
-from .driver import compress
 from .events import (
     Calibrated,
     Event,
@@ -14,6 +13,7 @@ from .events import (
     Saved,
     StageDone,
 )
+from .front import compress
 from .report import ModuleReport, Report
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""compress(): the whole run, from a checked checkpoint to a folder that any transformers loads."""
+"""The walk through a model: from a checked checkpoint to a folder that any transformers loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
-from ..models.depth import cut_json
+from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..texts import counts
@@ -61,24 +61,13 @@ def compress(
     device: str = "cpu",
     offline: bool = False,
 ) -> Report:
-    """Compress a model layer by layer and write it to the folder `out`.
-
-    model      local Hugging Face folder or hub id (offline=True: the hub's local cache only)
-    texts      folder of <lang>.txt, .jsonl or .parquet, token windows as texts.windows returns
-               them, or None for the recipe's folder; magnitude, rtn and dense need none. A folder
-               is noted in the recipe that is written, so that this repeats the run bit for bit
-    on_event   is called with the records of compress.events as the run goes
-    overwrite  replaces an older result of ours
-    device     "cpu" or "cuda"
-
-    Only the embedding and one decoder layer are in memory at a time; a proof first shows that layer
-    by layer gives the model's own logits. `out` appears when it is complete.
-    Raises InputError or UsageError (both ValueError) in one sentence.
+    """One walk through the layers, for a recipe that names the layers it leaves out; see
+    front.compress, which is what everyone calls.
     """
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
     check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
-    recipe = _as_run(recipe, model, texts)
+    recipe = as_run(recipe, model, texts)
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
@@ -91,7 +80,7 @@ def compress(
         return run.go(staging)
 
 
-def _as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
+def as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
     """The recipe with the model and the folder of texts that are really used."""
     used: dict[str, Any] = {"model": str(model)}
     if isinstance(texts, (str, Path)):
@@ -134,6 +123,9 @@ class _Run:
 
     def go(self, staging: Staging) -> Report:
         start = time.perf_counter()
+        pattern = irregular(self.source.config, self.checkpoint.source_layers)
+        if pattern is not None:
+            self._notice(pattern)
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
@@ -145,7 +137,8 @@ class _Run:
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
-        for message in [*glu.notices(self.recipe), *self.packing.notices]:
+        notices = glu.notices(self.recipe, self.plan, self.checkpoint)
+        for message in [*notices, *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
             self._prepare(staging.scratch)

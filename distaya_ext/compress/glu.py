@@ -69,8 +69,12 @@ def _whole_groups(recipe: Recipe, name: str, neurons: int, columns: int) -> None
         )
 
 
-def notices(recipe: Recipe) -> list[str]:
-    """What the user should know of method dass; nothing of the others."""
+def notices(recipe: Recipe, plan: Mapping[str, Settings], checkpoint: Checkpoint) -> list[str]:
+    """What the user should know of method dass, and of MLPs whose neurons stay where they are
+    although the recipe lets them change places.
+    """
+    if recipe.permute:
+        return _stay(plan, checkpoint)
     if recipe.method != "dass":
         return []
     text = "method dass prunes gate_proj, up_proj and down_proj; all other Linears stay dense"
@@ -80,6 +84,24 @@ def notices(recipe: Recipe) -> list[str]:
             "cores do not read (direction: inputs does)"
         )
     return [text]
+
+
+def _stay(plan: Mapping[str, Settings], checkpoint: Checkpoint) -> list[str]:
+    """Layers whose MLP is compressed in part, or with a down_proj of no N:M pattern."""
+    why = []
+    for index in range(checkpoint.config.num_hidden_layers):
+        found = {n: plan.get(f"{checkpoint.architecture.layers}.{index}.{n}") for n in PARTS}
+        absent = [name for name in PARTS if found[name] is None]
+        if 0 < len(absent) < len(PARTS):
+            why.append(f"layer {index} ({' and '.join(absent)} not compressed)")
+        elif not absent and found[DOWN].nm is None:
+            why.append(f"layer {index} ({DOWN} without an N:M pattern)")
+    if not why:
+        return []
+    return [
+        "permute moves neurons only where all three matrices of an MLP are compressed and "
+        f"{DOWN} is pruned to N:M, so they stay where they are in {', '.join(why)}"
+    ]
 
 
 def of(

@@ -10,6 +10,7 @@ with Q* the refit: rounding Q* with the mask kept therefore loses nothing of the
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,15 +43,8 @@ def rounding(settings: Settings) -> dict[str, obs_op.Quant | None]:
     """The grid of the settings as obs takes it, None when nothing is quantised."""
     if settings.bits is None:
         return {"quant": None}
-    quant = obs_op.Quant(
-        bits=settings.bits,
-        group=settings.group,
-        symmetric=settings.symmetric,
-        scale=settings.scale,
-        scale_dtype=settings.scale_dtype,
-        static=settings.static,
-    )
-    return {"quant": quant}
+    names = (field.name for field in fields(obs_op.Quant))
+    return {"quant": obs_op.Quant(**{name: getattr(settings, name) for name in names})}
 
 
 def refined(

@@ -81,6 +81,35 @@ def remove_layers(model: Any, architecture: Architecture, left: Sequence[int]) -
         vars(config).update(vars(cut))
 
 
+def irregular(config: Any, left: Sequence[int]) -> str | None:
+    """A sentence when full attention stood at every n-th layer and no longer does among the layers
+    that stay, as readers that count instead of looking at layer_types assume; None when it does.
+    """
+    kinds = list(getattr(config, "layer_types", None) or [])
+    full = [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if len(set(kinds)) < 2 or not full:
+        return None
+    period = full[0]
+    if full != list(range(period, len(kinds) + 1, period)):
+        return None  # it never was
+    kept = [kinds[index] for index in left]
+    places = [i + 1 for i, kind in enumerate(kept) if kind == "full_attention"]
+    off = [place for place in places if place % period]
+    want = len(kept) // period
+    if not off and len(places) == want:
+        return None
+    return (
+        f"full attention stood at every layer whose number, from 1, divides by {period}; of the "
+        f"{len(kept)} layers that stay {len(places)} have it (at {_some(places)}) where that rule "
+        f"gives {want}: transformers and this package follow layer_types, but readers that count "
+        f"layers, such as llama.cpp, would run them wrongly"
+    )
+
+
+def _some(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places[:8])) + (", ..." if len(places) > 8 else "") or "none"
+
+
 def _changes(fields: Mapping[str, Any], count: int, left: Sequence[int]) -> dict[str, Any]:
     """Fields of a configuration of `count` layers that differ for those left; None: it goes."""
     changed: dict[str, Any] = {"num_hidden_layers": len(left)}

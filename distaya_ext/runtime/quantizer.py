@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Entry
+from ..checkpoint.folder import adapter_of
 from ..checkpoint.reader import read_header
 from ..errors import InputError, UsageError
 from ..formats import read_scheme
@@ -36,6 +38,7 @@ class FolderConfig(QuantizationConfigMixin):
 
     def __init__(self, **fields: Any) -> None:
         held = fields.get("holds")
+        self.ours = isinstance(held, HandedOver)  # distaya_ext loads, and attaches adapters
         self.fields = dict(held) if isinstance(held, HandedOver) else fields
         self.quant_method = METHOD
 
@@ -79,6 +82,12 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(name) for name in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise InputError("packed weights are read from safetensors files and there are none")
+        if adapter_of(files[0].parent) is not None and not self.quantization_config.ours:
+            warnings.warn(
+                f"{files[0].parent.name} has an adapter beside its quantised weights, which "
+                "from_pretrained leaves out; use distaya_ext.load",
+                stacklevel=2,
+            )
         scheme = read_scheme({"quantization_config": self.quantization_config.to_dict()})
         assert scheme is not None
         self._modules = place(model, scheme, dtype or torch.get_default_dtype())

@@ -1,13 +1,12 @@
-"""PEFT's LoRA folders, adapter_config.json and adapter_model.safetensors: read, written, attached.
+"""PEFT's LoRA folders, adapter_config.json and adapter_model.safetensors: read and attached.
 
-Reading and writing need no peft. What a folder asks for and this cannot do is refused with the
-reason, so that no adapter is ever applied in part.
+Reading needs no peft. What a folder asks for and this cannot do is refused with the reason, so that
+no adapter is ever applied in part.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,18 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import MARKER, Checkpoint, Staging, check_finite
+from ..checkpoint import Checkpoint, check_finite
 from ..checkpoint.entry import FLOATS, shape_text, some
 from ..checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contained, read_json
 from ..errors import InputError, UsageError
 from ..formats.scheme import check_pattern
-from .learned import Learned, LowRank
+from .learned import LowRank
 
-_ABOVE = "base_model.model."  # what PEFT puts before every name
-_MASKED = "distaya_masked"  # in the metadata: these updates are of pruned weights, under their mask
+ABOVE = "base_model.model."  # what PEFT puts before every name
+MASKED = "distaya_masked"  # in the metadata: these updates are of pruned weights, under their mask
 # Keys that are read here, and keys that do not change what an adapter computes.
 _READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
@@ -82,7 +80,7 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Adapter:
         raise InputError(f"the adapter targets {some(lost, 'module')} and holds no LoRA for them")
     if not low_rank and not tensors:
         raise InputError("the adapter holds no tensor")
-    return Adapter(low_rank, tensors, _MASKED in about)
+    return Adapter(low_rank, tensors, MASKED in about)
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -98,48 +96,6 @@ def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return found
 
 
-def write_adapter(learned: Learned, out: str | Path, *, overwrite: bool = False) -> Path:
-    """What was learnt as a PEFT adapter folder alone, without a model; returns it.
-
-    Norms and embeddings go along as PEFT's modules_to_save. UsageError for what an adapter cannot
-    hold: scales, and full training.
-    """
-    if learned.scales:
-        raise UsageError(
-            f"an adapter cannot hold the scales of {len(learned.scales)} matrices; write the model"
-        )
-    if not learned.low_rank:
-        raise UsageError("there is no LoRA to keep as an adapter; write the model")
-    with Staging(Path(out), overwrite=overwrite) as staging:
-        put_adapter(staging.model, learned.low_rank, learned.tensors, masked=learned.masked)
-        marker = f"{MARKER}: none, this is an adapter\n"
-        (staging.model / "recipe.yaml").write_text(marker, encoding="utf-8")
-        staging.publish()
-    return Path(out)
-
-
-def put_adapter(
-    folder: Path,
-    low_rank: Mapping[str, LowRank],
-    tensors: Mapping[str, Tensor] | None = None,
-    *,
-    masked: bool = False,
-) -> int:
-    """Write the two files into a folder, which is made; returns the bytes of the weights."""
-    folder.mkdir(exist_ok=True)
-    held: dict[str, Tensor] = {}
-    for name, each in low_rank.items():
-        held[f"{_ABOVE}{name}.lora_A.weight"] = each.A.float().contiguous()
-        held[f"{_ABOVE}{name}.lora_B.weight"] = each.B.float().contiguous()
-    for name, tensor in (tensors or {}).items():
-        held[f"{_ABOVE}{name}"] = tensor.contiguous()
-    about = {"format": "pt"} | ({_MASKED: "true"} if masked else {})
-    save_file(held, folder / ADAPTER_WEIGHTS, metadata=about)
-    text = json.dumps(_config(low_rank, tensors or {}), indent=2) + "\n"
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-    return (folder / ADAPTER_WEIGHTS).stat().st_size
-
-
 def attach(model: Any, adapter: Adapter) -> Any:
     """Run the model with the adapter, in place; returns it. UsageError where peft is absent."""
     if adapter.low_rank:
@@ -151,31 +107,6 @@ def attach(model: Any, adapter: Adapter) -> Any:
         for name, tensor in adapter.tensors.items():
             model.get_parameter(name).copy_(tensor)
     return model
-
-
-def _config(low_rank: Mapping[str, LowRank], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """adapter_config.json, in PEFT's words; one rank and alpha, and what differs from them."""
-    sizes = {name: (each.rank, each.alpha) for name, each in low_rank.items()}
-    rank, alpha = next(iter(sizes.values()))
-    exact = {f"^{re.escape(name)}": size for name, size in sizes.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "target_modules": sorted(low_rank),
-        "rank_pattern": {name: size[0] for name, size in exact.items() if size[0] != rank},
-        "alpha_pattern": {name: size[1] for name, size in exact.items() if size[1] != alpha},
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in tensors}) or None,
-    }
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -244,7 +175,7 @@ def _sort(
     found: dict[str, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     for full, tensor in given.items():
-        name = full.removeprefix(_ABOVE)
+        name = full.removeprefix(ABOVE)
         module, _, part = name.removesuffix(".weight").rpartition(".")
         if part in ("lora_A", "lora_B") and name.endswith(".weight"):
             if module not in shapes:
@@ -294,7 +225,7 @@ def _low_rank(
     for part in ("lora_A", "lora_B"):
         if part not in parts:
             raise InputError(f"the adapter lacks {name}.{part}.weight")
-    A, B = parts["lora_A"].float(), parts["lora_B"].float()
+    A, B = parts["lora_A"], parts["lora_B"]
     rows, cols = shapes[name]
     rank = _of(config, "rank_pattern", name, config.get("r", 8))
     if not isinstance(rank, int) or rank < 1 or A.shape != (rank, cols) or B.shape != (rows, rank):

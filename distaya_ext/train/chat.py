@@ -102,10 +102,11 @@ def read_chats(files: list[Path], tokenizer: Any, window: int) -> Chats:
         )
     if mute:
         chats.notes.append(
-            f"{mute} chats are left out: the assistant says nothing in their first {window} tokens"
+            f"chats left out, since the assistant says nothing in their first {window} tokens: "
+            f"{mute}"
         )
     if cut:
-        chats.notes.append(f"{cut} chats are longer than {window} tokens and were cut there")
+        chats.notes.append(f"chats longer than {window} tokens, which were cut there: {cut}")
     return chats
 
 

@@ -122,7 +122,12 @@ def fit(
 
 
 def check_packages() -> None:
-    """UsageError unless what training needs is installed."""
+    """UsageError unless what training needs is installed, and this is the only process of it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"training runs in one process, and WORLD_SIZE says {os.environ['WORLD_SIZE']}; start "
+            "it without torchrun"
+        )
     absent = [n for n in ("accelerate", "matplotlib") if importlib.util.find_spec(n) is None]
     if absent:
         raise UsageError(f"training needs {' and '.join(absent)}: pip install 'distaya-ext[train]'")

@@ -14,7 +14,7 @@ PRUNED = 0.05  # share of exact zeros from which a matrix counts as pruned; 15 o
 class LowRank:
     """An update alpha / rank B A of a matrix [rows, cols] (LoRA, arXiv 2106.09685).
 
-    A float32 [rank, cols], B float32 [rows, rank], both on the CPU
+    A [rank, cols], B [rows, rank], both on the CPU and of one float dtype
     """
 
     A: Tensor

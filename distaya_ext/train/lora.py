@@ -25,7 +25,21 @@ _BESIDE = (PackedLinear, PackedHead, ScaledLinear)
 
 
 class LoraBeside(LoraLinear):
-    """y = kernel(x) + alpha / rank B A x: LoRA beside a packed module, never merged into it."""
+    """y = kernel(x) + alpha / rank B A x: LoRA beside a packed module, never merged into it.
+
+    A and B are rounded to the dtype of the folder's scales, in which they are stored.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            return super().forward(x, *args, **kwargs)
+        y, dtype = self.base_layer(x, *args, **kwargs), stored_dtype(self)
+        for name in active:
+            A, B = (part[name].weight.to(dtype).float() for part in (self.lora_A, self.lora_B))
+            low = nn.functional.linear(nn.functional.linear(x.float(), A), B)
+            y = y + (low * self.scaling[name]).to(y.dtype)
+        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
@@ -86,6 +100,12 @@ def _dense(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: A
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     kind = LoraMasked if is_pruned(base.weight) else LoraLinear
     return kind(target, adapter_name, config=config, **kwargs)
+
+
+def stored_dtype(layer: Any) -> torch.dtype:
+    """The dtype in which what LoRA learns beside a packed module is stored."""
+    base = layer.get_base_layer()
+    return (base.embedding if isinstance(base, PackedHead) else base).stored
 
 
 def inject(model: nn.Module, names: Sequence[str], rank: int, alpha: float, seed: int) -> None:

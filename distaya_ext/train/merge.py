@@ -31,15 +31,17 @@ from ..checkpoint import (
 )
 from ..checkpoint.folder import ADAPTER
 from ..compress.budget import check_disk
-from ..errors import InputError, UsageError
-from .adapter import linear_shapes, put_adapter, read_adapter
+from ..errors import InputError
+from .adapter import linear_shapes, read_adapter
+from .adapter_write import put_adapter
 from .learned import Learned, LowRank, is_pruned, rounded
+from .verify import beside, check, check_fits, learns, scale_name, stays_beside
 
 _SHARD = 1 << 30
 BESIDE = (
     "{count} quantised matrices keep their codes, and LoRA of {bytes} bytes stays beside them in "
-    "adapter/: distaya_ext loads it by itself, while AutoModel of transformers alone would leave "
-    "it out (there: PeftModel.from_pretrained(model, 'OUT/adapter'))"
+    "adapter/: distaya_ext loads it with the model, AutoModel of transformers alone would leave it "
+    "out (distaya export --to dense writes it into dense weights)"
 )
 
 
@@ -121,27 +123,27 @@ def write_trained(
     the same, or nothing appears. InputError when the two do not fit together.
     """
     out = Path(out)
-    _check_fits(source, learned)
+    check_fits(source, learned)
     check_companions(source.folder)
     found = Merged(out, notices=list(notices))
-    beside = {n: e for n, e in learned.low_rank.items() if stays_beside(source, n)}
+    kept = beside(source, learned)
     with Staging(out, overwrite=overwrite, source=source.folder) as staging:
-        check_disk(staging.root, source.nbytes + sum(each.nbytes for each in beside.values()))
+        check_disk(staging.root, source.nbytes + sum(each.nbytes for each in kept.values()))
         writer = ShardWriter(staging.model, _SHARD)
         for name in source.entries:
             writer.add(name, _new(source, learned, name, found))
         shards = writer.finish()
         copy_companions(source.folder, staging.model)
-        if beside:
-            found.beside = list(beside)
-            found.adapter_bytes = put_adapter(staging.model / ADAPTER, beside)
-            text = BESIDE.format(count=len(beside), bytes=found.adapter_bytes)
+        if kept:
+            found.beside = list(kept)
+            found.adapter_bytes = put_adapter(staging.model / ADAPTER, kept)
+            text = BESIDE.format(count=len(kept), bytes=found.adapter_bytes)
             found.notices.append(text)
             (staging.model / ADAPTER / "README.md").write_text(text + ".\n", encoding="utf-8")
         found.file_bytes = sum(path.stat().st_size for path in shards)
         found.checked = check(source, staging.model, learned)
         found.bits_per_weight_before = _bits(source, 0)
-        found.bits_per_weight = _bits(source, sum(each.nbytes for each in beside.values()))
+        found.bits_per_weight = _bits(source, sum(each.nbytes for each in kept.values()))
         _mark(source.folder, staging.model)
         text = json.dumps(found.summary(), indent=2, ensure_ascii=False) + "\n"
         (staging.model / "merge.json").write_text(text, encoding="utf-8")
@@ -151,99 +153,16 @@ def write_trained(
     return found
 
 
-def stays_beside(source: Checkpoint, name: str) -> bool:
-    """Whether LoRA of this Linear cannot be merged, because its weights are quantised."""
-    table = source.architecture
-    return (table.embed if name == table.head and source.tied else name) in source.stored
-
-
-def check(source: Checkpoint, folder: Path, learned: Learned | None = None) -> int:
-    """Compare a written folder with its source; returns how many modules were compared.
-
-    Names, shapes, dtypes and formats, codes and zeros of quantised modules, zeros of pruned ones,
-    and every tensor that did not learn must be the same. InputError with the first that is not.
-    """
-    learned = learned or Learned()
-    fresh = open_checkpoint(folder, packed=True)
-    compared = set()
-    if fresh.stored != source.stored or sorted(fresh.entries) != sorted(source.entries):
-        raise InputError(f"{folder.name} does not hold the tensors and formats of its source")
-    linears = set(linear_shapes(source))
-    for name, entry in source.entries.items():
-        module, _, suffix = name.rpartition(".")
-        old, new = source.read([name])[name], fresh.read([name])[name]
-        if entry.dtype != new.dtype or entry.shape != tuple(new.shape):
-            raise InputError(f"{name} changed its dtype or shape when it was written")
-        quantised = module in source.stored and suffix != "bias"
-        pattern = module in linears and suffix == "weight" and is_pruned(old)
-        if quantised or pattern:
-            compared.add(module)
-        if quantised and module in learned.scales and suffix == _scale(source, module):
-            same = bool((old == 0).eq(new == 0).all())
-        elif _learns(source, learned, name):
-            same = not pattern or bool((old == 0).eq(new == 0).all())
-        else:
-            same = torch.equal(old, new)
-        if not same:
-            raise InputError(f"{name} is not what it must be after writing; nothing was kept")
-    _check_adapter(source, fresh, learned)
-    return len(compared)
-
-
-def _check_adapter(source: Checkpoint, fresh: Checkpoint, learned: Learned) -> None:
-    wanted = {n: e for n, e in learned.low_rank.items() if stays_beside(source, n)}
-    held = read_adapter(fresh.adapter, fresh).low_rank if fresh.adapter is not None else {}
-    same = held.keys() == wanted.keys() and all(
-        torch.equal(held[n].A, e.A) and torch.equal(held[n].B, e.B) and held[n].alpha == e.alpha
-        for n, e in wanted.items()
-    )
-    if not same:
-        raise InputError("the adapter beside the weights is not what was learnt; nothing was kept")
-
-
-def _check_fits(source: Checkpoint, learned: Learned) -> None:
-    """InputError unless all that was learnt has its place in the source."""
-    shapes = linear_shapes(source)
-    for name, each in learned.low_rank.items():
-        if shapes.get(name) != (each.B.shape[0], each.A.shape[1]):
-            raise InputError(f"LoRA of {name} does not fit the model in {source.folder.name}")
-    for name, tensor in learned.tensors.items():
-        entry = source.entries.get(name)
-        if entry is None or entry.shape != tuple(tensor.shape):
-            raise InputError(f"{name} does not fit the model in {source.folder.name}")
-    for name in learned.scales:
-        if name not in source.stored:
-            raise InputError(f"{name} is not quantised in {source.folder.name}")
-    if source.left_out:
-        raise UsageError("a model without some of its layers is written first and trained then")
-    if source.adapter is not None:
-        before = read_adapter(source.adapter, source)
-        lost = [name for name in before.low_rank if name not in learned.low_rank]
-        if lost := lost + [name for name in before.tensors if name not in learned.tensors]:
-            raise InputError(
-                f"the adapter in {source.folder.name} holds {lost[0]}, which would be lost"
-            )
-
-
-def _learns(source: Checkpoint, learned: Learned, name: str) -> bool:
-    """Whether a dense tensor of the folder gets new values."""
-    table = source.architecture
-    module, _, suffix = name.rpartition(".")
-    if source.tied and name == f"{table.head}.weight":  # some folders repeat the tied embedding
-        return f"{table.embed}.weight" in learned.tensors
-    return name in learned.tensors or (suffix == "weight" and module in learned.low_rank)
-
-
 def _new(source: Checkpoint, learned: Learned, name: str, found: Merged) -> Tensor:
     """A tensor of the written folder; notes in `found` what was done to it."""
     old = source.read([name])[name]
     module, _, suffix = name.rpartition(".")
     if module in source.stored and suffix != "bias":
-        if module not in learned.scales or suffix != _scale(source, module):
+        if module not in learned.scales or suffix != scale_name(source, module):
             return old
         found.scales.append(module)
         return _new_scales(source, learned, module, old)
-    if not _learns(source, learned, name):
+    if not learns(source, learned, name):
         return old
     table = source.architecture
     tied_copy = source.tied and name == f"{table.head}.weight"
@@ -263,11 +182,6 @@ def _new(source: Checkpoint, learned: Learned, name: str, found: Merged) -> Tens
     return new.clone() if tied_copy else new
 
 
-def _scale(source: Checkpoint, module: str) -> str:
-    """Suffix of the tensor that holds a quantised module's scales."""
-    return "scales" if source.stored[module].scheme.encoding == "gptq" else "weight_scale"
-
-
 def _new_scales(source: Checkpoint, learned: Learned, module: str, old: Tensor) -> Tensor:
     new = learned.scales[module]
     if source.stored[module].scheme.encoding == "gptq":
@@ -275,7 +189,7 @@ def _new_scales(source: Checkpoint, learned: Learned, module: str, old: Tensor) 
     if new.shape != old.shape:
         raise InputError(f"the scales of {module} do not fit the model in {source.folder.name}")
     new = new.to(old.dtype).contiguous()
-    check_finite(f"{module}.{_scale(source, module)}", new)
+    check_finite(f"{module}.{scale_name(source, module)}", new)
     return new
 
 
@@ -293,8 +207,8 @@ def _bits(source: Checkpoint, added: int) -> float:
 
 def _added(one: LowRank, two: LowRank) -> LowRank:
     """The sum of two updates, as one of the sum of their ranks."""
-    A = torch.cat([one.A, two.A])
-    B = torch.cat([one.B * one.scaling, two.B * two.scaling], dim=1)
+    A = torch.cat([one.A.float(), two.A.float()])
+    B = torch.cat([one.B.float() * one.scaling, two.B.float() * two.scaling], dim=1)
     return LowRank(A, B, float(len(A)))
 
 

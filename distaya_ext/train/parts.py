@@ -12,7 +12,7 @@ of pruned ones never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UsageError
-from ..runtime.modules import Packed, PackedEmbedding, PackedHead, PackedLinear
+from ..runtime.modules import Packed, PackedHead, PackedLinear
 from ..runtime.swap import trainable
 from . import masters, scales
-from .learned import Learned, LowRank, is_pruned
+from .choose import (
+    embedding,
+    inside,
+    is_lora,
+    learn,
+    low_rank_of,
+    norms,
+    plain_modules,
+    targeted,
+    weights,
+)
+from .learned import Learned
 from .spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -84,8 +95,8 @@ class Parts:
         """What was found, by the names of the model's folder, on the CPU."""
         found = Learned(masked=True)
         for name, module in plain_modules(self.model):
-            if _is_lora(module):
-                found.low_rank[name] = _low_rank(module)
+            if is_lora(module):
+                found.low_rank[name] = low_rank_of(module)
             base = getattr(module, "base_layer", module)
             if isinstance(base, scales.ScaledLinear):
                 found.scales[name] = base.scales().detach().cpu()
@@ -112,7 +123,7 @@ class Parts:
 
     def write_adapter(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write LoRA, norms and embeddings that learnt as a PEFT adapter folder alone."""
-        from .adapter import write_adapter
+        from .adapter_write import write_adapter
 
         return write_adapter(self.learned(), out, overwrite=overwrite)
 
@@ -142,54 +153,12 @@ def prepare(model: Any, spec: TrainSpec) -> Parts:
     if spec.train == "lora":
         _lora(parts)
     if "norms" in spec.also:
-        _learn(model, _norms(model))
+        learn(model, norms(model))
     if "embeddings" in spec.also:
-        _learn(model, _embedding(model))
+        learn(model, embedding(model))
     if not parts.count:
         raise UsageError(_nothing(spec))
     return parts
-
-
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules that does not look into layers with LoRA; they have the name of what they
-    replaced.
-    """
-    waiting = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        yield name, module
-        if not _is_lora(module):
-            inside = [
-                (f"{name}.{child}" if name else child, each)
-                for child, each in module.named_children()
-                if child != "parametrizations"
-            ]
-            waiting += reversed(inside)
-
-
-def weights(model: nn.Module) -> int:
-    """Weights of a model: packed matrices and parameters, what LoRA and scales add not counted."""
-    packed = 0
-    for module in model.modules():
-        if isinstance(module, Packed):
-            packed += module.rows * module.cols
-        elif isinstance(module, scales.ScaledLinear):
-            packed += module.out_features * module.in_features
-    added = (".lora_", scales.PARAMETER)
-    named = dict(model.named_parameters())
-    return packed + sum(p.numel() for n, p in named.items() if not any(a in n for a in added))
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
-
-
-def _low_rank(layer: Any) -> LowRank:
-    (name,) = layer.lora_A.keys()
-    A, B = (
-        part[name].weight.detach().to("cpu", torch.float32) for part in (layer.lora_A, layer.lora_B)
-    )
-    return LowRank(A, B, float(layer.lora_alpha[name]))
 
 
 def _lora(parts: Parts) -> None:
@@ -202,13 +171,13 @@ def _lora(parts: Parts) -> None:
     alpha = float(spec.rank if spec.alpha is None else spec.alpha)
     names, there = [], []
     for name, module in plain_modules(model):
-        base = getattr(module, "base_layer", module) if _is_lora(module) else module
+        base = getattr(module, "base_layer", module)
         if not isinstance(base, nn.Linear | PackedLinear | PackedHead | scales.ScaledLinear):
             continue
-        if _targeted(model, spec, name, module):
-            (there if _is_lora(module) else names).append(name)
+        if targeted(model, spec, name, module):
+            (there if is_lora(module) else names).append(name)
     for name in there:
-        held = _low_rank(model.get_submodule(name))
+        held = low_rank_of(model.get_submodule(name))
         if (held.rank, held.alpha) != (spec.rank, alpha):
             raise UsageError(
                 f"{name} has LoRA of rank {held.rank} and alpha {held.alpha:g} already, and rank "
@@ -221,25 +190,6 @@ def _lora(parts: Parts) -> None:
             parameter.requires_grad_(True)
 
 
-def _targeted(model: Any, spec: TrainSpec, name: str, module: nn.Module) -> bool:
-    """Whether LoRA goes beside this Linear. UsageError for one that is meant and cannot have it."""
-    import re
-
-    head = model.get_output_embeddings()
-    if not spec.targets:
-        return module is not head
-    if not any(re.search(pattern, name) for pattern in spec.targets):
-        return False
-    base = getattr(module, "base_layer", module)
-    embedding = model.get_input_embeddings()
-    if module is head and getattr(base, "weight", 0) is getattr(embedding, "weight", 1):
-        raise UsageError(
-            f"{name} is tied to the embedding, so LoRA cannot be merged into it alone; train the "
-            "embeddings instead (also: embeddings)"
-        )
-    return True
-
-
 def _full(parts: Parts) -> None:
     model, chosen, packed = parts.model, [], 0
     for name, module in plain_modules(model):
@@ -247,18 +197,18 @@ def _full(parts: Parts) -> None:
             packed += 1
         inner = getattr(module, "base_layer", module)
         chosen += [
-            (_inside(name, module), inner, which)
+            (inside(name, module), inner, which)
             for which, parameter in inner.named_parameters(recurse=False)
             if parameter.is_floating_point()
         ]
     if packed:
         parts.notices.append(f"{packed} quantised matrices keep their weights and do not learn")
-    _learn(model, chosen)
+    learn(model, chosen)
 
 
 def _scales(parts: Parts) -> None:
     found = {
-        _inside(name, module): getattr(module, "base_layer", module)
+        inside(name, module): getattr(module, "base_layer", module)
         for name, module in plain_modules(parts.model)
     }
     packed = {name: module for name, module in found.items() if isinstance(module, PackedLinear)}
@@ -271,45 +221,6 @@ def _scales(parts: Parts) -> None:
         )
     elif "scales" in parts.spec.also:
         raise UsageError("the model has no quantised Linears, so no scales can learn")
-
-
-Choice = tuple[str, nn.Module, str]  # name of the module, the module, the name of its parameter
-
-
-def _norms(model: nn.Module) -> list[Choice]:
-    """Parameters of norms: what belongs to neither a matrix nor LoRA."""
-    others = (nn.Linear, nn.Embedding, Packed, PackedHead, scales.ScaledLinear)
-    return [
-        (name, module, which)
-        for name, module in plain_modules(model)
-        if not isinstance(module, others) and not _is_lora(module)
-        for which, _ in module.named_parameters(recurse=False)
-    ]
-
-
-def _embedding(model: Any) -> list[Choice]:
-    """The dense embedding, and the head where it is tied to it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding):
-        raise UsageError("the embedding is quantised, so it cannot learn")
-    names = {id(module): name for name, module in plain_modules(model)}
-    found = [(names[id(embedding)], embedding, "weight")]
-    if getattr(head, "weight", None) is embedding.weight:
-        found.append((names[id(head)], head, "weight"))
-    return found
-
-
-def _learn(model: nn.Module, chosen: list[Choice]) -> None:
-    """Make the parameters learn in float32; those of pruned matrices keep their zeros."""
-    shared: dict[int, nn.Parameter] = {}
-    for _, module, which in chosen:
-        before = getattr(module, which)
-        keep = isinstance(module, nn.Linear) and which == "weight" and is_pruned(before)
-        shared[id(before)] = masters.master(module, which, shared.get(id(before)), keep)
-
-
-def _inside(name: str, module: nn.Module) -> str:
-    return f"{name}.base_layer" if _is_lora(module) else name
 
 
 def _nothing(spec: TrainSpec) -> str:

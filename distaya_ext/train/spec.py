@@ -54,6 +54,13 @@ class TrainSpec(Strict):
     also      what learns beside: norms, embeddings (and the head tied to them), scales
     rank, alpha   of LoRA: W + alpha / rank B A; alpha None is the rank
     steps     optimiser steps of batch_tokens tokens each, gathered in micro-batches of micro_tokens
+              (None: up to 4096); a step's loss is the mean over all its labels either way
+    warmup    share of the steps in which the learning rate rises to learning_rate, which falls by
+              `schedule` after that; clip: largest norm of the gradient
+    held_out  share of every language's windows that is not trained on and decides, every
+              evaluate_every steps, which parameters are kept (0: the last ones are)
+    save_every  steps between checkpoints, from which a stopped run goes on
+    path, tokens, quotas  texts, how many tokens of them (None: all there are), and of a language
     precision of the forward and backward passes: auto is bfloat16 where the machine multiplies it
               in hardware; what learns is always float32
     """

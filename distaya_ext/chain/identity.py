@@ -1,0 +1,97 @@
+"""What a step depends on, as small records that can be compared and told apart in a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import check_companions
+from ..documents import open_texts
+
+_BLOCK = 1 << 22
+_MOST_HEADER = 100_000_000  # bytes; the format allows no more
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """File name -> size and hash: of a shard its header is hashed, of configuration and tokenizer
+    everything. Licences and readmes decide nothing.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found[path.name] = f"{path.stat().st_size} bytes, header {_header_hash(path)}"
+    for name in check_companions(folder):
+        if not name.startswith(("LICENSE", "NOTICE", "README")):
+            path = folder / name
+            found[name] = f"{path.stat().st_size} bytes, {file_hash(path)}"
+    return found
+
+
+def texts_identity(texts: Any) -> dict[str, str] | str | None:
+    """Of a folder (or file) the hash of every language's files, of token windows that of the tokens
+    and their languages, of nothing None.
+    """
+    if texts is None:
+        return None
+    if isinstance(texts, (str, Path)) and Path(texts).is_file():  # chats
+        return {Path(texts).name: file_hash(Path(texts))}
+    if isinstance(texts, (str, Path)):
+        return {
+            path.name: file_hash(path)
+            for found in open_texts(texts).values()
+            for path in found.paths
+        }
+    ids: torch.Tensor = texts.ids
+    made = hashlib.sha256(ids.contiguous().cpu().numpy().tobytes())
+    made.update(json.dumps([list(ids.shape), list(texts.languages)]).encode())
+    return f"windows {made.hexdigest()[:16]}"
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    made = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            made.update(block)
+    return made.hexdigest()[:16]
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of a record of plain values, whatever the order of its keys."""
+    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two records, in words: the first thing, and how many there are."""
+    was, now = dict(_flat(old)), dict(_flat(new))
+    changed = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    if not changed:
+        return "nothing"
+    first = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"{first} was {_short(was, first)} and is {_short(now, first)}{more}"
+
+
+def _short(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key])[:60] if key in values else "not there"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings; lists are values."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _header_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        length = file.read(8)
+        size = min(int.from_bytes(length, "little"), _MOST_HEADER)
+        return hashlib.sha256(length + file.read(size)).hexdigest()[:16]
