@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--languages", help="only these, as en,fr,de")
     parser.add_argument("--tokens", type=int, help="of training text, equally in each language")
     parser.add_argument("--test-tokens", type=int, help="of test text, likewise")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=96)
