@@ -93,10 +93,15 @@ def student_of(vocabulary: int, hidden: int, layers: int, seed: int) -> torch.nn
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def chosen(texts: dict[str, list[str]], languages: str | None) -> dict[str, list[str]]:
+    """The languages named, "en,fr"; all without a name."""
+    return texts if languages is None else {lang: texts[lang] for lang in languages.split(",")}
+
+
 def run(args: argparse.Namespace) -> tuple[list[Row], dict]:
     """Every arm with every seed, and what else the table tells."""
     teacher = load(args.model)
-    texts = read_texts(args.train)
+    texts = chosen(read_texts(args.train), args.languages)
     tokenizer = tokenizer_of(texts, args.vocabulary)
     spec = TrainSpec(
         train="full",
@@ -118,7 +123,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], dict]:
         "text alone": CrossEntropy(),
         "aligned": SpanObjective(teacher.model, pairs, route.loss),
     }
-    tests = read_texts(args.test)
+    tests = chosen(read_texts(args.test), args.languages)
     samples = cut_windows(tests, tokenizer, window=args.window, tokens=args.test_tokens)
     windows = [row for sample in samples for row in sample.rows]
     strings = Vocabulary(tokenizer).strings
@@ -140,6 +145,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], dict]:
             print(f"seed {seed}, {arm}: {bits:.4f} bits/byte, {spent:.0f} s", flush=True)
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "languages": sorted(texts),
         "training_tokens": int(training.mask.sum()),
         "test_windows": len(windows),
         "test_bytes": int(sizes.sum()),
@@ -171,8 +177,8 @@ def table(rows: list[Row], about: dict) -> str:
     """Markdown: one line a seed and one of their mean."""
     lines = [
         f"A student of {about['parameters'] / 1e6:.2f} M parameters and {about['vocabulary']} "
-        f"tokens of its own, {about['training_tokens']} tokens of text, {about['steps']} steps of "
-        f"{about['batch_tokens']}:",
+        f"tokens of its own; {about['training_tokens']} tokens of text in "
+        f"{len(about['languages'])} languages, {about['steps']} steps of {about['batch_tokens']}:",
         "",
         "| seed | text alone, bits/byte | aligned | saved (95 %) |",
         "|---|--:|--:|--:|",
@@ -195,9 +201,10 @@ def main() -> None:
     parser.add_argument("--model", default=str(ASSETS / "nano-aya"), help="the teacher")
     parser.add_argument("--train", default=str(ASSETS / "texts" / "calibration"))
     parser.add_argument("--test", default=str(ASSETS / "texts" / "evaluation"))
+    parser.add_argument("--languages", help="only these, as en,fr,de")
     parser.add_argument("--tokens", type=int, help="of training text, equally in each language")
     parser.add_argument("--test-tokens", type=int, help="of test text, likewise")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=96)

@@ -274,5 +274,7 @@ def test_the_bench_counts_bits_of_bytes_and_pairs_windows():
     assert saved["1"][0] == pytest.approx(0.4 * bits)
     assert saved["all"] == pytest.approx([0.3 * bits, 0.2 * bits, 0.4 * bits])
     about = {"parameters": 10**6, "vocabulary": 9, "training_tokens": 7, "steps": 5}
-    lines = table(rows, about | {"batch_tokens": 3, "gains": saved}).splitlines()
+    lines = table(
+        rows, about | {"batch_tokens": 3, "languages": ["en"], "gains": saved}
+    ).splitlines()
     assert lines[-1] == "| mean | 1.731 | 1.298 | 0.433 (0.289 to 0.577) |"

@@ -17,8 +17,8 @@ _PROBE = (
     "Сервер працює; Ελληνικά γράμματα, tiếng Việt 👩‍👩‍👧.",
 )
 
-# Chosen on the valid split of 4 and 6 languages: with less of CE a small text is overfitted less,
-# without it the tokens inside a span learn too little.
+# Less of CE overfits a small text less; without it the tokens inside a span learn too little. Of
+# tries at 0, 0.3 and 1 with one seed on texts of 6 and 8 languages this was best, 0.3 and 1 close.
 _WEIGHTS = {"ce": 0.3, "spans": 1.0}
 
 
