@@ -6,6 +6,7 @@ loaded as a file: the rulers must run where the extension is not built, and pass
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -50,6 +51,16 @@ def save(path: Path, rows: Sequence, **more) -> None:
     body = {"machine": machine(), **more, "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def add_sources(parser: argparse.ArgumentParser, learnt: str) -> None:
+    """--model, the texts that something is learnt from (--train, --calibration) and --test: what
+    the package ships unless others are given.
+    """
+    assets = _FILE.parent.parent / "assets"
+    parser.add_argument("--model", type=Path, default=assets / "nano-aya")
+    parser.add_argument(learnt, type=Path, default=assets / "texts" / "calibration")
+    parser.add_argument("--test", type=Path, default=assets / "texts" / "evaluation")
 
 
 def write_table(path: Path, name: str, text: str) -> None:

@@ -73,19 +73,17 @@ def student_of(args: argparse.Namespace, which: str, windows, out: Path) -> None
 def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) -> Healed:
     """Compress, judge, distil, judge again."""
     from distaya_ext.train.distill import distill
-    from distaya_ext.train.spec import LossSpec, TrainSpec
+    from distaya_ext.train.healing import HEALING
+    from distaya_ext.train.spec import TrainSpec
 
     before, after = root / "before", root / "after"
     student_of(args, which, windows, before)
     spec = TrainSpec(
-        rank=args.rank,
-        also=args.also,
+        **HEALING,
         steps=args.steps,
-        learning_rate=args.learning_rate,
         tokens=max(args.steps * 2048, 1 << 17),
         evaluate_every=max(1, args.steps // 4),
         save_every=max(1, args.steps // 2),
-        loss=LossSpec(kl=1.0, cosine=args.cosine),
     )
     scored = judged(before, base)
     began = time.perf_counter()
@@ -169,18 +167,11 @@ def row(found: Healed, base: Base) -> str:
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    assets = ROOT / "distaya_ext" / "assets"
-    parser.add_argument("--model", type=Path, default=assets / "nano-aya")
-    parser.add_argument("--train", type=Path, default=assets / "texts" / "calibration")
-    parser.add_argument("--test", type=Path, default=assets / "texts" / "evaluation")
+    harness.add_sources(parser, "--train")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS)
     parser.add_argument("--windows", type=int, default=128, help="calibration windows in all")
     parser.add_argument("--test-windows", type=int, help="per language (default: all)")
     parser.add_argument("--steps", type=int, default=700, help="of 2048 tokens")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=6e-3)
-    parser.add_argument("--cosine", type=float, default=0.0, help="weight of hidden states")
-    parser.add_argument("--also", nargs="*", default=["norms"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
@@ -209,11 +200,11 @@ def main(words: list[str] | None = None) -> int:
     nll = sum(float(x.mean()) for x in base.nll.values()) / len(base.nll)
     note = (
         f"{args.model.name}, dense NLL {nll:.4f} nats per token of test text; {args.steps} steps "
-        f"of 2048 tokens, LoRA of rank {args.rank}, learning rate {args.learning_rate:g}, "
-        f"{args.threads} threads. 95 % paired bootstrap over test windows. Minutes are those of "
-        "the whole distillation, reading and writing included; bits per weight count what stays "
-        f"beside. {' and '.join(str(each.unchanged) for each in found)} tensors were compared with "
-        "the compressed folder's: codes and zeros are the same."
+        f"of 2048 tokens with the defaults of `distaya heal`, {args.threads} threads. 95 % paired "
+        "bootstrap over test windows. Minutes are those of the whole distillation, reading and "
+        "writing included; bits per weight count what stays beside. "
+        f"{' and '.join(str(each.unchanged) for each in found)} tensors were compared with the "
+        "compressed folder's: codes and zeros are the same."
     )
     text = "\n".join(lines) + f"\n\n{note}"
     print(text)

@@ -106,10 +106,7 @@ def table(found: dict[str, list[Deltas]]) -> str:
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    assets = ROOT / "distaya_ext" / "assets"
-    parser.add_argument("--model", type=Path, default=assets / "nano-aya")
-    parser.add_argument("--calibration", type=Path, default=assets / "texts" / "calibration")
-    parser.add_argument("--test", type=Path, default=assets / "texts" / "evaluation")
+    harness.add_sources(parser, "--calibration")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration draws")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows in all")
     parser.add_argument("--window", type=int, default=256, help="tokens in a window")
