@@ -36,24 +36,17 @@ struct Work {
 
 Work lay_out(void* base, const Run& run, int64_t hidden) {
   Work w{};
-  int64_t offset = 0;
-  const auto take = [&](int64_t bytes) {
-    char* p = static_cast<char*>(base) + offset;
-    offset += ceil_div<int64_t>(bytes, 256) * 256;
-    return p;
-  };
-  const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(4 * n)); };
-  const auto doubles = [&](int64_t n) { return reinterpret_cast<double*>(take(8 * n)); };
+  Arena arena{base};
   w.pitch = ceil_div<int64_t>(hidden, 4) * 4;
-  w.h = floats(run.rows() * w.pitch);
-  w.W = floats(kColumnsCuda * w.pitch);
-  w.z = floats(run.rows() * kColumnsCuda);
-  w.bias = floats(kColumnsCuda);
-  w.target = floats(run.rows());
-  w.sides = reinterpret_cast<Side*>(take(run.rows() * static_cast<int64_t>(sizeof(Side))));
-  w.a = doubles(run.rows());
-  w.shrink = doubles(run.tokens);
-  w.bytes = offset;
+  w.h = arena.take<float>(run.rows() * w.pitch);
+  w.W = arena.take<float>(kColumnsCuda * w.pitch);
+  w.z = arena.take<float>(run.rows() * kColumnsCuda);
+  w.bias = arena.take<float>(kColumnsCuda);
+  w.target = arena.take<float>(run.rows());
+  w.sides = arena.take<Side>(run.rows());
+  w.a = arena.take<double>(run.rows());
+  w.shrink = arena.take<double>(run.tokens);
+  w.bytes = arena.bytes;
   return w;
 }
 
