@@ -1,5 +1,6 @@
 """A tiny model, rows for it and a scripted loss, for the tests of fit()."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ def spec(**fields) -> TrainSpec:
 
 def tiny_model(family: str = "llama") -> nn.Module:
     torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(FAMILIES[family])
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=torch.float32)
 
 
 def data(rows: int = 12, held: int = 4) -> tuple[TrainingData, TrainingData]:

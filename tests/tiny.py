@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, and token windows for them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 def make(folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random model of the config, its norms and biases random too, and return its folder."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # A copy: transformers writes the dtype into the configuration it is given.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:

@@ -188,7 +188,7 @@ def _loss(
     """The loss of the flags over that of the file (named), over the defaults where neither of them
     names a weight; None when nothing is said.
     """
-    from ..recipe_parts import parse_size
+    from ..recipe import parse_size
 
     if not isinstance(named, dict):
         raise UsageError(f"loss of the spec must be a mapping, not {type(named).__name__}")
