@@ -2,10 +2,11 @@
 
     python bench/healing.py --model MODEL --train TRAIN --test TEST [--json OUT] [--readme]
 
-Two students of MODEL: 2:4 + int4 (packed, LoRA stays beside the codes) and one with a quarter of
-its layers dropped by KL (dense, LoRA is merged). Each learns from MODEL on TRAIN; calibration is on
-TRAIN too. Judged before and after on windows of TEST, which nothing has seen. The codes, scales and
-zeros of the healed folder are compared with those of the compressed one.
+Students of MODEL: 2:4 + int4 with LoRA beside the codes, the same with its scales and norms
+learning alone, and one with a quarter of its layers dropped by KL (dense, LoRA is merged). Each
+learns from MODEL on TRAIN; calibration is on TRAIN too. Judged before and after on windows of TEST,
+which nothing has seen. Codes and zeros of the healed folder are compared with the compressed one's.
+With --resume the students that are not asked for are those of an earlier --json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from bench.quality_score import Base, Scores, score  # noqa: E402
 from bench.quality_stats import Draws, interval  # noqa: E402
 from bench.quality_texts import test_windows  # noqa: E402
 
-STUDENTS = ("2:4 + int4", "a quarter of the layers dropped")
+PACKED, SCALES = "2:4 + int4, LoRA beside", "2:4 + int4, scales and norms learn"
+STUDENTS = (PACKED, SCALES, "a quarter of the layers dropped")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def student_of(args: argparse.Namespace, which: str, windows, out: Path) -> None
     from distaya_ext.influence.choose import choose
     from distaya_ext.influence.spec import DropSpec
 
-    if which == STUDENTS[0]:
+    if which in (PACKED, SCALES):
         recipe = Recipe(model=str(args.model), method="sparsegpt", nm="2:4", bits=4, group=128)
         compress(args.model, out, recipe, texts=windows)
         return
@@ -78,8 +80,9 @@ def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) 
 
     before, after = root / "before", root / "after"
     student_of(args, which, windows, before)
+    kind = {"train": "scales", "also": ["norms"]} if which == SCALES else {}
     spec = TrainSpec(
-        **HEALING,
+        **(HEALING | kind),
         steps=args.steps,
         tokens=max(args.steps * 2048, 1 << 17),
         evaluate_every=max(1, args.steps // 4),
@@ -96,7 +99,7 @@ def heal(args: argparse.Namespace, which: str, windows, base: Base, root: Path) 
         minutes,
         trained.course.tokens,
         (bits(before), bits(after)),
-        unchanged(before, after),
+        unchanged(before, after, which == SCALES),
     )
     print(f"{which}: {minutes:.1f} minutes, {found.tokens} tokens", flush=True)
     return found
@@ -126,9 +129,9 @@ def bits(folder: Path) -> float:
     return 8 * size / count
 
 
-def unchanged(before: Path, after: Path) -> int:
-    """Packed tensors that are the same bytes, and dense ones with the same zeros; SystemExit if any
-    differs.
+def unchanged(before: Path, after: Path, scales: bool) -> int:
+    """Packed tensors that are the same bytes, and others (dense ones, and scales that learnt) with
+    the same zeros; SystemExit if any differs.
     """
     from distaya_ext.checkpoint import open_checkpoint
 
@@ -139,30 +142,37 @@ def unchanged(before: Path, after: Path) -> int:
     for name in (name for name in old.entries if name.startswith(layers)):
         a, b = old.read([name])[name], new.read([name])[name]
         packed = any(name.startswith(f"{module}.") for module in old.stored)
+        packed &= not (scales and name.endswith("_scale"))
         if not (torch.equal(a, b) if packed else torch.equal(a == 0, b == 0)):
             raise SystemExit(f"{name} of the healed folder differs from the compressed one")
         same += 1
     return same
 
 
-def row(found: Healed, base: Base) -> str:
+def row(record: dict) -> str:
     """A line of the table: losses in nats per token, and the share that came back."""
-    lost, left = ({k: np.array(x.windows) for k, x in s.languages.items()} for s in (
-        found.before, found.after
-    ))  # fmt: skip
+    lost, left = (
+        {lang: np.array(each) for lang, each in record["deltas"][when].items()}
+        for when in ("before", "after")
+    )
     draws = Draws({lang: len(v) for lang, v in lost.items()})
     a, b = (float(np.mean([v.mean() for v in each.values()])) for each in (lost, left))
     low, high = interval(1 - draws.mean(left) / draws.mean(lost))
     worst = max(left, key=lambda lang: left[lang].mean())
     share = {k: 1 - left[k].mean() / lost[k].mean() for k in left}
     least = min(share, key=share.__getitem__)
-    return (
-        f"| {found.student} | {a:+.4f} | {b:+.4f} | {100 * (1 - b / a):.0f} % "
-        f"[{100 * low:.0f}, {100 * high:.0f}] | {least} {100 * share[least]:.0f} % | "
-        f"{worst} {left[worst].mean():+.3f} | {found.before.mean('kl'):.3f} → "
-        f"{found.after.mean('kl'):.3f} | {found.bits[0]:.2f} → {found.bits[1]:.2f} | "
-        f"{found.minutes:.1f} |"
-    )
+    cells = [
+        record["student"],
+        f"{a:+.4f}",
+        f"{b:+.4f}",
+        f"{100 * (1 - b / a):.0f} % [{100 * low:.0f}, {100 * high:.0f}]",
+        f"{least} {100 * share[least]:.0f} %",
+        f"{worst} {left[worst].mean():+.3f}",
+        "{:.3f} → {:.3f}".format(*record["kl"]),
+        "{:.2f} → {:.2f}".format(*record["bits"]),
+        f"{record['minutes']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -174,6 +184,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=700, help="of 2048 tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--resume", action="store_true", help="keep other students of --json")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     return parser.parse_args(words)
 
@@ -187,46 +198,53 @@ def main(words: list[str] | None = None) -> int:
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     base = Base(dense, test_windows(args.test, tokenizer, 256, args.test_windows))
     windows = drawn(read_folder(args.train), tokenizer, args.windows, 256, 0)
-    found = []
+    nll = sum(float(x.mean()) for x in base.nll.values()) / len(base.nll)
+    held = json.loads(args.json.read_text())["rows"] if args.resume else []
+    kept = {one["student"]: one for one in held if one["student"] not in args.students}
     for which in args.students:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(heal(args, which, windows, base, Path(folder)))
+            kept[which] = record(heal(args, which, windows, base, Path(folder)))
+    rows = [kept[which] for which in STUDENTS if which in kept]
     lines = [
         "| student | lost | after healing | came back | least in | worst language | KL | "
         "bits/weight | minutes |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        *(row(each, base) for each in found),
+        *map(row, rows),
     ]
-    nll = sum(float(x.mean()) for x in base.nll.values()) / len(base.nll)
     note = (
         f"{args.model.name}, dense NLL {nll:.4f} nats per token of test text; {args.steps} steps "
         f"of 2048 tokens with the defaults of `distaya heal`, {args.threads} threads. 95 % paired "
         "bootstrap over test windows. Minutes are those of the whole distillation, reading and "
         "writing included; bits per weight count what stays beside. "
-        f"{' and '.join(str(each.unchanged) for each in found)} tensors were compared with the "
+        f"{', '.join(str(one['unchanged']) for one in rows)} tensors were compared with the "
         "compressed folder's: codes and zeros are the same."
     )
     text = "\n".join(lines) + f"\n\n{note}"
     print(text)
     if args.json:
-        args.json.write_text(json.dumps(record(args, found, nll)) + "\n", encoding="utf-8")
+        settings = {k: v for k, v in vars(args).items() if type(v) is int}
+        about = {"settings": settings, "dense_nll": nll, "machine": harness.machine()}
+        args.json.write_text(json.dumps({**about, "rows": rows}) + "\n", encoding="utf-8")
     if args.readme:
         harness.write_table(ROOT / "README.md", "healing", text)
     return 0
 
 
-def record(args: argparse.Namespace, found: list[Healed], nll: float) -> dict:
-    """What the table is made of, per test window."""
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, list, tuple))}
-    rows = []
-    for each in found:
-        windows = {
+def record(found: Healed) -> dict:
+    """What a line of the table is made of, per test window."""
+    scored = {"before": found.before, "after": found.after}
+    return {
+        "student": found.student,
+        "minutes": found.minutes,
+        "tokens": found.tokens,
+        "bits": found.bits,
+        "unchanged": found.unchanged,
+        "kl": [round(s.mean("kl"), 5) for s in scored.values()],
+        "deltas": {
             when: {lang: [round(x, 5) for x in one.windows] for lang, one in s.languages.items()}
-            for when, s in (("before", each.before), ("after", each.after))
-        }
-        plain = {"student": each.student, "minutes": each.minutes, "tokens": each.tokens}
-        rows.append({**plain, "bits": each.bits, "unchanged": each.unchanged, "deltas": windows})
-    return {"settings": settings, "dense_nll": nll, "machine": harness.machine(), "rows": rows}
+            for when, s in scored.items()
+        },
+    }
 
 
 if __name__ == "__main__":
