@@ -29,3 +29,8 @@ class GateError(DistayaError):
     """The result was produced but failed a quality gate the user asked for (exit code 6)."""
 
     exit_code = 6
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """What another library's error says, in one line of at most `most` characters."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:most]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import sync, sync_all, write_whole
 from ..errors import InputError, UsageError
 
 JOURNAL = "steps.json"
@@ -103,9 +104,9 @@ class WorkFolder:
 
     def finish(self, step: str, seconds: float) -> None:
         """Put what a step has written in place, for good."""
-        sync(self.part(step))
+        sync_all(self.part(step))
         os.replace(self.part(step), self.folder(step))
-        _sync_one(self.path)
+        sync(self.path)
         self.steps[step].seconds = seconds
         self._write()
         _remove(self.work(step))
@@ -171,33 +172,15 @@ class WorkFolder:
 
     def _write(self) -> None:
         text = json.dumps({"steps": {k: asdict(v) for k, v in self.steps.items()}}, indent=1)
-        fresh = self.path / f"{JOURNAL}.new"
-        fresh.write_text(text + "\n", encoding="utf-8")
-        _sync_one(fresh)
-        os.replace(fresh, self.path / JOURNAL)
-        _sync_one(self.path)
+        write_whole(
+            self.path / JOURNAL, lambda path: path.write_text(text + "\n", encoding="utf-8")
+        )
 
 
 def place(out: Path) -> Path:
     """The work folder of an output."""
     out = Path(os.path.abspath(out))
     return out.parent / f".{out.name}.chain"
-
-
-def sync(folder: Path) -> None:
-    """Bring everything in a folder to the disk."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            _sync_one(Path(root, name))
-        _sync_one(Path(root))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plain(name: str) -> bool:

@@ -22,12 +22,13 @@ from ..checkpoint import (
 from ..compress.driver import as_run
 from ..compress.events import Notice
 from ..device import find_device
+from ..durable import sync_all
 from ..errors import UsageError
 from ..recipe import Recipe
 from . import ready, steps
 from .events import StepFinished, StepStarted
 from .identity import difference, fingerprint, model_identity, texts_identity
-from .journal import JOURNAL, Done, WorkFolder, place, sync
+from .journal import JOURNAL, Done, WorkFolder, place
 from .result import Chained, Step
 
 _OF_COMPRESS = ("results.json", "layers.csv", "languages.csv")  # healing has no say in them
@@ -190,7 +191,7 @@ class _Chain:
                 for name, step in zip(self.prints, done, strict=True)
             ]
             steps.write_json(staging.model / JOURNAL, {"version": __version__, "steps": told})
-            sync(staging.model)
+            sync_all(staging.model)
             staging.publish()
 
     def _say_what_is_kept(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import dtypes
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..finite import all_finite
 from ..formats import Grid, Scheme, read_scheme
 from ..models import Architecture, describe
@@ -202,9 +202,8 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and its validators raise many kinds here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(
-            f"config.json of {folder.name} is not usable: {' '.join(lines)[:300]}"
+            f"config.json of {folder.name} is not usable: {one_line(error)}"
         ) from error
 
 

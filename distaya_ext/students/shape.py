@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import read_json
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, one_line
 from ..models.depth import cut_json, layers_left
 from ..models.skeleton import build_skeleton
 
@@ -111,9 +111,8 @@ def skeleton(checkpoint: Checkpoint, shape: Shape) -> nn.Module:
     try:
         config = type(checkpoint.config).from_dict(raw)
     except Exception as error:  # transformers and its validators raise many kinds here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UsageError(
-            f"transformers builds no {kind} of hidden size {asked}: {' '.join(lines)[:200]}"
+            f"transformers builds no {kind} of hidden size {asked}: {one_line(error, 200)}"
         ) from error
     try:
         return build_skeleton(config, checkpoint.dtype)

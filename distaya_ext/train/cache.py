@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..checkpoint import Checkpoint
+from ..durable import write_whole
 from ..errors import InputError, ResourceError, UsageError
 from . import losses
 from .head import chunk_tokens, final_hidden, head_logits
@@ -195,7 +195,7 @@ class Cache:
         for path in self.folder.glob("*.partial"):
             path.unlink()
         if not about.is_file():
-            _whole(about, lambda path: path.write_text(self.layout.about, encoding="utf-8"))
+            write_whole(about, lambda path: path.write_text(self.layout.about, encoding="utf-8"))
 
     def _same(self, about: Path) -> None:
         wanted = json.loads(self.layout.about)
@@ -219,7 +219,7 @@ class Cache:
         for shard in missing:
             part = self.layout.shards[shard]
             held = self._record(model, ids[part])
-            _whole(self.path(shard), lambda path, held=held: save_file(held, path))
+            write_whole(self.path(shard), lambda path, held=held: save_file(held, path))
             if on_rows is not None:
                 on_rows(part.stop, self.layout.rows)
 
@@ -271,12 +271,3 @@ class Cache:
 
 def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its name, have it on the disk, and give it its name."""
-    beside = path.with_name(path.name + ".partial")
-    write(beside)
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..durable import sync, write_whole
 from ..errors import InputError
 
 _PREFIX, _PARTIAL = "checkpoint-", ".partial-"
@@ -52,10 +53,10 @@ def save_checkpoint(
     text = json.dumps(held, indent=1, ensure_ascii=False)
     (partial / "state.json").write_text(text, encoding="utf-8")
     for path in partial.iterdir():
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    _sync(work)
+    sync(work)
     for old in _folders(work)[:-_KEPT]:
         shutil.rmtree(old)
     return final
@@ -99,11 +100,8 @@ def save_best(work: Path, parameters: Mapping[str, torch.Tensor], step: int, los
     """Replace the best parameters, in one rename."""
     target = work / _BEST
     target.parent.mkdir(exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(_plain(parameters), partial, {"step": str(step), "loss": repr(loss)})
-    _sync(partial)
-    os.replace(partial, target)
-    _sync(target.parent)
+    about = {"step": str(step), "loss": repr(loss)}
+    write_whole(target, lambda path: save_file(_plain(parameters), path, about))
 
 
 def load_best(work: Path, parameters: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:
@@ -191,12 +189,3 @@ def _state(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return state if sizes == state["files"] else None
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file's or folder's contents before anything is renamed over another."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
