@@ -19,6 +19,12 @@ class InputError(DistayaError):
     exit_code = 3
 
 
+class NumericsError(DistayaError):
+    """The numbers went bad somewhere and the user asked to be stopped by that (exit code 4)."""
+
+    exit_code = 4
+
+
 class ResourceError(DistayaError):
     """The machine has too little memory or disk for the run (exit code 5)."""
 

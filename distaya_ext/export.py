@@ -25,6 +25,7 @@ from .checkpoint import (
 from .checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, contained
 from .compress.budget import check_disk
 from .errors import InputError, UsageError
+from .finished import complete
 from .formats import ModuleScheme, bits, compressed, gptq
 
 TARGETS = ("dense", "pack-quantized", "gptq")
@@ -83,6 +84,7 @@ def export(
         copy_companions(checkpoint.folder, staging.model)
         write_config(checkpoint.folder, staging.model, _config(checkpoint, schemes, to))
         _write_recipe(checkpoint.folder, staging.model, to)
+        complete(staging.model)
         staging.publish()
     size = writer.total_bytes
     return Exported(Path(out), to, len(checkpoint.stored), size, len(shards), notices)

@@ -13,6 +13,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+os.environ["DISTAYA_HISTORY"] = "off"  # what tests do is no part of anybody's history
+
+
 @pytest.fixture(autouse=True)
 def away_from_the_source(tmp_path, monkeypatch) -> None:
     """Run every test in its own folder: `python -c` there cannot pick up the unbuilt sources."""

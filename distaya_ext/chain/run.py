@@ -24,6 +24,7 @@ from ..compress.events import Notice
 from ..device import find_device
 from ..durable import sync_all
 from ..errors import UsageError
+from ..finished import complete
 from ..recipe import Recipe
 from . import ready, steps
 from .events import StepFinished, StepStarted
@@ -191,6 +192,7 @@ class _Chain:
                 for name, step in zip(self.prints, done, strict=True)
             ]
             steps.write_json(staging.model / JOURNAL, {"version": __version__, "steps": told})
+            complete(staging.model)
             sync_all(staging.model)
             staging.publish()
 

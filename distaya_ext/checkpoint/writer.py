@@ -21,7 +21,10 @@ from .folder import contained, read_json
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README*")
 # Where the old weights lay, what the old run found, what GPTQ writers repeat of config.json.
-_RESULTS = ("results.json", "layers.json", "evaluation.json", "steps.json", "merge.json")
+_RESULTS = (
+    "results.json", "layers.json", "evaluation.json", "speed.json", "steps.json", "merge.json",
+    "manifest.json",
+)  # fmt: skip
 _NOT_COPIED = ("*.index.json", *_RESULTS, "quantize_config.json", "quant_config.json")
 
 

@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..device import find_device
 from ..errors import InputError
+from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
@@ -168,6 +169,7 @@ class _Run:
         _write_recipe(self.recipe, staging.model)
         self.report.seconds = time.perf_counter() - start
         self.report.write(staging.model)
+        complete(staging.model)
         staging.publish()
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report

@@ -26,6 +26,7 @@ from ..compress.budget import check_disk
 from ..compress.calibrate import CUDA_CHUNK_TOKENS, Calibration
 from ..device import find_device
 from ..errors import InputError, UsageError
+from ..finished import complete
 from ..models.skeleton import build_skeleton
 from ..texts import check_window, read_texts, windows
 from ..tokenizer import check_rows, load_tokenizer
@@ -179,6 +180,7 @@ def make_student(
             seconds=time.perf_counter() - start,
         )
         _note(made, staging.model)
+        complete(staging.model)
         staging.publish()
     return made
 

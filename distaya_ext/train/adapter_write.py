@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoint import MARKER, Staging
 from ..checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import UsageError
+from ..finished import complete
 from .adapter import ABOVE, MASKED
 from .learned import Learned, LowRank
 
@@ -34,6 +35,7 @@ def write_adapter(learned: Learned, out: str | Path, *, overwrite: bool = False)
         put_adapter(staging.model, learned.low_rank, learned.tensors, masked=learned.masked)
         marker = f"{MARKER}: none, this is an adapter\n"
         (staging.model / "recipe.yaml").write_text(marker, encoding="utf-8")
+        complete(staging.model)
         staging.publish()
     return Path(out)
 

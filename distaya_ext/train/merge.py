@@ -32,6 +32,7 @@ from ..checkpoint import (
 from ..checkpoint.folder import ADAPTER
 from ..compress.budget import check_disk
 from ..errors import InputError
+from ..finished import complete
 from .adapter import linear_shapes, read_adapter
 from .adapter_write import put_adapter
 from .learned import Learned, LowRank, is_pruned, rounded
@@ -149,6 +150,7 @@ def write_trained(
         (staging.model / "merge.json").write_text(text, encoding="utf-8")
         if extra is not None:
             extra(staging.model, found)
+        complete(staging.model)
         staging.publish()
     return found
 
