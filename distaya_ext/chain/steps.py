@@ -67,8 +67,10 @@ def dropped(folder: Path) -> list[int]:
     return json.loads((folder / LAYERS).read_text(encoding="utf-8"))["dropped"]
 
 
-def shrink(task: Task, layers: list[int], folder: Path) -> None:
-    """Leave layers out, prune and quantise, layer by layer."""
+def shrink(task: Task, layers: list[int], folder: Path, work: Path) -> None:
+    """Leave layers out, prune and quantise, layer by layer; work holds what a later run goes on
+    with.
+    """
     recipe = task.recipe.alone(layers)
     compress(
         task.model,
@@ -78,6 +80,7 @@ def shrink(task: Task, layers: list[int], folder: Path) -> None:
         on_event=task.on_event,
         device=task.device,
         offline=task.offline,
+        work=work,
     )
 
 

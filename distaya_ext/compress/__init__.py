@@ -10,6 +10,7 @@ from .events import (
     Notice,
     Planned,
     Proved,
+    Resumed,
     Saved,
     StageDone,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Planned",
     "Proved",
     "Report",
+    "Resumed",
     "Saved",
     "StageDone",
     "compress",
