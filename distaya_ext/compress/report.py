@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,25 @@ class Report:
             "reconstruction": {str(layer): each for layer, each in self.trained.items()},
             "notices": self.notices,
         }
+
+
+def dump_report(report: Report) -> dict[str, Any]:
+    """All fields of a report but where it goes, as plain values."""
+    from pydantic import TypeAdapter  # it also knows what a later field holds
+
+    found = TypeAdapter(type(report)).dump_python(report, mode="json")
+    del found["out"]
+    return found
+
+
+def restore_report(report: Report, told: dict[str, Any]) -> None:
+    """Give a report the fields that dump_report gave."""
+    from pydantic import TypeAdapter
+
+    held = TypeAdapter(type(report)).validate_python({**told, "out": report.out})
+    for each in fields(report):
+        if each.name != "out":
+            setattr(report, each.name, getattr(held, each.name))
 
 
 def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:
