@@ -105,7 +105,8 @@ class AtWork:
     ):
         self.plan, self.packing, self.report, self.on_event = plan, packing, report, on_event
         self.way, self.checks = way, checks
-        self.trained: dict[str, torch.Tensor] = {}  # what reconstruct() returned
+        # What reconstruct() returned, None where nothing was to be trained.
+        self.trained: dict[str, torch.Tensor] | None = None
         self.mlp: glu.GatedMLP | None = None  # where method dass prunes the layer
 
     def compress(

@@ -8,11 +8,12 @@ the same. Nothing here touches a tensor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import NumericsError
+from .events import FellBack
 
 KINDS = {
     "rank_zero": "no input was ever active, so nothing was learnt from the texts",
@@ -67,6 +68,13 @@ class Fallbacks:
         self.strict = strict
         self.found: list[Fallback] = []
 
+    @classmethod
+    def read(cls, summary: Mapping[str, Any], *, strict: bool = False) -> Fallbacks:
+        """Those of a results.json that summary() went into."""
+        found = cls(strict)
+        found.found = [Fallback(**each) for each in summary.get("modules", [])]
+        return found
+
     def add(self, found: Iterable[Fallback]) -> None:
         """Note them. NumericsError for a degraded one when strict."""
         self.found += found
@@ -114,6 +122,13 @@ class Fallbacks:
                 line = f"{kind} in {modules} module{s}: {meaning} ({where}: {worst.what})"
                 found.append((line, degraded))
         return sorted(found, key=lambda pair: not pair[1])
+
+    def event(self, modules: int) -> FellBack | None:
+        """What tells of them at the end of a run, None where there is nothing to tell."""
+        if not self.found:
+            return None
+        degraded = len(self.degraded)
+        return FellBack(tuple(self.lines()), degraded, modules, self.total(modules))
 
     def of(self, module: str) -> str:
         """Kinds and counts of one module, for a cell: "rtn_columns=3 aim_off=1"."""

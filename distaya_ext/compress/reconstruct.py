@@ -184,7 +184,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
         now = _held_out(layer, call, rest, trained, course)
         for t in trained:
             t.keep(now < least)
-        least = torch.minimum(now, least)
+        least = torch.where(now < least, now, least)  # not minimum(): NaN must not win
     for t in trained:
         t.settle()
     return {"before": before, "after": least}

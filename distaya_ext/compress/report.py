@@ -12,8 +12,9 @@ from typing import Any
 import safetensors
 import torch
 
+from ..ops import machine
 from .events import StageDone
-from .fallbacks import Fallbacks, of_module
+from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
 from .proof import Proof
 from .settings import Settings
@@ -172,6 +173,26 @@ class Report:
         self.fallbacks.found += of_module(
             module, columns, self.tokens, floored=floored, dead=dead, learns=learns, aims=aims
         )
+
+    def note_training(self, layer: int, prefix: str, trained: dict[str, torch.Tensor]) -> None:
+        """What reconstruct() returned of a layer that was to be trained, on the host."""
+        found = {key: float(value) for key, value in trained.items()}
+        if not found:
+            what = "fewer than 8 calibration windows, or columns in activation order"
+            self.fallbacks.add([Fallback(prefix, "untrained", 1, what, True)])
+            return
+        self.trained[layer] = found
+        if not found["after"] < found["before"]:
+            what = "nothing better was found"
+            self.fallbacks.add([Fallback(prefix, "untrained", 1, what, False)])
+
+    def fall_back_on_kernels(self, device: torch.device) -> None:
+        """Count all modules as slow where the CPU kernels run below what the processor offers."""
+        runs, best = machine.isa(), machine.best_isa()
+        if device.type == "cpu" and (runs != best or runs == machine.ISAS[0]):
+            what = f"{runs} kernels on a processor that has {best}"
+            slow = Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False)
+            self.fallbacks.add([slow])
 
     @property
     def sparsity(self) -> float:
