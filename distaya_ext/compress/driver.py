@@ -38,6 +38,7 @@ from .ferry import Ferry
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan, shares_statistics
 from .proof import prove
@@ -226,7 +227,9 @@ class _Run:
                 "does not fit in memory"
             )
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
+        left_out = LeftOut(calibration, report.fallbacks)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
         if self.needs.twin:
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record()

@@ -136,9 +136,13 @@ class Fallbacks:
 
     def summary(self, modules: int) -> dict[str, Any]:
         """`fallbacks` of results.json for a run of so many modules. kinds: modules by kind."""
-        kinds = Counter(each.kind for each in self.found)
+        counts = {kind: {e.module: e for e in self.found if e.kind == kind} for kind in KINDS}
+        kinds = {
+            kind: sum(e.count if e.module == EVERYWHERE else 1 for e in held.values())
+            for kind, held in counts.items()
+        }
         return {
-            "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+            "kinds": {kind: count for kind, count in kinds.items() if count},
             "modules": [asdict(each) for each in self.found],
             "degraded": len(self.degraded),
             "of": modules,

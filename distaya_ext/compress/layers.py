@@ -86,6 +86,8 @@ class Layers:
         told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()
+            if not way.late:
+                replay.look_at_outputs(prefix, replay.hidden, "output")
             told = vars(replay.account())
         end = way.mark()
         rest = way.home((checks.take(), told, at_work.trained))
