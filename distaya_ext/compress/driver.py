@@ -41,6 +41,7 @@ from .keep import Keeper, most_bytes
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan, shares_statistics
 from .proof import prove
@@ -65,6 +66,7 @@ def compress(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
     work: Path | None = None,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
@@ -81,6 +83,7 @@ def compress(
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
+    run.report.strict = strict
     with Work(Path(out), work) as held:
         if settings.statistic is not None:
             run.calibration = load_calibration(texts, recipe, checkpoint)
@@ -90,6 +93,7 @@ def compress(
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
+            run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
         return run.go(held)
@@ -141,6 +145,7 @@ class _Run:
             work, self.report, self.packing, self.budget.shard_bytes,
             self.checkpoint.config.num_hidden_layers, self.on_event,
         )  # fmt: skip
+        keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
@@ -151,6 +156,8 @@ class _Run:
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
+        if self.report.spilled:
+            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
         beside = most_bytes(self.checkpoint, tokens, self.needs, self.budget.shard_bytes, planned)
         least = planned + beside + waiting * self.report.spilled - work.nbytes
@@ -160,10 +167,10 @@ class _Run:
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
-        keeper.find()
         if self.calibration is not None:
             self._prepare(work.scratch, going_on=keeper.first > 0)
         keeper.restore(self.replay)
+        self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
@@ -192,9 +199,12 @@ class _Run:
             write_config(self.checkpoint.folder, work.model, quantization, self._cut)
         _write_recipe(self.recipe, work.model)
         self.report.seconds = keeper.seconds
+        self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
         complete(work.model)
         work.publish({"report": dump_report(self.report)})
+        if fell_back := self.report.fallbacks.event(len(self.report.modules)):
+            self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report
 
@@ -232,7 +242,9 @@ class _Run:
         if not going_on:
             self._prove()
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
+        left_out = LeftOut(calibration, report)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
         if self.needs.twin:
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record(going_on=going_on)
@@ -248,6 +260,12 @@ class _Run:
         )
         self.report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
+        if proof.kind != "whole":
+            depth = self.checkpoint.config.num_hidden_layers
+            self._notice(
+                f"the replay was proved over {proof.layers} of {depth} layers: the whole model "
+                "does not fit in memory"
+            )
 
     def _store(self, scratch: Path) -> Store:
         spilled = self.report.spilled

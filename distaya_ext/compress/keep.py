@@ -81,8 +81,11 @@ class Keeper:
             layers.pop()
         self._found(good, layers)
         if len(layers) < had or len(good) < len(shards) or self.work.journal.damaged:
-            self.work.commit({"kind": "back", "layers": len(layers), "shards": len(good)})
             self._say_lost()
+            if good or layers:
+                self.work.commit({"kind": "back", "layers": len(layers), "shards": len(good)})
+            else:
+                self.work.anew()
         self.work.tidy(self._wanted(good, layers))
 
     def _read(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
