@@ -119,7 +119,7 @@ def test_a_chain_is_strict_about_what_an_earlier_run_kept(silent, tmp_path):
         compress(recipe.model, tmp_path / "out", recipe, on_event=stop)
     seen = []
     for _ in range(2):
-        with pytest.raises(NumericsError, match="^14 modules are degraded"):
+        with pytest.raises(NumericsError, match=r"^14 modules are degraded"):
             compress(recipe.model, tmp_path / "out", recipe, on_event=seen.append, strict=True)
     assert not (tmp_path / "out").exists()
     done = compress(recipe.model, tmp_path / "out", recipe, on_event=seen.append)
