@@ -147,10 +147,12 @@ def model(
     from ..measure import report
     from .output import console, kernels_told, print_json
     from .progress import Reporter
+    from .remember import benched
 
     setting = source.Setting(prompt, new, runs, threads, device, dtype, exact, offline)
     with Reporter(quiet) as reporter, quiet_transformers(), kernels_told(strict):
         result = source.measure(path, against, setting, note=reporter.say)
+    benched(result, path, against, setting)
     if json:
         print_json(report.model_json(result))
         return
