@@ -72,7 +72,7 @@ def compress(
         typer.Option(help="Folder of texts to compare the result with the model before on."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
+        bool, typer.Option("--restart", help="Forget what a run that was stopped has kept.")
     ] = False,
     strict: Annotated[
         bool,

@@ -27,7 +27,7 @@ from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
-from ..resume import Work, kernels, model_identity, texts_identity
+from ..resume import Work
 from ..resume import place as work_place
 from ..texts import counts
 from . import events, glu
@@ -36,7 +36,8 @@ from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
-from .keep import Keeper, dump_report, most_bytes, restore_report
+from .identity import identity
+from .keep import Keeper, most_bytes
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
@@ -44,12 +45,11 @@ from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan, shares_statistics
 from .proof import prove
-from .report import Report
+from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
 _PROOF_WINDOWS = 2
-_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram"}  # fields of a recipe
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -89,7 +89,7 @@ def compress(
             run.calibration = load_calibration(texts, recipe, checkpoint)
             if place.type == "cuda":
                 run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        done = held.begin(run.identity(), restart=restart)
+        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
@@ -140,23 +140,12 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights that are written, see resume.identity."""
-        fields = self.recipe.model_dump(mode="json", exclude=_NOT_DECIDING)
-        fields["calibration"].pop("path")  # where the texts lie decides nothing
-        return {
-            "version": __version__,
-            "kernels": kernels(self.device),
-            "model": model_identity(self.source.folder),
-            "recipe": fields,
-            "texts": texts_identity(self.calibration),
-        }
-
     def go(self, work: Work) -> Report:
         keeper = Keeper(
             work, self.report, self.packing, self.budget.shard_bytes,
             self.checkpoint.config.num_hidden_layers, self.on_event,
         )  # fmt: skip
+        keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
@@ -178,7 +167,6 @@ class _Run:
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
-        keeper.find()
         if self.calibration is not None:
             self._prepare(work.scratch, going_on=keeper.first > 0)
         keeper.restore(self.replay)
