@@ -28,11 +28,13 @@ from .eval import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
+from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
 from .search import search
 from .students import shrink, students
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -121,6 +123,7 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
@@ -130,6 +133,7 @@ app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("history")(history)
 app.add_typer(bench.app, name="bench")
 
 
