@@ -180,13 +180,14 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
         raise InputError(
             f"the output folder {out} is not empty; choose another, or --overwrite an older result"
         )
-    if not _is_ours(out):
+    if not is_ours(out):
         raise InputError(
             f"the output folder {out} was not written by distaya; it is not overwritten"
         )
 
 
-def _is_ours(out: Path) -> bool:
+def is_ours(out: Path) -> bool:
+    """Whether we wrote the folder: its recipe.yaml begins with our mark."""
     recipe = out / "recipe.yaml"
     if not recipe.is_file():
         return False
