@@ -65,6 +65,11 @@ def plain_name(name: str) -> str:
     return text
 
 
+def pathless(text: str) -> str:
+    """A sentence whose absolute paths are cut to their last part."""
+    return re.sub(r"(?<![\w.:/])~?/(?:[^\s/;,'\"]+/)+([^\s/;,'\"]*)", r"\1", text)
+
+
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     """A number with a real minus sign, an en dash where there is none."""
     if value is None:
