@@ -100,7 +100,7 @@ def go_on(
     """The continuation alone, timed by `watch`. torch's global random state is left as it was."""
     import torch
 
-    from ..checkpoint.whole import quiet_transformers
+    from ..evaluate.continuations import write
     from ..tokenizer import encode
 
     try:
@@ -120,17 +120,12 @@ def go_on(
         )
     if seed is not None and not temperature > 0:
         raise UsageError(f"temperature must be above 0 to draw tokens, not {temperature:g}")
-    row = torch.tensor([ids], device=next(loaded.model.parameters()).device)
-    drawing = {} if seed is None else {"temperature": temperature, "top_k": 0, "top_p": 0.95}
-    with quiet_transformers(), torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed or 0)
-        out = loaded.model.generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=max_new_tokens,
-            do_sample=seed is not None,
-            pad_token_id=loaded.tokenizer.pad_token_id or 0,
-            streamer=watch,
-            **drawing,
-        )
-    return loaded.tokenizer.decode(out[0, row.shape[1] :], skip_special_tokens=True)
+    (new,) = write(
+        loaded,
+        torch.tensor([ids]),
+        max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        streamer=watch,
+    )
+    return loaded.tokenizer.decode(new, skip_special_tokens=True)
