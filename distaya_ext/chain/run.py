@@ -48,6 +48,7 @@ def run_chain(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
 ) -> Chained:
     """Run a recipe that chooses layers, heals or evaluates, step by step; see compress().
 
@@ -57,6 +58,8 @@ def run_chain(
     again; where nothing could be kept, UsageError says what differs and restart=True begins anew.
 
     on_event     also gets the records of chain.events and train.events
+    strict       NumericsError as soon as a module is degraded, also where an earlier run without
+                 it made the compression; no part of what the steps depend on
     on_progress  what evaluate() tells: tokens scored, tokens in all, language
     """
     tell = on_event or (lambda event: None)
@@ -68,7 +71,7 @@ def run_chain(
     ready.check(recipe, texts)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
-    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline)
+    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline, strict)
     ready.check_model(task)
     with WorkFolder(Path(out), restart=restart) as work:
         return _Chain(task, work, Path(out), overwrite).go()
@@ -140,6 +143,8 @@ class _Chain:
             if not self.work.begin(name, Done(self.inputs[name], self.prints[name])):
                 self._run(name)
             self.work.finish(name, round(time.perf_counter() - start, 3))
+        if name == "compress":
+            steps.judge_fallbacks(self.task, self.work.folder(name), kept=name in self.kept)
         if name == "drop":
             self._note(f"layers that go: {', '.join(map(str, self._dropped()))}")
         seconds = self.work.steps[name].seconds

@@ -1,7 +1,8 @@
 """`distaya`: the commands, and the one place where errors become a sentence and an exit code.
 
-Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 5 out of memory or disk, 6 a
-quality gate failed, 130 interrupted, 143 and 129 told to stop (SIGTERM, SIGHUP).
+Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 4 numbers gone bad under
+--strict, 5 out of memory or disk, 6 a quality gate failed, 130 interrupted, 143 and 129 told to
+stop (SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations

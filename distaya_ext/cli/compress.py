@@ -74,6 +74,10 @@ def compress(
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
+    ] = False,
     max_ram: options.MaxRam = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older result of ours.")
@@ -132,6 +136,7 @@ def compress(
             restart=restart,
             device=device,
             offline=offline,
+            strict=strict,
         )
         if report.dropped_layers:
             left = len(report.source_layers)

@@ -4,6 +4,7 @@ from .calibrate import Calibration
 from .events import (
     Calibrated,
     Event,
+    FellBack,
     LanguagesDone,
     LayerDone,
     LayerStart,
@@ -20,6 +21,7 @@ __all__ = [
     "Calibrated",
     "Calibration",
     "Event",
+    "FellBack",
     "LanguagesDone",
     "LayerDone",
     "LayerStart",

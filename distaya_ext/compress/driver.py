@@ -38,6 +38,7 @@ from .ferry import Ferry
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan, shares_statistics
 from .proof import prove
@@ -61,6 +62,7 @@ def compress(
     overwrite: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
     front.compress, which is what everyone calls.
@@ -73,6 +75,7 @@ def compress(
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
+    run.report.fallbacks.strict = strict
     if settings.statistic is not None:
         run.calibration = load_calibration(texts, recipe, checkpoint)
         if place.type == "cuda":
@@ -134,6 +137,8 @@ class _Run:
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
+        if self.report.spilled:
+            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
         check_disk(staging.root, planned + waiting * self.report.spilled)
         if self.packing.format != "dense":
@@ -168,9 +173,13 @@ class _Run:
             write_config(self.checkpoint.folder, staging.model, quantization, self._cut)
         _write_recipe(self.recipe, staging.model)
         self.report.seconds = time.perf_counter() - start
+        self.report.fall_back_on_kernels(self.device)
+        self.report.fallbacks.check()
         self.report.write(staging.model)
         complete(staging.model)
         staging.publish()
+        if fell_back := self.report.fallbacks.event(len(self.report.modules)):
+            self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report
 
@@ -211,8 +220,16 @@ class _Run:
         )
         report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
+        if proof.kind != "whole":
+            depth = self.checkpoint.config.num_hidden_layers
+            self._notice(
+                f"the replay was proved over {proof.layers} of {depth} layers: the whole model "
+                "does not fit in memory"
+            )
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
+        left_out = LeftOut(calibration, report.fallbacks)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
         if self.needs.twin:
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record()
