@@ -10,3 +10,6 @@ def complete(folder: Path) -> None:
     again whenever a result is added to it. The files are replaced, never written through: they may
     be links to those of an earlier step.
     """
+    from .report import write_pages
+
+    write_pages(folder)

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import InputError
+from ..finished import complete
+from . import readme
 from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
@@ -150,7 +152,9 @@ class Staging:
         succeeded.
         """
         if self.out.exists():
-            _keep_edited_readme(self.out, self.model)
+            kept = readme.keep_edited(self.out, self.model)
+            if kept and (self.model / "manifest.json").is_file():
+                complete(self.model)  # what it says of the card is no longer so
             os.replace(self.out, self.root / "replaced")
         try:
             os.replace(self.model, self.out)
@@ -195,12 +199,6 @@ def is_ours(out: Path) -> bool:
         return file.read(len(MARKER)) == MARKER.encode()
 
 
-def _keep_edited_readme(old: Path, new: Path) -> None:
-    kept, fresh = old / "README.md", new / "README.md"
-    if kept.is_file() and (not fresh.is_file() or kept.read_bytes() != fresh.read_bytes()):
-        shutil.copyfile(kept, fresh)
-
-
 def check_companions(source: Path) -> list[str]:
     """Names of the config, tokenizer, licence and readme files; InputError for a link that leads
     out.
@@ -213,8 +211,11 @@ def check_companions(source: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy config, tokenizer, licence and readme files unchanged; returns their names."""
-    names = check_companions(source)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    """Copy config, tokenizer, licence and readme files unchanged; returns their names. The source's
+    own model card becomes README.source.md, since the folder gets one of its own.
+    """
+    copies = {name: readme.carried_as(source, name) for name in check_companions(source)}
+    for name, carried in copies.items():
+        if carried is not None:
+            shutil.copyfile(source / name, target / carried)
+    return sorted(carried for carried in copies.values() if carried is not None)

@@ -31,6 +31,7 @@ from .generate import generate
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
+from .report import report
 from .search import search
 from .students import shrink, students
 
@@ -114,6 +115,7 @@ app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(bench.app, name="bench")

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 import torch
 
+from ..measure import clock
 from ..ops import machine
 from .events import StageDone
 from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
@@ -105,6 +106,7 @@ class Report:
     dropped_layers: list[int] = field(default_factory=list)  # of the source model
     source_layers: tuple[int, ...] = ()  # numbers in the source model of the layers written
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
+    machine: dict[str, Any] = field(default_factory=dict)  # what the run ran on
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
         """Note what the embedding or the head takes on disk."""
@@ -188,6 +190,7 @@ class Report:
 
     def fall_back_on_kernels(self, device: torch.device) -> None:
         """Count all modules as slow where the CPU kernels run below what the processor offers."""
+        self.machine = _machine(device)
         runs, best = machine.isa(), machine.best_isa()
         if device.type == "cpu" and (runs != best or runs == machine.ISAS[0]):
             what = f"{runs} kernels on a processor that has {best}"
@@ -237,6 +240,7 @@ class Report:
                 "safetensors": safetensors.__version__,
                 "python": platform.python_version(),
             },
+            "machine": self.machine,
             "method": self.method,
             "quality": self.quality,
             "model_type": self.model_type,
@@ -272,6 +276,15 @@ class Report:
             "fallbacks": self.fallbacks.summary(len(self.modules)),
             "notices": self.notices,
         }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Names of the processor and, where it did the work, of the GPU."""
+    told = clock.machine()
+    found = {key: told[key] for key in ("cpu", "cores")}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:

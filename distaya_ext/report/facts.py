@@ -160,7 +160,9 @@ def _text(path: Path) -> str:
         return ""
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{_of(path)} is larger than {_MOST_BYTES >> 20} MiB: it is none of ours")
+            raise InputError(
+                f"{_of(path)} is larger than {_MOST_BYTES >> 20} MiB: it is none of ours"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{_of(path)} is not UTF-8 at byte {error.start}") from None

@@ -25,7 +25,9 @@ def write_pages(folder: str | Path, out: str | Path | None = None) -> list[Path]
     facts = read(folder)
     written = []
     if facts.tells:
-        written.append(_write(facts.folder / REPORT if out is None else Path(out), page.render(facts)))
+        written.append(
+            _write(facts.folder / REPORT if out is None else Path(out), page.render(facts))
+        )
     if out is None and (path := card.write(facts)) is not None:
         written.append(path)
     return written

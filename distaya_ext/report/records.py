@@ -88,6 +88,7 @@ class Fallback(Record):
     kind: str
     count: int = 1
     what: str | None = None
+    degraded: bool = False
 
 
 class Fallbacks(Record):
@@ -218,7 +219,8 @@ class Speed(Record):
     ratios: dict[str, float] | None = None
     rows: list[SpeedRow] = Field(min_length=1)
     read: float | None = None
-    read_threads: int | None = None
+    in_cache: bool = False
+    before: Before | None = None
 
 
 class Course(Record):

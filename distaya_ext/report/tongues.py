@@ -66,7 +66,9 @@ def tongue(code: str) -> Tongue:
         return Tongue(code, name, None, "auto", richness)
     script = ", ".join(_SCRIPTS.get(each, each) for each in scripts)
     direction = "rtl" if scripts[0] in _LEFTWARD else "ltr"
-    return Tongue(code, name, {"Han, Hira, Kana": "Kana, Han"}.get(script, script), direction, richness)
+    return Tongue(
+        code, name, {"Han, Hira, Kana": "Kana, Han"}.get(script, script), direction, richness
+    )
 
 
 @functools.cache

@@ -10,9 +10,20 @@ from .charts import Line, lines
 from .facts import Facts
 from .records import Sample, SpeedRow
 from .tongues import tongue
-from .words import bytes_text, clean, count, duration, number, parted, pathless, plain_name, significant
+from .words import (
+    bytes_text,
+    clean,
+    count,
+    duration,
+    number,
+    parted,
+    pathless,
+    plain_name,
+    significant,
+)
 
-GAIN = 1.05  # a smaller factor is no gain; clock.LIMIT says how much neighbours may disturb
+GAIN = 1.05  # a smaller factor is no gain
+_DISTURBED = 1.15  # the same where something ran beside it, see measure.clock.LIMIT
 _OPEN = 6  # languages whose samples are shown without opening more
 _MOST_SAMPLES = 120
 _PRINTED = ("recipe.yaml", "config.json", "tokenizer.json", "results.json", "layers.csv")
@@ -38,7 +49,7 @@ def speed(facts: Facts) -> dict[str, Any] | None:
         "where": clean(", ".join(str(each) for each in where if each), 200),
         "contended": [plain_name(row.name) for row in told.rows if row.contended],
         "read": None if told.read is None else number(told.read, 1),
-        "none": [row["what"] for row in rows if row["none"]],
+        "in_cache": told.in_cache,
         "why": _why(ours),
     }
 
@@ -51,6 +62,7 @@ def _model(row: SpeedRow) -> tuple[str, str, str, str, str]:
 def _gains(ours: SpeedRow, dense: SpeedRow, read: float | None) -> list[dict[str, Any]]:
     """Rows of (what, ours, dense, gain, ceiling, whether there is no gain)."""
     most = dense.nbytes / ours.nbytes
+    least = _DISTURBED if ours.contended or dense.contended else GAIN
     bound = f"×{number(most, 2)} if reading weights were all"
     if read is not None:
         bound += f"; memory gives {significant(1e9 * read / ours.nbytes)} tokens/s at most"
@@ -58,36 +70,38 @@ def _gains(ours: SpeedRow, dense: SpeedRow, read: float | None) -> list[dict[str
         _gain("Memory held", bytes_text(ours.nbytes), bytes_text(dense.nbytes), most, "–"),
         _gain(
             "Decoding, tokens/s", significant(ours.decode_rate), significant(dense.decode_rate),
-            ours.decode_rate / dense.decode_rate, bound,
+            ours.decode_rate / dense.decode_rate, bound, least,
         ),
         _gain(
             "Reading the prompt, tokens/s", significant(ours.prefill_rate),
             significant(dense.prefill_rate), ours.prefill_rate / dense.prefill_rate,
-            "arithmetic binds: fewer bytes promise nothing",
+            "arithmetic binds: fewer bytes promise nothing", least,
         ),
     ]  # fmt: skip
     if ours.graph_rate and dense.graph_rate:
         rates = significant(ours.graph_rate), significant(dense.graph_rate)
         gain = ours.graph_rate / dense.graph_rate
-        found.append(_gain("Decoding as a CUDA graph, tokens/s", *rates, gain, bound))
+        found.append(_gain("Decoding as a CUDA graph, tokens/s", *rates, gain, bound, least))
     return found
 
 
-def _gain(what: str, ours: str, dense: str, gain: float, ceiling: str) -> dict[str, Any]:
+def _gain(
+    what: str, ours: str, dense: str, gain: float, ceiling: str, least: float = GAIN
+) -> dict[str, Any]:
     return {
         "what": what,
         "ours": ours,
         "dense": dense,
         "gain": f"×{number(gain, 2)}",
         "ceiling": ceiling,
-        "none": gain < GAIN,
+        "none": gain < least,
     }
 
 
 def _why(ours: SpeedRow) -> str:
     """Why zeros alone gain nothing; nothing is claimed of packed weights."""
     if re.search(r"int\d", ours.weights):
-        return "The weights run packed; what that gains at this size on this machine is measured above."
+        return "The weights run packed; what that gains on this machine is measured above."
     return (
         "The weights are stored and multiplied as ordinary dense numbers: zeros among them take as "
         "much memory and time as any other number."
@@ -160,21 +174,20 @@ def _sample(each: Sample) -> dict[str, Any]:
     }
 
 
-def changes(facts: Facts) -> dict[str, Any] | None:
-    """What got worse or better since an earlier run of the same command."""
-    told = facts.evaluations.before if facts.evaluations is not None else None
-    if told is None:
-        return None
-    rows = [
-        (clean(c.what, 120), significant(c.was, 4), significant(c.now, 4), c.worse)
-        for c in told.changes
-    ]
-    return {
-        "time": clean(told.time, 40),
-        "version": clean(told.version, 40),
-        "rows": rows,
-        "worse": sum(row[3] for row in rows),
-    }
+def changes(facts: Facts) -> list[dict[str, Any]]:
+    """What got worse or better since the runs before of the same commands."""
+    runs = (("Evaluation", facts.evaluations), ("Speed", facts.speed))
+    found = []
+    for name, run in runs:
+        if run is None or run.before is None:
+            continue
+        rows = [
+            (clean(c.what, 120), significant(c.was, 4), significant(c.now, 4), c.worse)
+            for c in run.before.changes
+        ]
+        about = {"time": clean(run.before.time, 40), "version": clean(run.before.version, 40)}
+        found.append({"name": name, **about, "rows": rows})
+    return found
 
 
 def again(facts: Facts) -> dict[str, Any]:
@@ -184,7 +197,11 @@ def again(facts: Facts) -> dict[str, Any]:
         for name in _PRINTED
         if (path := facts.folder / name).is_file()
     ]
-    steps = [(clean(s.name, 60), clean(s.fingerprint, 128)) for s in facts.steps.steps] if facts.steps else []
+    steps = (
+        [(clean(s.name, 60), clean(s.fingerprint, 128)) for s in facts.steps.steps]
+        if facts.steps
+        else []
+    )
     return {
         "command": "distaya compress --recipe recipe.yaml --out NEW" if facts.recipe else None,
         "recipe": _recipe_text(facts.recipe_text),
@@ -220,5 +237,7 @@ def limits(facts: Facts) -> list[str]:
     if not any(LIMITS in note for note in found):
         found.append(LIMITS)
     if facts.speed is not None:
-        found.append("Speed was measured on the machine named above and says little of another one.")
+        found.append(
+            "Speed was measured on the machine named above and says little of another one."
+        )
     return found

@@ -13,18 +13,9 @@ from .view_verdict import bits_per_weight
 from .words import bytes_text, clean, count, number, pathless, percent, significant
 
 _WORST = 10  # modules in the table of the worst
+_MOST_ENTRIES = 500  # fallbacks in a table
 _MOST_SERIES = 100  # lines in a plot
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-# What a fallback means: kind of results.json -> in a title, and in a sentence.
-FALLBACKS = {
-    "pivot_floor": ("pivots floored", "the statistics were singular there; columns were damped"),
-    "damp_raised": ("damping raised", "more damping than asked was needed to factor them"),
-    "rank_zero": ("no statistics at all", "the Hessian had rank 0: plain rounding, nothing learnt"),
-    "rtn_columns": ("columns never seen", "no token reached them: they keep plain rounding"),
-    "slow_kernel": ("slow kernel", "no fast kernel fits these shapes; a slower one ran"),
-    "skipped_windows": ("windows skipped", "calibration windows gave numbers that are not finite"),
-}
 
 
 def layers(facts: Facts) -> dict[str, Any] | None:
@@ -34,6 +25,10 @@ def layers(facts: Facts) -> dict[str, Any] | None:
     if known:
         found["heat"] = heat(
             _table(known), "Relative loss of each matrix", "output error over the dense output's"
+        )
+        top = max(known, key=lambda m: m.relative_loss)
+        found["most"] = (
+            f"{significant(top.relative_loss)} in {clean(top.kind, 24)} of layer {top.layer}"
         )
         worst = sorted(known, key=lambda m: -m.relative_loss)[:_WORST]
         found["worst"] = [
@@ -110,11 +105,13 @@ def degraded(facts: Facts) -> dict[str, Any] | None:
             "of": totals.modules,
             "kinds": [_kind(kind, number) for kind, number in kinds if number],
             "modules": [],
+            "more": 0,
             "notices": notices,
         }
     modules = [
-        (clean(m.module, 120), _kind(m.kind, m.count)["name"], count(m.count), clean(m.what or "", 200))
-        for m in told.modules
+        {**_kind(m.kind, m.count), "module": clean(m.module, 120), "what": clean(m.what or "", 200)}
+        | {"degraded": m.degraded}
+        for m in sorted(told.modules, key=lambda m: not m.degraded)[:_MOST_ENTRIES]
     ]
     return {
         "counted": True,
@@ -122,13 +119,16 @@ def degraded(facts: Facts) -> dict[str, Any] | None:
         "of": told.of,
         "kinds": [_kind(kind, number) for kind, number in told.kinds.items() if number],
         "modules": modules,
+        "more": len(told.modules) - len(modules),
         "notices": notices,
     }
 
 
 def _kind(kind: str, number: int) -> dict[str, str]:
-    name, meaning = FALLBACKS.get(kind, (kind.replace("_", " "), ""))
-    return {"name": clean(name, 80), "meaning": meaning, "count": count(number)}
+    from ..compress.fallbacks import KINDS
+
+    name = clean(kind.replace("_", " "), 80)
+    return {"name": name, "meaning": KINDS.get(kind, ""), "count": count(number)}
 
 
 def calibration(facts: Facts) -> dict[str, Any] | None:
@@ -172,7 +172,9 @@ def size(facts: Facts) -> dict[str, Any] | None:
     if facts.results is None:
         return None
     totals, files = facts.results.totals, facts.results.size
-    parts = [("compressed matrices", totals.weights, totals.bytes, totals.bits_per_weight, "linears")]
+    parts = [
+        ("compressed matrices", totals.weights, totals.bytes, totals.bits_per_weight, "linears")
+    ]
     for name, end in files.ends.items():
         what = "embedding" if "embed" in name else "head"
         parts.append((what, end.weights, end.bytes, end.bits_per_weight, what))

@@ -1,4 +1,4 @@
-"""The top of the page: which model this is, what it cost the languages, whether that was allowed."""
+"""The top of the page: which model this is, what it cost each language, and what was allowed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def done(facts: Facts) -> str:
         parts.append(f"{len(dropped)} layer{'s' * (len(dropped) > 1)} left out")
     if facts.results is not None and facts.results.totals.zeros:
         exact = recipe.get("nm")
-        parts.append(f"{exact} zeros" if exact else f"{percent(facts.results.totals.sparsity)} zeros")
+        parts.append(
+            f"{exact} zeros" if exact else f"{percent(facts.results.totals.sparsity)} zeros"
+        )
     if bits := recipe.get("bits"):
         group = recipe.get("group")
         parts.append(f"{bits}-bit weights" + (f" in groups of {group}" if group else ""))
@@ -131,7 +133,9 @@ def verdict(facts: Facts) -> dict[str, Any] | None:
     rows = last.languages
     if last.base is None:
         worst, text = rows[0], "Nothing was compared: these are the model's own numbers."
-        points = [f"highest loss in {tongue(worst.language).name}: {number(worst.nll)} nats per token"]
+        points = [
+            f"highest loss in {tongue(worst.language).name}: {number(worst.nll)} nats per token"
+        ]
         return {"sentence": text, "points": points, "gate": None}
     return {"sentence": _sentence(rows), "points": _points(last), "gate": _gate(facts)}
 
@@ -140,9 +144,13 @@ def _sentence(rows: list[Language]) -> str:
     worst, english = rows[0], _english(rows)
     name = tongue(worst.language).name
     if worst is english:
-        return f"English lost most: its perplexity is {ratio(worst)} the original's."
-    beside = f"; English has {ratio(english)}" if english is not None else ""
-    return f"{name} lost most: its perplexity is {ratio(worst)} the original's{beside}."
+        return f"English lost most: its perplexity is {_times(worst)} the original's."
+    beside = f"; English has {_times(english)}" if english is not None else ""
+    return f"{name} lost most: its perplexity is {_times(worst)} the original's{beside}."
+
+
+def _times(row: Language) -> str:
+    return "–" if row.ppl_ratio is None else f"{number(row.ppl_ratio, 2)} times"
 
 
 def _points(last: Evaluated) -> list[str]:
@@ -189,9 +197,9 @@ def _limits(facts: Facts) -> dict[str, float]:
     spec = facts.recipe.get("evaluate")
     if facts.evaluations.asked or "evaluate" in facts.evaluations.steps:
         return facts.evaluations.asked
-    told = spec if isinstance(spec, dict) else {}
-    names = ("max_worst_ppl_ratio", "max_gap")
-    return {name: told[name] for name in names if isinstance(told.get(name), (int, float))}
+    told = spec.get("gate") if isinstance(spec, dict) else None
+    limits = told.items() if isinstance(told, dict) else ()
+    return {str(name): limit for name, limit in limits if isinstance(limit, (int, float))}
 
 
 def _english(rows: list[Language]) -> Language | None:
@@ -248,7 +256,7 @@ def _row(row: Language, english: bool) -> dict[str, Any]:
         "nll": number(row.nll),
         "nll_interval": interval(row.nll_interval, sign=False),
         "dnll": number(row.dnll, sign=True),
-        "interval": interval(row.dnll_interval, 2),
+        "interval": interval(row.dnll_interval),
         "ratio": ratio(row),
         "bits": bits,
         "kl": number(row.kl),

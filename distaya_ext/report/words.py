@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from pathlib import PurePosixPath, PureWindowsPath
@@ -49,7 +48,8 @@ def parted(text: str, other: str | None) -> Parted:
     other = clean(other, _LONGEST)
     if text == other:
         return Parted(text, "")
-    same = os.path.commonprefix([text, other])
+    pairs = enumerate(zip(text, other, strict=False))
+    same = text[: next((i for i, (mine, its) in pairs if mine != its), len(text))]
     space = max(same.rfind(" "), same.rfind("\n"))
     if space >= 0 and len(same) - space < 24:  # Thai or Japanese: no word to go back to
         same = same[: space + 1]
@@ -59,7 +59,8 @@ def parted(text: str, other: str | None) -> Parted:
 def plain_name(name: str) -> str:
     """A model or a folder without the way to it: a page is for others to read. A hub id stays."""
     text = clean(name, 200)
-    if text.startswith(("/", "~", "..", "./")) or re.match(r"[A-Za-z]:[\\/]|\\\\", text):
+    away = text.startswith(("/", "~", "..", "./")) or text.count("/") > 1
+    if away or re.match(r"[A-Za-z]:[\\/]|\\\\", text):
         windows = "\\" in text
         return (PureWindowsPath(text) if windows else PurePosixPath(text)).name or "a local folder"
     return text
