@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CohereConfig
 
 from distaya_ext.compress import Calibration, compress
 from distaya_ext.errors import InputError, NumericsError

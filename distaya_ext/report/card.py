@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..checkpoint.readme import CARD, SOURCE, is_card, seal
 from ..durable import write_whole
 from ..errors import DistayaError
-from . import view_more, view_run, view_verdict
+from . import view_languages, view_more, view_run, view_verdict
 from .facts import Facts
 from .words import clean
 
@@ -55,7 +55,7 @@ def render(facts: Facts) -> str:
         "problem": problem,
         "header": view_verdict.header(facts),
         "verdict": view_verdict.verdict(facts),
-        "languages": view_verdict.languages(facts),
+        "languages": view_languages.languages(facts),
         "degraded": view_run.degraded(facts),
         "size": view_run.size(facts),
         "speed": view_more.speed(facts),
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
         found = [each for each in map(_plain, value[:_MOST_NAMES]) if isinstance(each, str)]
         return found or None
     if isinstance(value, (str, int, float)):
-        return clean(str(value), _LONGEST)
+        return " ".join(clean(str(value), _LONGEST).split())
     return None
 
 

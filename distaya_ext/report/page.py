@@ -6,8 +6,11 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import view_more, view_run, view_verdict
+from markupsafe import Markup
+
+from . import view_languages, view_more, view_run, view_verdict
 from .facts import Facts
+from .words import clean
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -23,11 +26,17 @@ def environment() -> Environment:
     return Environment(
         loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
         autoescape=True,
+        finalize=_readable,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def _readable(value: Any) -> Any:
+    """What is filled in, strangers' control characters made visible; it is escaped after this."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def render(facts: Facts) -> str:
@@ -43,7 +52,7 @@ def context(facts: Facts) -> dict[str, Any]:
         "version": __version__,
         "header": view_verdict.header(facts),
         "verdict": view_verdict.verdict(facts),
-        "languages": view_verdict.languages(facts),
+        "languages": view_languages.languages(facts),
         "layers": view_run.layers(facts),
         "degraded": view_run.degraded(facts),
         "calibration": view_run.calibration(facts),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Interval = tuple[float, float]
+_MOST = 1e18
 
 
 class Record(BaseModel):
@@ -19,6 +20,23 @@ class Record(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _sensible(cls, value: Any) -> Any:
+        _check_sizes(value)
+        return value
+
+
+def _check_sizes(value: Any) -> None:
+    """ValueError for numbers beyond any that a run measures: sums of them would overflow."""
+    if isinstance(value, (int, float)) and abs(value) > _MOST:
+        raise ValueError(f"a number beyond {_MOST:g} is none that was measured")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _check_sizes(each)
 
 
 class CalibrationLanguage(Record):
@@ -203,13 +221,17 @@ class SpeedRow(Record):
     name: str
     weights: str
     threads: int
-    nbytes: int
+    nbytes: int = Field(gt=0)
     prompt: int
-    prefill_rate: float
+    prefill_rate: float = Field(gt=0)
     new: int
-    decode_rate: float
+    decode_rate: float = Field(gt=0)
     contended: bool = False
-    graph_rate: float | None = None
+    graph_rate: float | None = Field(None, gt=0)
+
+    def same_work(self, dense: SpeedRow) -> bool:
+        """Whether both do the same on as many bytes, so that what differs is noise."""
+        return (self.weights, self.nbytes) == (dense.weights, dense.nbytes)
 
 
 class Speed(Record):

@@ -58,7 +58,9 @@ class Scale:
             return cls(low / 1.15, high * 1.15, True)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        room = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
+        room = 0.04 * (high - low)
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+            room = 0.5 * max(abs(high), abs(low)) if max(abs(high), abs(low)) > 1e-9 else 0.5
         return cls(low if zero and low == 0 else low - room, high + room)
 
     def at(self, value: float) -> float:
@@ -77,7 +79,7 @@ class Scale:
         step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
     def _log_ticks(self, about: int) -> list[float]:
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)

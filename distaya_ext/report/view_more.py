@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .charts import Line, lines
@@ -24,8 +26,9 @@ from .words import (
 
 GAIN = 1.05  # a smaller factor is no gain
 _DISTURBED = 1.15  # the same where something ran beside it, see measure.clock.LIMIT
-_OPEN = 6  # languages whose samples are shown without opening more
-_MOST_SAMPLES = 120
+_OPEN = 5  # languages whose samples are shown without opening more
+_EACH = 2  # samples of a language
+_MOST_LANGUAGES = 150
 _PRINTED = ("recipe.yaml", "config.json", "tokenizer.json", "results.json", "layers.csv")
 
 
@@ -49,6 +52,7 @@ def speed(facts: Facts) -> dict[str, Any] | None:
         "where": clean(", ".join(str(each) for each in where if each), 200),
         "contended": [plain_name(row.name) for row in told.rows if row.contended],
         "read": None if told.read is None else number(told.read, 1),
+        "same": dense is not None and ours.same_work(dense),
         "in_cache": told.in_cache,
         "why": _why(ours),
     }
@@ -63,35 +67,36 @@ def _gains(ours: SpeedRow, dense: SpeedRow, read: float | None) -> list[dict[str
     """Rows of (what, ours, dense, gain, ceiling, whether there is no gain)."""
     most = dense.nbytes / ours.nbytes
     least = _DISTURBED if ours.contended or dense.contended else GAIN
+    if ours.same_work(dense):
+        least = math.inf
     bound = f"×{number(most, 2)} if reading weights were all"
     if read is not None:
         bound += f"; memory gives {significant(1e9 * read / ours.nbytes)} tokens/s at most"
-    found = [
-        _gain("Memory held", bytes_text(ours.nbytes), bytes_text(dense.nbytes), most, "–"),
-        _gain(
-            "Decoding, tokens/s", significant(ours.decode_rate), significant(dense.decode_rate),
-            ours.decode_rate / dense.decode_rate, bound, least,
-        ),
-        _gain(
-            "Reading the prompt, tokens/s", significant(ours.prefill_rate),
-            significant(dense.prefill_rate), ours.prefill_rate / dense.prefill_rate,
-            "arithmetic binds: fewer bytes promise nothing", least,
-        ),
-    ]  # fmt: skip
-    if ours.graph_rate and dense.graph_rate:
-        rates = significant(ours.graph_rate), significant(dense.graph_rate)
-        gain = ours.graph_rate / dense.graph_rate
-        found.append(_gain("Decoding as a CUDA graph, tokens/s", *rates, gain, bound, least))
+    found = [_gain("Memory held", (ours.nbytes, dense.nbytes), bytes_text, most, "–", GAIN)]
+    rates = [
+        ("Decoding, tokens/s", "decode_rate", bound),
+        ("Reading the prompt, tokens/s", "prefill_rate", "arithmetic binds: bytes promise nothing"),
+        ("Decoding as a CUDA graph, tokens/s", "graph_rate", bound),
+    ]
+    for what, key, ceiling in rates:
+        pair = getattr(ours, key), getattr(dense, key)
+        if all(pair):
+            found.append(_gain(what, pair, significant, pair[0] / pair[1], ceiling, least))
     return found
 
 
 def _gain(
-    what: str, ours: str, dense: str, gain: float, ceiling: str, least: float = GAIN
+    what: str,
+    pair: tuple[float, float],
+    text: Callable[[float], str],
+    gain: float,
+    ceiling: str,
+    least: float,
 ) -> dict[str, Any]:
     return {
         "what": what,
-        "ours": ours,
-        "dense": dense,
+        "ours": text(pair[0]),
+        "dense": text(pair[1]),
         "gain": f"×{number(gain, 2)}",
         "ceiling": ceiling,
         "none": gain < least,
@@ -146,28 +151,32 @@ def training(facts: Facts) -> dict[str, Any] | None:
 
 
 def samples(facts: Facts) -> dict[str, Any] | None:
-    """The same beginnings continued by both models: the worst language first, then English."""
+    """The same beginnings continued by both models, by language: the worst first, then English."""
     if facts.evaluations is None or not facts.evaluations.last.samples:
         return None
     last = facts.evaluations.last
+    groups: dict[str, list[Sample]] = {}
+    for each in last.samples:
+        groups.setdefault(each.language, []).append(each)
     order = {row.language: place for place, row in enumerate(last.languages)}
     worst = last.languages[0].language
 
-    def rank(sample: Sample) -> tuple[int, int]:
-        if sample.language == worst:
-            return 0, 0
-        if sample.language.partition("-")[0] in ("en", "eng"):
-            return 1, 0
-        return 2, order.get(sample.language, len(order))
+    def rank(language: str) -> tuple[int, int]:
+        english = language.partition("-")[0] in ("en", "eng")
+        return 0 if language == worst else 1 if english else 2, order.get(language, len(order))
 
-    ranked = sorted(last.samples, key=rank)[:_MOST_SAMPLES]
-    told = [_sample(each) for each in ranked]
+    told = [
+        {
+            "tongue": tongue(language),
+            "samples": [_sample(each) for each in groups[language][:_EACH]],
+        }
+        for language in sorted(groups, key=rank)[:_MOST_LANGUAGES]
+    ]
     return {"first": told[:_OPEN], "more": told[_OPEN:]}
 
 
 def _sample(each: Sample) -> dict[str, Any]:
     return {
-        "tongue": tongue(each.language),
         "prompt": clean(each.prompt, 1500),
         "base": None if each.base is None else parted(each.base, each.model),
         "model": parted(each.model, each.base),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .charts import Dot, dots
 from .facts import Facts
 from .records import Evaluated, Language, Results
 from .tongues import tongue
+from .view_languages import english_of, ratio
 from .words import (
     bytes_text,
     clean,
@@ -17,7 +17,6 @@ from .words import (
     number,
     pathless,
     percent,
-    plain_name,
 )
 
 
@@ -76,18 +75,16 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
         worst = rows[0]
         name = tongue(worst.language).name
         found.append((f"Worst: {name}", ratio(worst), "perplexity against the original"))
-        english = _english(rows)
+        english = english_of(rows)
         if english is not None and english is not worst:
             found.append(("English", ratio(english), "perplexity against the original"))
     if facts.speed is not None and facts.speed.ratios and "decode" in facts.speed.ratios:
-        gain = facts.speed.ratios["decode"]
-        found.append(("Decoding", f"×{number(gain, 2)}", "tokens per second against dense"))
+        gain = number(facts.speed.ratios["decode"], 2)
+        disturbed = any(row.contended for row in facts.speed.rows)
+        about = "tokens per second against dense" + (", disturbed" if disturbed else "")
+        none = len(facts.speed.rows) > 1 and facts.speed.rows[0].same_work(facts.speed.rows[1])
+        found.append(("Decoding", "no gain" if none else f"×{gain}", about))
     return found
-
-
-def ratio(row: Language) -> str:
-    """×1.23, a dash without a base."""
-    return "–" if row.ppl_ratio is None else f"×{number(row.ppl_ratio, 2)}"
 
 
 def _small_print(facts: Facts) -> list[tuple[str, str]]:
@@ -141,7 +138,7 @@ def verdict(facts: Facts) -> dict[str, Any] | None:
 
 
 def _sentence(rows: list[Language]) -> str:
-    worst, english = rows[0], _english(rows)
+    worst, english = rows[0], english_of(rows)
     name = tongue(worst.language).name
     if worst is english:
         return f"English lost most: its perplexity is {_times(worst)} the original's."
@@ -155,7 +152,7 @@ def _times(row: Language) -> str:
 
 def _points(last: Evaluated) -> list[str]:
     rows, points = last.languages, []
-    worst, english = rows[0], _english(rows)
+    worst, english = rows[0], english_of(rows)
     name = tongue(worst.language).name
     points.append(
         f"{name}: {number(worst.dnll, sign=True)} nats per token, 95 % interval "
@@ -200,99 +197,3 @@ def _limits(facts: Facts) -> dict[str, float]:
     told = spec.get("gate") if isinstance(spec, dict) else None
     limits = told.items() if isinstance(told, dict) else ()
     return {str(name): limit for name, limit in limits if isinstance(limit, (int, float))}
-
-
-def _english(rows: list[Language]) -> Language | None:
-    return next((row for row in rows if row.language.partition("-")[0] in ("en", "eng")), None)
-
-
-def languages(facts: Facts) -> dict[str, Any] | None:
-    """Dot plot, table, groups of languages, and the steps of a chain."""
-    if facts.evaluations is None:
-        return None
-    last = facts.evaluations.last
-    compared, english = last.base is not None, _english(last.languages)
-    marks = []
-    for place, row in enumerate(last.languages):
-        role = "english" if row is english else "worst" if place == 0 else ""
-        value = row.dnll if compared else row.nll
-        low_high = row.dnll_interval if compared else row.nll_interval
-        if value is not None:
-            text = ratio(row) if compared else number(row.nll, 2)
-            marks.append(Dot(clean(tongue(row.language).name, 24), value, low_high, text, role))
-    unit = "nats per token lost" if compared else "nats per token"
-    title = "What each language lost, worst first" if compared else "Loss of each language"
-    return {
-        "compared": compared,
-        "base": plain_name(last.base) if compared else None,
-        "how": _how(last),
-        "plot": dots(marks, title, unit, zero=compared) if marks else "",
-        "rows": [_row(row, row is english) for row in last.languages],
-        "wrong_script": any(row.wrong_script is not None for row in last.languages),
-        "groups": _groups(last.languages) if compared else [],
-        "steps": _steps(facts) if len(facts.evaluations.steps) > 1 else [],
-    }
-
-
-def _how(last: Evaluated) -> str:
-    rows = last.languages
-    tokens = sum(row.tokens for row in rows)
-    what = f"windows of {last.window} tokens" if last.mode == "windows" else "parallel sentences"
-    samples = sorted({row.samples for row in rows})
-    each = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
-    return f"{each} {what} per language, {count(tokens)} tokens in all"
-
-
-def _row(row: Language, english: bool) -> dict[str, Any]:
-    bits = number(row.bits_per_byte)
-    if row.base_bits_per_byte is not None:
-        bits = f"{number(row.base_bits_per_byte)} → {bits}"
-    wrong = percent(row.wrong_script)
-    if row.base_wrong_script is not None and row.wrong_script is not None:
-        wrong = f"{percent(row.base_wrong_script)} → {wrong}"
-    return {
-        "tongue": tongue(row.language),
-        "english": english,
-        "nll": number(row.nll),
-        "nll_interval": interval(row.nll_interval, sign=False),
-        "dnll": number(row.dnll, sign=True),
-        "interval": interval(row.dnll_interval),
-        "ratio": ratio(row),
-        "bits": bits,
-        "kl": number(row.kl),
-        "kl_p99": number(row.kl_p99, 2),
-        "agreement": percent(row.agreement),
-        "wrong": wrong,
-    }
-
-
-def _groups(rows: list[Language]) -> list[dict[str, Any]]:
-    """Means over the languages of a script, and of a class of resources; the worst first."""
-    found = []
-    for title, of in (("script", "script"), ("resources", "resources")):
-        groups: dict[str, list[Language]] = {}
-        for row in rows:
-            name = getattr(tongue(row.language), of)
-            if name is not None and row.dnll is not None:
-                groups.setdefault(name, []).append(row)
-        if len(groups) < 2:
-            continue
-        lines = []
-        for name, inside in groups.items():
-            mean = sum(row.dnll for row in inside) / len(inside)
-            worst = max(inside, key=lambda row: row.dnll)
-            lines.append((mean, name, len(inside), tongue(worst.language).name, ratio(worst)))
-        lines.sort(key=lambda found: -found[0])
-        told = [(name, size, number(mean, sign=True), *rest) for mean, name, size, *rest in lines]
-        found.append({"by": title, "rows": told})
-    return found
-
-
-def _steps(facts: Facts) -> list[tuple[str, str, str, str]]:
-    """(step, mean lost, worst language, its ratio) of each step of a chain."""
-    found = []
-    for name, each in facts.evaluations.steps.items():
-        worst = each.languages[0]
-        lost = number(each.dnll, sign=True)
-        found.append((clean(name, 60), lost, tongue(worst.language).name, ratio(worst)))
-    return found

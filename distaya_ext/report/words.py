@@ -42,10 +42,10 @@ class Parted(NamedTuple):
 
 def parted(text: str, other: str | None) -> Parted:
     """Cut where two continuations part, at the start of a word where words have spaces."""
-    text = clean(text, _LONGEST)
+    text = _joined(text)
     if other is None:
         return Parted("", text)
-    other = clean(other, _LONGEST)
+    other = _joined(other)
     if text == other:
         return Parted(text, "")
     pairs = enumerate(zip(text, other, strict=False))
@@ -54,6 +54,11 @@ def parted(text: str, other: str | None) -> Parted:
     if space >= 0 and len(same) - space < 24:  # Thai or Japanese: no word to go back to
         same = same[: space + 1]
     return Parted(same, text[len(same) :])
+
+
+def _joined(text: str) -> str:
+    """Readable, without blank lines and spaces around it."""
+    return clean(re.sub(r"\s*\n\s*", "\n", text.strip()), _LONGEST)
 
 
 def plain_name(name: str) -> str:
