@@ -1,4 +1,4 @@
-"""The page of `distaya demo` in a real browser: nothing is asked for, nothing goes wrong, and it can
+"""The page of `distaya demo` in a real browser: it asks for nothing, nothing goes wrong, and it can
 be read on a telephone, in the dark, and from right to left.
 """
 
@@ -16,10 +16,8 @@ from report_case import evaluation, fill
 
 from distaya_ext.report import write_pages
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-    None,
-)  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 DRIVER = shutil.which("chromedriver")
 QUIET = (
     "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
@@ -37,7 +35,8 @@ const light = c => { const f = c.match(/[\\d.]+/g).map(Number);
   const [r, g, b] = f.slice(0, 3).map(v => { v /= 255;
     return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 });
   return {l: 0.2126 * r + 0.7152 * g + 0.0722 * b, a: f.length > 3 ? f[3] : 1} };
-const behind = e => { for (; e; e = e.parentElement) { const c = light(getComputedStyle(e).backgroundColor);
+const behind = e => { for (; e; e = e.parentElement) {
+    const c = light(getComputedStyle(e).backgroundColor);
     if (c.a > 0) return c.l } return 1 };
 const found = [];
 for (const e of document.querySelectorAll('body *')) {
@@ -132,9 +131,8 @@ def test_the_logs_would_tell(browser, tmp_path):
 
 def test_a_hostile_page_runs_nothing(browser, tmp_path):
     """Texts that would be scripts or pictures elsewhere: nothing runs, nothing is fetched."""
-    evil = (
-        '<script>document.title="taken"</script><img src="http://127.0.0.1:9/x" onerror=alert(1)>'
-    )
+    fetch = '<img src="http://127.0.0.1:9/x" onerror=alert(1)>'
+    evil = f'<script>document.title="taken"</script>{fetch}'
     folder = fill(tmp_path / "out")
     told = evaluation(base=evil, notes=[evil])
     told["samples"] = [{"language": "ar", "prompt": evil, "base": evil + "a", "model": evil + "b"}]
@@ -156,7 +154,8 @@ def test_it_can_be_read(browser, demo, width, scheme):
     beyond = browser.execute_script(
         """return [...document.querySelectorAll('svg.plot text, p, h1, h2, li, dd')].filter(e => {
              const box = e.getBoundingClientRect();
-             return !e.closest('.wide') && box.width && (box.right > innerWidth + 1 || box.left < -1)
+             const out = box.right > innerWidth + 1 || box.left < -1;
+             return !e.closest('.wide') && box.width && out
            }).map(e => e.textContent.slice(0, 60))"""
     )
     assert beyond == []
