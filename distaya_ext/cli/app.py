@@ -28,6 +28,7 @@ from .eval import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
+from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
@@ -118,6 +119,7 @@ app.command("merge")(merge)
 app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("history")(history)
 app.add_typer(bench.app, name="bench")
 
 

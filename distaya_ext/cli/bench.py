@@ -154,10 +154,12 @@ def model(
     from ..measure import report
     from .output import console, print_json
     from .progress import Reporter
+    from .remember import benched
 
     setting = source.Setting(prompt, new, runs, threads, device, dtype, exact, offline)
     with Reporter(quiet) as reporter, quiet_transformers():
         result = source.measure(path, against, setting, note=reporter.say)
+    benched(result, path, against, setting)
     if keep:
         _store(path, report.model_json(result))
     if json:

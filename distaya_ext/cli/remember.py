@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..evaluate import Evaluation
     from ..measure.model import ModelResult, Setting
     from ..search import Found
+    from ..train.publish import Trained
 
 _DIGITS = 12  # of a fingerprint
 _BLOCKS, _BLOCK = 64, 4096  # of a file, spread evenly: who differs there is another file
@@ -99,6 +101,20 @@ def searched(found: Found, model: str, texts: Path) -> None:
     _add(**record | {"bytes": best.bytes, "bits_per_weight": best.bits_per_weight})
 
 
+@_never_fails
+def trained(found: Trained, command: str, base: str, texts: str) -> None:
+    """After `distaya heal` or `distill`: nats per label of held-out text, by language."""
+    after = {k: v for k, v in (found.record.get("after") or {}).items() if k != "all"}
+    _add(
+        command=command,
+        **_model(str(found.out), base),
+        texts=_texts(Path(texts)),
+        setting=f"{found.course.steps} steps",
+        seconds=found.course.seconds,
+        languages={lang: {"nll": each["nll"]} for lang, each in after.items() if "nll" in each},
+    )
+
+
 def name_of(model: str | Path) -> str:
     """The last part of a path or hub id, and a fingerprint of its files."""
     folder = _folder(model)
@@ -120,6 +136,7 @@ def _add(**record: Any) -> None:
 def _model(model: str, base: str | None) -> dict[str, Any]:
     """Names, and what the folder of the model says of its size and recipe."""
     folder = _folder(model)
+    base = base if base is not None else _made_from(folder)
     out: dict[str, Any] = {
         "model": name_of(model), "base": None if base is None else name_of(base),
         "recipe": None, "bytes": None, "bits_per_weight": None,
@@ -133,6 +150,19 @@ def _model(model: str, base: str | None) -> dict[str, Any]:
     return out
 
 
+def _made_from(folder: Path | None) -> str | None:
+    """The model that the recipe of a folder of ours names, where it is still there."""
+    from ..recipe_file import read_fields
+
+    if folder is None or not (folder / "recipe.yaml").is_file():
+        return None
+    try:
+        named = read_fields(folder / "recipe.yaml").get("model")
+    except (ValueError, OSError):
+        return None
+    return named if isinstance(named, str) and _folder(named) is not None else None
+
+
 def _folder(model: str | Path) -> Path | None:
     from ..checkpoint import locate
 
@@ -143,8 +173,6 @@ def _folder(model: str | Path) -> Path | None:
 
 
 def _bits(results: Path) -> float | None:
-    import json
-
     try:
         return json.loads(results.read_text(encoding="utf-8"))["totals"]["bits_per_weight"] or None
     except (OSError, ValueError, LookupError, TypeError):
@@ -152,13 +180,13 @@ def _bits(results: Path) -> float | None:
 
 
 def _recipe(path: Path) -> str | None:
-    from ..chain.identity import fingerprint
     from ..recipe_file import read_fields
 
     try:
-        return fingerprint(_without_places(read_fields(path)))[:_DIGITS]
+        text = json.dumps(_without_places(read_fields(path)), sort_keys=True)
     except (ValueError, OSError, TypeError):
         return None
+    return hashlib.blake2b(text.encode(), digest_size=_DIGITS // 2).hexdigest()
 
 
 def _without_places(value: Any) -> Any:
@@ -170,7 +198,8 @@ def _without_places(value: Any) -> Any:
 def _texts(*folders: Path) -> str | None:
     from ..documents import SUFFIXES
 
-    files = [p for f in folders for p in sorted(f.iterdir()) if p.suffix in SUFFIXES]
+    inside = [[f] if f.is_file() else sorted(f.iterdir()) for f in folders]
+    files = [p for found in inside for p in found if p.suffix in SUFFIXES]
     return _gist(files) if files else None
 
 
