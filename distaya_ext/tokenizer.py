@@ -13,6 +13,7 @@ _VOCABULARIES = (
     ("tokenizer.model",),
     ("vocab.json", "merges.txt"),
 )
+VOCABULARY_FILES = tuple(name for names in _VOCABULARIES for name in names)
 
 
 def load_tokenizer(folder: Path, rows: int) -> Any:

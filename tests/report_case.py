@@ -189,7 +189,10 @@ def fill(folder: Path, *leave_out: str) -> Path:
         "layers.json": layers(),
         "steps.json": {
             "version": "0.1.0",
-            "steps": [{"name": "compress", "seconds": 61.0, "fingerprint": "f" * 32}],
+            "steps": [
+                {"name": "compress", "seconds": 61.0, "fingerprint": "f" * 32},
+                {"name": "heal", "seconds": 9.0, "fingerprint": "e" * 32},
+            ],
         },
     }
     for name, value in files.items():

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from distaya_ext.chain import journal
-from distaya_ext.chain.identity import difference, fingerprint
 from distaya_ext.compress import compress
 from distaya_ext.errors import DistayaError, InputError, UsageError
+from distaya_ext.resume.identity import difference, fingerprint
 from distaya_ext.train.events import TrainStep
 
 HEAL = {"steps": 4, "learning_rate": 0.01}

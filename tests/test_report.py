@@ -11,6 +11,7 @@ import report_case
 from report_case import Page, evaluation, fill, results, speed
 
 from distaya_ext.errors import InputError
+from distaya_ext.finished import complete
 from distaya_ext.report import read, store, write_pages
 
 SECTIONS = [
@@ -196,6 +197,37 @@ def test_damaged_facts_are_one_sentence(tmp_path, name):
         write_pages(folder)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not (folder / "report.html").exists()
+
+
+def test_a_finished_run_survives_files_that_are_not_ours(tmp_path):
+    """complete() ends hours of work: what it cannot read is left out of the page, and named."""
+    folder = fill(tmp_path / "out")
+    for name, (text, _) in DAMAGE.items():
+        if name != "recipe.yaml":
+            (folder / name).write_text(text)
+    (folder / "results.json").write_text(json.dumps(results()))
+    complete(folder)
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.problems == [] and "1 of 6 modules are degraded" in page.text
+    for name, (_, sentence) in DAMAGE.items():
+        assert ("Left out: " + sentence in page.text) == (
+            name not in ("recipe.yaml", "results.json")
+        )
+
+
+def test_a_page_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "out")
+    monkeypatch.setattr("distaya_ext.report.page.context", lambda facts: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="no report was written: division by zero"):
+        complete(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_training_of_the_model_before_is_not_ours(tmp_path):
+    folder = fill(tmp_path / "out", "steps.json")
+    text = Page(page_of(folder)).text
+    assert "This is how the model before compression was trained." in text
+    assert "Trained in" not in text and "groups of 32, trained" not in text
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e300", "1" + "0" * 400, '"three"'])

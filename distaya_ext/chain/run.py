@@ -26,9 +26,9 @@ from ..durable import sync_all
 from ..errors import UsageError
 from ..finished import complete
 from ..recipe import Recipe
+from ..resume.identity import difference, fingerprint, model_identity, texts_identity
 from . import ready, steps
 from .events import StepFinished, StepStarted
-from .identity import difference, fingerprint, model_identity, texts_identity
 from .journal import JOURNAL, Done, WorkFolder, place
 from .result import Chained, Step
 
@@ -156,7 +156,7 @@ class _Chain:
             case "drop":
                 steps.drop(self.task, part, scratch)
             case "compress":
-                steps.shrink(self.task, self._dropped(), part)
+                steps.shrink(self.task, self._dropped(), part, self.work.work("compress"))
             case "heal":
                 student = self.work.folder("compress")
                 steps.heal(self.task, student, part, self.work.work("heal"))
@@ -197,7 +197,7 @@ class _Chain:
                 for name, step in zip(self.prints, done, strict=True)
             ]
             steps.write_json(staging.model / JOURNAL, {"version": __version__, "steps": told})
-            complete(staging.model)
+            complete(staging.model, "compress", self.inputs[list(self.inputs)[-1]])
             sync_all(staging.model)
             staging.publish()
 

@@ -69,8 +69,10 @@ def dropped(folder: Path) -> list[int]:
     return json.loads((folder / LAYERS).read_text(encoding="utf-8"))["dropped"]
 
 
-def shrink(task: Task, layers: list[int], folder: Path) -> None:
-    """Leave layers out, prune and quantise, layer by layer."""
+def shrink(task: Task, layers: list[int], folder: Path, work: Path) -> None:
+    """Leave layers out, prune and quantise, layer by layer; work holds what a later run goes on
+    with.
+    """
     recipe = task.recipe.alone(layers)
     compress(
         task.model,
@@ -81,6 +83,7 @@ def shrink(task: Task, layers: list[int], folder: Path) -> None:
         device=task.device,
         offline=task.offline,
         strict=task.strict,
+        work=work,
     )
 
 
@@ -89,10 +92,11 @@ def judge_fallbacks(task: Task, folder: Path, *, kept: bool) -> None:
     earlier run may have made without, is degraded; one that was kept is told of again.
     """
     told = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("fallbacks", {})
-    found = Fallbacks.read(told, strict=task.strict)
+    found = Fallbacks.read(told)
     if kept and (event := found.event(told.get("of", 0))):
         task.on_event(event)
-    found.check()
+    if task.strict:
+        found.refuse()
 
 
 def heal(task: Task, student: Path, folder: Path, work: Path) -> None:

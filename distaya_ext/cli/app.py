@@ -35,6 +35,7 @@ from .merge import merge
 from .report import report
 from .search import search
 from .students import shrink, students
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -109,6 +110,7 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)

@@ -74,6 +74,7 @@ def evaluate(
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     exact: options.Exact = False,
+    strict: options.StrictKernels = False,
     offline: options.Offline = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -84,9 +85,11 @@ def evaluate(
     if tasks is not None:
         if texts is not None or gate or report:
             raise UsageError("--tasks has questions of its own: no --texts, --gate or --report")
+        from .output import kernels_told
         from .tasks import answer
 
-        answer(model, tasks, against, task_path, limit, num_fewshot, running, json, quiet)
+        with kernels_told(strict):
+            answer(model, tasks, against, task_path, limit, num_fewshot, running, json, quiet)
         return
     if task_path is not None or limit is not None or num_fewshot is not None:
         raise UsageError("--task-path, --limit and --num-fewshot are about --tasks")
@@ -102,11 +105,11 @@ def evaluate(
 
         check_stores(model)
     from ..evaluate import evaluate as compare
-    from .output import print_json
+    from .output import kernels_told, print_json
     from .progress import Reporter
     from .remember import evaluated
 
-    with Reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter, kernels_told(strict):
         found = compare(
             model,
             texts,

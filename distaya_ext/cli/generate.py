@@ -29,17 +29,19 @@ def generate(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     exact: options.Exact = False,
+    strict: options.StrictKernels = False,
     offline: options.Offline = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Go on with PROMPT, greedily or (with --seed) by drawing."""
     from ..evaluate import load
-    from .output import print_json
+    from .output import kernels_told, print_json
 
     results = []
     for name in [model] if against is None else [model, against]:
-        loaded = load(name, dtype=dtype, device=device, offline=offline, exact=exact)
+        with kernels_told(strict):
+            loaded = load(name, dtype=dtype, device=device, offline=offline, exact=exact)
         found = _timed(
             loaded, prompt, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature
         )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import NumericsError
 from ..evaluate import Evaluation, LanguageResult
 
 # Written to a file or pipe, a table must not be cut to the 80 columns rich assumes.
@@ -19,6 +23,28 @@ def console(*, err: bool = False) -> Console:
     """A console on stdout or stderr, with room for whole rows where there is no terminal."""
     stream = sys.stderr if err else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+@contextmanager
+def kernels_told(strict: bool = False) -> Iterator[None]:
+    """Inside, modules that run slower than they could are told of on stderr; NumericsError when
+    strict.
+    """
+    from ..runtime import SlowKernelWarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, SlowKernelWarning):
+            console(err=True).print(f"note: {message}", markup=False, soft_wrap=True)
+        else:
+            before(message, category, *rest, **more)
+
+    with warnings.catch_warnings():
+        before, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("error" if strict else "always", SlowKernelWarning)
+        try:
+            yield
+        except SlowKernelWarning as slow:
+            raise NumericsError(f"{slow}; --strict takes that for a failure") from None
 
 
 def print_json(value: Any) -> None:

@@ -76,6 +76,8 @@ class Reporter:
                 )
             case events.Planned(form, count):
                 self.say(f"packed as {form}, about {size(count)}")
+            case events.Resumed(done, layers):
+                self.say(f"going on: {done} of {layers} layers are kept from before")
             case events.LayerStart(layer, layers):
                 self._worst = None
                 if layer == 0 or self._bar is not None:

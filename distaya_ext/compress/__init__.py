@@ -11,6 +11,7 @@ from .events import (
     Notice,
     Planned,
     Proved,
+    Resumed,
     Saved,
     StageDone,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Planned",
     "Proved",
     "Report",
+    "Resumed",
     "Saved",
     "StageDone",
     "compress",

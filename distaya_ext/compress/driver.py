@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import __version__
 from ..checkpoint import (
     MARKER,
     Checkpoint,
     ShardWriter,
-    Staging,
     check_companions,
     check_output,
     copy_companions,
@@ -28,6 +27,8 @@ from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
+from ..resume import Work, kernels, model_identity, texts_identity
+from ..resume import place as work_place
 from ..texts import counts
 from . import events, glu
 from .at_work import Replay
@@ -35,6 +36,7 @@ from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
+from .keep import Keeper, dump_report, most_bytes, restore_report
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
@@ -47,6 +49,7 @@ from .settings import Settings, from_recipe
 from .store import Store
 
 _PROOF_WINDOWS = 2
+_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram"}  # fields of a recipe
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -60,28 +63,40 @@ def compress(
     *,
     on_event: OnEvent | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
     strict: bool = False,
+    work: Path | None = None,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
     front.compress, which is what everyone calls.
+
+    work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
-    check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
+    if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
+        check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     recipe = as_run(recipe, model, texts)
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
-    run.report.fallbacks.strict = strict
-    if settings.statistic is not None:
-        run.calibration = load_calibration(texts, recipe, checkpoint)
-        if place.type == "cuda":
-            run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-    with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
-        return run.go(staging)
+    run.report.strict = strict
+    with Work(Path(out), work) as held:
+        if settings.statistic is not None:
+            run.calibration = load_calibration(texts, recipe, checkpoint)
+            if place.type == "cuda":
+                run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
+        done = held.begin(run.identity(), restart=restart)
+        if done is not None:  # killed behind the last rename
+            restore_report(run.report, done["report"])
+            held.remove()
+            run.report.judge()
+            return run.report
+        check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        return run.go(held)
 
 
 def as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
@@ -125,8 +140,23 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def go(self, staging: Staging) -> Report:
-        start = time.perf_counter()
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights that are written, see resume.identity."""
+        fields = self.recipe.model_dump(mode="json", exclude=_NOT_DECIDING)
+        fields["calibration"].pop("path")  # where the texts lie decides nothing
+        return {
+            "version": __version__,
+            "kernels": kernels(self.device),
+            "model": model_identity(self.source.folder),
+            "recipe": fields,
+            "texts": texts_identity(self.calibration),
+        }
+
+    def go(self, work: Work) -> Report:
+        keeper = Keeper(
+            work, self.report, self.packing, self.budget.shard_bytes,
+            self.checkpoint.config.num_hidden_layers, self.on_event,
+        )  # fmt: skip
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
@@ -140,24 +170,32 @@ class _Run:
         if self.report.spilled:
             self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
-        check_disk(staging.root, planned + waiting * self.report.spilled)
+        beside = most_bytes(self.checkpoint, tokens, self.needs, self.budget.shard_bytes, planned)
+        least = planned + beside + waiting * self.report.spilled - work.nbytes
+        check_disk(work.root, max(0, least))
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
+        keeper.find()
         if self.calibration is not None:
-            self._prepare(staging.scratch)
-        writer = ShardWriter(staging.model, self.budget.shard_bytes)
+            self._prepare(work.scratch, going_on=keeper.first > 0)
+        keeper.restore(self.replay)
+        self.report.judge()  # of layers that a run without strict has kept
+        writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
-            if self.architecture.embed in self.packing.ends:
+            if keeper.first:
+                keeper.tensors()
+            elif self.architecture.embed in self.packing.ends:
                 self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
             else:
                 way.do(lambda: self._end(writer, self.architecture.embed))
-            layers.run(skeleton.get_submodule(self.architecture.layers), self.replay, way, writer)
+            weightless = skeleton.get_submodule(self.architecture.layers)
+            layers.run(weightless, self.replay, way, writer, keeper)
         ends = (self.architecture.embed + ".", self.architecture.head + ".")
         between = (*ends, self.architecture.layers + ".")
         self._copy(writer, lambda name: not name.startswith(between))
@@ -167,17 +205,16 @@ class _Run:
         self.report.file_bytes = sum(path.stat().st_size for path in shards)
         place = {name: index for index, name in enumerate(self.plan)}
         self.report.modules.sort(key=lambda module: place[module.module])
-        copy_companions(self.checkpoint.folder, staging.model)
+        copy_companions(self.checkpoint.folder, work.model)
         quantization = self.packing.config()
         if quantization or self.recipe.drop_layers:
-            write_config(self.checkpoint.folder, staging.model, quantization, self._cut)
-        _write_recipe(self.recipe, staging.model)
-        self.report.seconds = time.perf_counter() - start
+            write_config(self.checkpoint.folder, work.model, quantization, self._cut)
+        _write_recipe(self.recipe, work.model)
+        self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
-        self.report.fallbacks.check()
-        self.report.write(staging.model)
-        complete(staging.model)
-        staging.publish()
+        self.report.write(work.model)
+        complete(work.model, "compress", self.identity())
+        work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
@@ -189,8 +226,10 @@ class _Run:
             return raw
         return cut_json(raw, self.source.config, self.checkpoint.source_layers)
 
-    def _prepare(self, scratch: Path) -> None:
-        """Warn, prove the replay, and record what every layer is called with."""
+    def _prepare(self, scratch: Path, *, going_on: bool) -> None:
+        """Warn, prove the replay, and record what every layer is called with. going_on: an earlier
+        run has proved it, and layers of it are kept.
+        """
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
@@ -212,13 +251,26 @@ class _Run:
                 "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
             )
         self._warn_few_tokens()
+        if not going_on:
+            self._prove()
+        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
+        left_out = LeftOut(calibration, report)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
+        if self.needs.twin:
+            self.replay.dense = (self._store(scratch), self._store(scratch))
+        self._record(going_on=going_on)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
+
+    def _prove(self) -> None:
         proof = prove(
             self.checkpoint,
-            calibration.ids[:_PROOF_WINDOWS],
+            self.calibration.ids[:_PROOF_WINDOWS],
             self.device,
             whole=self.budget.proves_whole,
         )
-        report.proof = proof
+        self.report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
         if proof.kind != "whole":
             depth = self.checkpoint.config.num_hidden_layers
@@ -226,22 +278,15 @@ class _Run:
                 f"the replay was proved over {proof.layers} of {depth} layers: the whole model "
                 "does not fit in memory"
             )
-        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        left_out = LeftOut(calibration, report.fallbacks)
-        stores = (self._store(scratch), self._store(scratch))
-        self.replay = Replay(calibration, *stores, mixture, left_out)
-        if self.needs.twin:
-            self.replay.dense = (self._store(scratch), self._store(scratch))
-        self._record()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
 
     def _store(self, scratch: Path) -> Store:
         spilled = self.report.spilled
         return Store(scratch if spilled else None, host=self.away and not spilled)
 
-    def _record(self) -> None:
-        """The first hidden states of all chunks, and what every layer is called with."""
+    def _record(self, *, going_on: bool) -> None:
+        """What every layer is called with, and the first hidden states of all chunks (going_on:
+        those of a later layer are kept).
+        """
         ends = Ends(
             build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
             self.checkpoint,
@@ -256,10 +301,10 @@ class _Run:
             self.replay.short = ends.inputs(few.to(self.device))[1]
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
-            self.replay.hidden.put(("hidden", chunk), hidden)
-            if self.replay.dense is not None:
-                self.replay.dense[0].put(("hidden", chunk), hidden)
             self.replay.calls.add(calls)
+            streams = [] if going_on else [self.replay.hidden, *(self.replay.dense or ())[:1]]
+            for store in streams:
+                store.put(("hidden", chunk), hidden)
 
     def _warn_few_tokens(self) -> None:
         if self.settings.statistic != "hessian":
@@ -311,8 +356,6 @@ class _Run:
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    from .. import __version__
-
     (folder / "recipe.yaml").write_text(
         f"{MARKER}, version {__version__}\n{recipe.to_yaml()}", encoding="utf-8"
     )

@@ -44,6 +44,14 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A run that was stopped goes on: `done` of `layers` layers are kept from before."""
+
+    done: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class LayerStart:
     """Layer `layer` (from 0) of `layers` begins."""
 
@@ -114,6 +122,7 @@ Event = (
     | Calibrated
     | Proved
     | Planned
+    | Resumed
     | LayerStart
     | StageDone
     | LanguagesDone

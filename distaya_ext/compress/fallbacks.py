@@ -8,8 +8,8 @@ the same. Nothing here touches a tensor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import NumericsError
@@ -61,28 +61,20 @@ def of_module(
         yield Fallback(module, "aim_off", 1, f"{tokens} tokens for {columns} inputs", True)
 
 
+@dataclass
 class Fallbacks:
-    """All of a run, in the order they were met. strict: the first degraded one ends the run."""
+    """All of a run, in the order they were met."""
 
-    def __init__(self, strict: bool = False):
-        self.strict = strict
-        self.found: list[Fallback] = []
+    found: list[Fallback] = field(default_factory=list)
 
     @classmethod
-    def read(cls, summary: Mapping[str, Any], *, strict: bool = False) -> Fallbacks:
+    def read(cls, summary: Mapping[str, Any]) -> Fallbacks:
         """Those of a results.json that summary() went into."""
-        found = cls(strict)
-        found.found = [Fallback(**each) for each in summary.get("modules", [])]
-        return found
+        return cls([Fallback(**each) for each in summary.get("modules", [])])
 
-    def add(self, found: Iterable[Fallback]) -> None:
-        """Note them. NumericsError for a degraded one when strict."""
-        self.found += found
-        self.check()
-
-    def check(self) -> None:
-        """NumericsError when strict and something is degraded, whenever it was noted."""
-        if self.strict and self.degraded:
+    def refuse(self) -> None:
+        """NumericsError when something is degraded: what a strict run does."""
+        if self.degraded:
             raise NumericsError(
                 f"{self.sentence()}; --strict writes nothing then (without it the run goes on and "
                 "says so)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,16 @@ class Mixture:
         self._seen = False
         self._inputs.clear()
         return account
+
+    def state(self) -> dict[str, Any]:
+        """What carries on between layers, as plain values for restore()."""
+        shares, standing = self.shares.tolist(), self._standing.tolist()
+        return {"shares": shares, "standing": standing, "layers": self._layers}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.shares = torch.tensor(state["shares"], dtype=torch.float64).to(self.shares)
+        self._standing = torch.tensor(state["standing"], dtype=torch.float64).to(self._standing)
+        self._layers = state["layers"]
 
     def places(self, chunk: int) -> list[int]:
         """Where in languages the language of each window of the chunk stands."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..finite import all_finite
 from .calibrate import Calibration
-from .fallbacks import Fallback, Fallbacks
+from .fallbacks import Fallback
+from .report import Report
 
 if TYPE_CHECKING:
     from .at_work import Replay
@@ -31,12 +32,16 @@ SHARE = 100  # one window of so many may be left out, or one where there are few
 
 
 class LeftOut:
-    """Which windows of a run are left out. numbers: in the order they were, over all chunks."""
+    """Which windows of a run are left out."""
 
-    def __init__(self, calibration: Calibration, fallbacks: Fallbacks):
-        self.calibration, self.fallbacks = calibration, fallbacks
-        self.numbers: list[int] = []
+    def __init__(self, calibration: Calibration, report: Report):
+        self.calibration, self.report = calibration, report
         self.most = max(1, len(calibration.languages) // SHARE)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the windows, over all chunks, in the order they were left out."""
+        return self.report.left_out
 
     def alive(self, chunk: int, windows: int) -> Tensor | None:
         """bool [windows] of a chunk: not left out; None where all are in."""
@@ -76,15 +81,14 @@ class LeftOut:
     def _leave_out(self, module: str, end: str, chunk: int, rows: list[int]) -> None:
         languages, first = self.calibration.languages, chunk * self.calibration.windows_per_chunk
         fresh = [first + row for row in rows if first + row not in self.numbers]
-        self.numbers += fresh
+        self.report.left_out += fresh
         for number in fresh:
             language = languages[number]
             before = languages[:number].count(language)
             which = f"window {before + 1} of {languages.count(language)} in language {language!r}"
             self._judge(f"the {end} of {module}", which)
             what = f"its {end} is not finite for {which}"
-            told = Fallback(module, "skipped_windows", 1, what, True)
-            self.fallbacks.add([told])
+            self.report.fall_back(Fallback(module, "skipped_windows", 1, what, True))
 
     def _judge(self, where: str, which: str) -> None:
         languages, left = self.calibration.languages, Counter(self.calibration.languages)

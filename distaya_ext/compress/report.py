@@ -13,7 +13,7 @@ import safetensors
 import torch
 
 from ..measure import clock
-from ..ops import machine
+from ..runtime.paths import lesser_isa
 from .events import StageDone
 from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
@@ -79,7 +79,8 @@ class ModuleReport:
 class Report:
     """What compress() returns; layers.csv and results.json are written from it.
 
-    fallbacks: where something lesser than asked was done; a strict one ends the run.
+    fallbacks: where something lesser than asked was done; a degraded one ends a strict run.
+    left_out: numbers of the calibration windows that were, see left_out.py.
     """
 
     method: str
@@ -106,6 +107,8 @@ class Report:
     dropped_layers: list[int] = field(default_factory=list)  # of the source model
     source_layers: tuple[int, ...] = ()  # numbers in the source model of the layers written
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
+    left_out: list[int] = field(default_factory=list)
+    strict: bool = False
     machine: dict[str, Any] = field(default_factory=dict)  # what the run ran on
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
@@ -162,7 +165,7 @@ class Report:
                     source_layer=self.source_layers[layer] if self.source_layers else layer,
                 )
             )
-        self.fallbacks.check()  # now that all Linears of the stack are counted
+        self.judge()  # now that all Linears of the stack are counted
         loss, relative = _losses(figures, slice(None))
         sparsity = int(figures.zeros.sum()) / (total * columns)
         names = tuple(shapes)
@@ -176,26 +179,34 @@ class Report:
             module, columns, self.tokens, floored=floored, dead=dead, learns=learns, aims=aims
         )
 
+    def fall_back(self, found: Fallback) -> None:
+        """Note it. NumericsError where it is degraded and the run strict."""
+        self.fallbacks.found.append(found)
+        self.judge()
+
+    def judge(self) -> None:
+        """NumericsError when the run is strict and something is degraded, whoever noted it."""
+        if self.strict:
+            self.fallbacks.refuse()
+
     def note_training(self, layer: int, prefix: str, trained: dict[str, torch.Tensor]) -> None:
         """What reconstruct() returned of a layer that was to be trained, on the host."""
         found = {key: float(value) for key, value in trained.items()}
         if not found:
             what = "fewer than 8 calibration windows, or columns in activation order"
-            self.fallbacks.add([Fallback(prefix, "untrained", 1, what, True)])
+            self.fall_back(Fallback(prefix, "untrained", 1, what, True))
             return
         self.trained[layer] = found
         if not found["after"] < found["before"]:
             what = "nothing better was found"
-            self.fallbacks.add([Fallback(prefix, "untrained", 1, what, False)])
+            self.fall_back(Fallback(prefix, "untrained", 1, what, False))
 
     def fall_back_on_kernels(self, device: torch.device) -> None:
         """Count all modules as slow where the CPU kernels run below what the processor offers."""
         self.machine = _machine(device)
-        runs, best = machine.isa(), machine.best_isa()
-        if device.type == "cpu" and (runs != best or runs == machine.ISAS[0]):
-            what = f"{runs} kernels on a processor that has {best}"
-            slow = Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False)
-            self.fallbacks.add([slow])
+        what = lesser_isa() if device.type == "cpu" else None
+        if what is not None:
+            self.fall_back(Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False))
 
     @property
     def sparsity(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +29,7 @@ STORED = {"evaluation": "evaluation.json", "speed": "speed.json"}
 _MOST_BYTES = 64 << 20  # of one file of facts
 _MOST_POINTS = 2000  # of a training curve
 
+T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
 
@@ -37,7 +38,7 @@ class Facts:
     """What the files hold, None or empty where there is none.
 
     losses: (step, nats per label) of each training step, thinned to some two thousand; recipe: its
-    fields, and recipe_text the file; config: config.json.
+    fields, and recipe_text the file; config: config.json; damaged: what could not be read, and why.
     """
 
     folder: Path
@@ -54,12 +55,19 @@ class Facts:
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def tells(self) -> bool:
         """Whether a run of ours left anything to tell."""
         found = (self.results, self.evaluations, self.speed, self.training, self.layers)
         return any(each is not None for each in (*found, self.merged, self.student))
+
+    @property
+    def trained_before(self) -> bool:
+        """Whether the training that is told of was that of the model before the compression."""
+        steps = [] if self.steps is None else [step.name for step in self.steps.steps]
+        return self.results is not None and "heal" not in steps
 
     @property
     def source(self) -> str | None:
@@ -71,29 +79,44 @@ class Facts:
         return plain_name(named) if isinstance(named, str) else None
 
 
-def read(folder: str | Path) -> Facts:
+def read(folder: str | Path, damaged: list[str] | None = None) -> Facts:
     """The facts in a folder. Each file may be missing; InputError in one sentence, with the name of
-    the file, for one that is damaged.
+    the file, for one that is damaged. Given a list `damaged`, the sentence goes there instead and
+    the file counts as missing: a source model may have a file of such a name, which is not ours.
     """
     place = Path(folder)
     if not place.is_dir():
         raise InputError(f"{folder} is no folder, so there is nothing to report")
-    text = _text(place / "recipe.yaml")
+
+    def tried(read_one: Callable[..., T], *arguments: Any, without: T) -> T:
+        try:
+            return read_one(*arguments)
+        except InputError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            return without
+
+    def record(name: str, kind: type[R]) -> R | None:
+        return tried(_record, place, name, kind, without=None)
+
+    text = tried(_text, place / "recipe.yaml", without="")
     return Facts(
         folder=place,
-        results=_record(place, "results.json", Results),
-        modules=_modules(place / "layers.csv"),
-        evaluations=_record(place, "evaluation.json", Evaluations),
-        speed=_record(place, "speed.json", Speed),
-        training=_record(place, "training.json", Training),
-        losses=_losses(place / "metrics.jsonl"),
-        layers=_record(place, "layers.json", Layers),
-        steps=_record(place, "steps.json", Steps),
-        merged=_json(place, "merge.json"),
-        student=_json(place, "student.json"),
-        recipe=_recipe(place / "recipe.yaml", text),
+        results=record("results.json", Results),
+        modules=tried(_modules, place / "layers.csv", without=[]),
+        evaluations=record("evaluation.json", Evaluations),
+        speed=record("speed.json", Speed),
+        training=record("training.json", Training),
+        losses=tried(_losses, place / "metrics.jsonl", without=[]),
+        layers=record("layers.json", Layers),
+        steps=record("steps.json", Steps),
+        merged=tried(_json, place, "merge.json", without=None),
+        student=tried(_json, place, "student.json", without=None),
+        recipe=tried(_recipe, place / "recipe.yaml", text, without={}),
         recipe_text=text,
-        config=_json(place, "config.json") or {},
+        config=tried(_json, place, "config.json", without=None) or {},
+        damaged=damaged or [],
     )
 
 

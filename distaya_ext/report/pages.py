@@ -10,7 +10,9 @@ from .facts import Facts, read
 REPORT = "report.html"
 
 
-def write_pages(folder: str | Path, out: str | Path | None = None) -> list[Path]:
+def write_pages(
+    folder: str | Path, out: str | Path | None = None, *, damaged: list[str] | None = None
+) -> list[Path]:
     """Write what can be told of a folder of ours; returns the files, none where nothing is known.
 
     folder  of a model that we wrote: report.html and README.md in it are replaced by rename. A card
@@ -18,11 +20,12 @@ def write_pages(folder: str | Path, out: str | Path | None = None) -> list[Path]
             same files give the same pages, byte for byte
     out     write report.html there instead, and leave the folder alone
 
-    InputError in one sentence for a file of facts that is damaged.
+    InputError in one sentence for a file of facts that is damaged; with a list `damaged` it goes
+    there and onto the page, which is made without that file.
     """
     from . import card, page
 
-    facts = read(folder)
+    facts = read(folder, damaged)
     written = []
     if facts.tells:
         written.append(

@@ -139,6 +139,7 @@ def training(facts: Facts) -> dict[str, Any] | None:
         "plot": lines("training", found, title, "optimiser step") if found else "",
         "rows": rows,
         "kl": kl,
+        "before": facts.trained_before,
         "steps": count(course.steps),
         "best": None if course.best_step is None else count(course.best_step),
         "best_loss": number(course.best_loss, 4),
@@ -233,7 +234,7 @@ def limits(facts: Facts) -> list[str]:
     """What the numbers above do not say."""
     from ..evaluate.result import LIMITS
 
-    found = []
+    found = [f"Left out: {pathless(clean(each, 600))}." for each in facts.damaged]
     if facts.evaluations is not None:
         found += [pathless(clean(note, 600)) for note in facts.evaluations.last.notes]
         rows = facts.evaluations.last.languages

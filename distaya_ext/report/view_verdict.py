@@ -45,7 +45,7 @@ def done(facts: Facts) -> str:
         parts.append(f"{bits}-bit weights" + (f" in groups of {group}" if group else ""))
     if embed := recipe.get("embed_bits"):
         parts.append(f"{embed}-bit embedding")
-    if facts.training is not None:
+    if facts.training is not None and not facts.trained_before:
         parts.append("trained")
     if facts.student is not None:
         parts.append("cut narrower or shorter")
@@ -99,7 +99,7 @@ def _small_print(facts: Facts) -> list[tuple[str, str]]:
     if facts.steps is not None:
         told = ", ".join(f"{clean(s.name, 40)} {duration(s.seconds)}" for s in facts.steps.steps)
         found.append(("Steps", told))
-    if facts.training is not None:
+    if facts.training is not None and not facts.trained_before:
         course = facts.training.course
         found.append(("Trained in", f"{duration(course.seconds)}, {count(course.steps)} steps"))
     if machine := _machine(facts):
