@@ -28,7 +28,6 @@ from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
-from ..texts import counts
 from . import events, glu
 from .at_work import Replay
 from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
@@ -191,9 +190,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
