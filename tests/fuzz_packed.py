@@ -103,7 +103,9 @@ def _grids(_: object) -> list:
     for i, scheme in enumerate(SCHEMES):
         rows, cols = [(24, 96), (8, 33), (1, 130)][i % 3]
         low = scheme.offset
-        grid = grid_of(5, rows, cols, scheme.bits, scheme.group, scheme.symmetric, pruned=0.5, low=low)
+        grid = grid_of(
+            5, rows, cols, scheme.bits, scheme.group, scheme.symmetric, pruned=0.5, low=low
+        )
         found.append((scheme, rows, cols, scheme.encode(grid)))
     return found
 

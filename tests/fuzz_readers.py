@@ -216,7 +216,9 @@ def _talker(folder: Path) -> tuple:
 
 def _chats(state: tuple, dice: Dice) -> None:
     folder, talks = state
-    turns = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, "abcd")]
+    turns = [
+        {"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, "abcd", strict=True)
+    ]
     lines = [json_file({"messages": turns}, dice) for _ in range(1 + dice.below(3))]
     (folder / "en.jsonl").write_bytes(b"\n".join(lines))
     with guarded(folder):
@@ -230,7 +232,10 @@ def _chats(state: tuple, dice: Dice) -> None:
 def _adapted(folder: Path) -> tuple:
     checkpoint = open_checkpoint(tiny.make(folder / "model", tiny.FAMILIES["llama"]))
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 64), f"{stem}.lora_B.weight": torch.ones(64, 2)}
+    tensors = {
+        f"{stem}.lora_A.weight": torch.ones(2, 64),
+        f"{stem}.lora_B.weight": torch.ones(64, 2),
+    }
     (folder / "adapter").mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
               "layers_to_transform": [0], "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k": 1},

@@ -172,8 +172,8 @@ def read_config(folder: Path, *, packed: bool = False) -> dict:
 def _check_code(folder: Path, config: dict) -> None:
     """Refuse what makes transformers fetch code, or weights that nobody has looked at.
 
-    Under attn_implementation: owner/name it downloads and loads a compiled kernel; an adapter_config
-    in the folder it attaches to whatever it loads.
+    Under attn_implementation: owner/name it downloads and loads a compiled kernel; an adapter whose
+    config lies in the folder it attaches to whatever it loads.
     """
     files = {"config.json": config}
     if (folder / "tokenizer_config.json").is_file():
@@ -187,13 +187,13 @@ def _check_code(folder: Path, config: dict) -> None:
     for key, value in config.items():
         if key.endswith(_ATTENTION) and value not in _KNOWN_ATTENTION:
             raise InputError(
-                f"config.json asks for {key} {str(value)[:80]!r}, which may be code from elsewhere; "
-                "none but eager, sdpa and flex_attention is read, take the line out"
+                f"config.json asks for {key} {str(value)[:80]!r}, which may be code from "
+                f"elsewhere; none but {', '.join(_KNOWN_ATTENTION[1:])} is read, take the line out"
             )
     if (folder / ADAPTER_CONFIG).exists():
         raise InputError(
             f"{folder.name} has {ADAPTER_CONFIG} beside its config.json, so that other readers "
-            "attach LoRA to it unasked; move the adapter to a folder of its own and distaya merge it"
+            "attach LoRA to it unasked; move the adapter to its own folder and distaya merge it"
         )
 
 

@@ -126,6 +126,7 @@ class Staging:
     def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
         check_output(out, overwrite=overwrite, source=source)
         self.out = Path(os.path.abspath(out))  # also for "."; links in the way stay as they are
+        self.overwrite, self._finished = overwrite, False
         self._made: list[Path] = []
 
     def __enter__(self) -> Staging:
@@ -140,15 +141,22 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not self._finished:
+            shutil.rmtree(self.root, ignore_errors=True)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # holds the result, or what somebody else put there
                 folder.rmdir()
 
     def publish(self) -> None:
         """Put the finished folder in the place of `out`; an older result is kept until that
-        succeeded.
+        succeeded. What somebody else put there while the run was at work is not touched: InputError
+        says where the result is.
         """
+        try:
+            check_output(self.out, overwrite=self.overwrite)
+        except InputError as error:
+            self._finished = True
+            raise InputError(f"{error}; the finished model is kept in {self.model}") from None
         if self.out.exists():
             _keep_edited_readme(self.out, self.model)
             os.replace(self.out, self.root / "replaced")
@@ -188,7 +196,7 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
 
 def _is_ours(out: Path) -> bool:
     recipe = out / "recipe.yaml"
-    if not recipe.is_file():
+    if recipe.is_symlink() or not recipe.is_file():
         return False
     with open(recipe, "rb") as file:
         return file.read(len(MARKER)) == MARKER.encode()
@@ -196,6 +204,8 @@ def _is_ours(out: Path) -> bool:
 
 def _keep_edited_readme(old: Path, new: Path) -> None:
     kept, fresh = old / "README.md", new / "README.md"
+    if kept.is_symlink():  # it may show a file that nobody meant to copy
+        return
     if kept.is_file() and (not fresh.is_file() or kept.read_bytes() != fresh.read_bytes()):
         shutil.copyfile(kept, fresh)
 

@@ -74,8 +74,9 @@ class LanguageReport:
                 writer.writerow([*names, *("" if x is None else f"{x:.6g}" for x in numbers)])
 
     def summary(self) -> dict[str, Any]:
-        """Per language: windows, tokens, fertility (tokens per character), bytes per token, how many
-        documents repeat another, are empty or a single token, and by layer its share in the statistics and the relative squared error of the hidden states.
+        """Per language: windows, tokens, fertility (tokens per character), bytes per token, how
+        many documents repeat another, are empty or a single token, and by layer its share in the
+        statistics and the relative squared error of the hidden states.
         """
         return {
             lang: {
