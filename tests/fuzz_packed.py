@@ -125,7 +125,7 @@ def _grid(state: list, dice: Dice) -> None:
         elif way == 3:
             t = t.to(dice.choose([torch.int64, torch.int8, torch.float64, torch.float16]))
         elif way == 4:
-            t = t.T
+            t = t.T if t.dim() == 2 else t
         else:
             name = name + "x"
         tensors[name] = t

@@ -199,7 +199,7 @@ def _texts(folder: Path, dice: Dice) -> None:
     with guarded(folder):
         for documents in open_texts(folder, parallel=bool(dice.byte() % 2)).values():
             for text in documents:
-                assert isinstance(text, str) and text.strip() and "\0" not in text
+                assert text.strip() and "\0" not in text and text.encode("utf-8")
 
 
 _TEMPLATE = (

@@ -8,6 +8,7 @@ written. The same targets serve hypothesis, the kept corpus and tools/fuzz.py.
 import copy
 import json
 import os
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 from distaya_ext.errors import DistayaError
 
+CORPUS = Path(__file__).with_name("corpus")
 SECONDS = 20  # a reader of a few kB that needs longer hangs; the machine may be busy
 MEMORY = 400 << 20  # bytes that one input may add to the most this process ever held
 SENTENCE = 17_000  # characters of the longest error; names of tensors and files are in it
@@ -194,6 +196,13 @@ def _listing(folder: Path) -> list[tuple]:
     return sorted(found)
 
 
+def kept(name: str) -> list[bytes]:
+    """The corpus of a target: tests/corpus/NAME.txt, a line of hexadecimal per input."""
+    path = CORPUS / f"{name}.txt"
+    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
+    return [bytes.fromhex(line) for line in lines if not line.startswith("#")]
+
+
 class Target:
     """One reader under fuzz. prepare(folder) makes what it needs once; run(data) is one input."""
 
@@ -202,10 +211,9 @@ class Target:
         name: str,
         prepare: Callable[[Path], Any],
         run: Callable[[Any, Dice], None],
-        seeds: tuple[bytes, ...] = (b"",),
         slow: int = 1,
     ):
-        self.name, self._prepare, self._run, self.seeds = name, prepare, run, seeds
+        self.name, self._prepare, self._run = name, prepare, run
         self.slow = slow  # how many times fewer inputs a test can afford
         self.state: Any = None
 
@@ -216,3 +224,15 @@ class Target:
     def run(self, data: bytes) -> None:
         """Broken, or whatever else escaped, when the contract does not hold for this input."""
         self._run(self.state, Dice(data))
+
+
+def found_within(target: Target, runs: int) -> bool:
+    """Whether plain random bytes break the contract in so many runs."""
+    rng = random.Random(5)
+    for _ in range(runs):
+        data = bytes(rng.choice([rng.randrange(256), rng.randrange(8)]) for _ in range(40))
+        try:
+            target.run(data)
+        except Exception:
+            return True
+    return False

@@ -38,7 +38,7 @@ def place(healthy, tmp_path):
 
 TEXTS = {
     "NUL": ("ja.txt", "猫\n猫は\0\n".encode(), "ja.txt line 2, column 3 (byte 10", "NUL"),
-    "no UTF-8": ("ja.txt", "猫\n猫x".encode() + b"\xff\n", "ja.txt line 2, column 3 (byte 8", "0xff"),
+    "no UTF-8": ("ja.txt", "猫\n猫x".encode() + b"\xff\n", "line 2, column 3 (byte 8", "0xff"),
     "cut in a character": ("en.txt", "caf\u00e9".encode()[:-1], "en.txt line 1, column 4", "0xc3"),
     "behind a mark": ("en.txt", b"\xef\xbb\xbfab\xff", "en.txt line 1, column 3 (byte 5", "0xff"),
     "UTF-16": ("en.txt", "cat\n".encode("utf-16"), "en.txt line 1, column 4 (byte 3", "NUL"),

@@ -1,29 +1,31 @@
 """Coverage-guided fuzzing of what reads other people's files, with atheris.
 
-    python tools/fuzz.py --target recipe --seconds 300
     python tools/fuzz.py --list
+    python tools/fuzz.py --target recipe --seconds 300 --work found/recipe
+    python tools/fuzz.py --target recipe --work found/recipe --keep
 
-Runs the targets of tests/fuzz_readers.py and tests/fuzz_packed.py, the same that pytest replays.
-Inputs that reach new code are kept beside tests/corpus/TARGET in --work and minimised into the
-corpus with --keep. An input that breaks the contract ends the run with its traceback, exit code 1,
-and the file that holds it; put that file into the corpus once the defect is mended.
+Runs the targets of tests/fuzz_readers.py and tests/fuzz_packed.py, the same that pytest runs.
+Inputs that reach new code are written to --work; --keep minimises them together with the corpus
+into tests/corpus/TARGET.txt. An input that breaks the contract ends the run with its traceback
+and exit code 77, and lies in --work as broken-*: mend the defect, and --defect that file into the
+corpus.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-CORPUS = ROOT / "tests" / "corpus"
-MOST_KEPT = 24_000  # bytes of a target's corpus
+MOST_KEPT = 120  # inputs of a target that pytest replays
 LONGEST = 256  # bytes of an input: each is a decision or a piece of a file
+_MERGE = "DISTAYA_FUZZ_MERGE"  # set in the process that minimises: the folders to merge
 
 
 def targets() -> dict:
@@ -41,7 +43,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60, help="how long (default 60)")
     parser.add_argument("--seed", type=int, default=1, help="of libFuzzer's choices")
     parser.add_argument("--work", type=Path, help="folder of inputs that reached new code")
-    parser.add_argument("--keep", action="store_true", help="add the smallest set to the corpus")
+    parser.add_argument("--keep", action="store_true", help="minimise --work into the corpus")
+    parser.add_argument("--defect", type=Path, help="add this input to the corpus, for good")
     parser.add_argument("--list", action="store_true", help="print the targets")
     args = parser.parse_args()
     if args.list:
@@ -53,13 +56,15 @@ def main() -> None:
         sys.exit("coverage-guided fuzzing needs atheris, which is not here: pip install atheris")
     work = args.work or Path(tempfile.mkdtemp(prefix=f"fuzz-{args.target}-"))
     work.mkdir(parents=True, exist_ok=True)
-    if args.keep:
+    if args.defect:
+        append(args.target, args.defect.read_bytes())
+    elif args.keep and _MERGE not in os.environ:
         keep(args.target, work)
     else:
         fuzz(atheris, args.target, work, args.seconds, args.seed)
 
 
-def fuzz(atheris, name: str, work: Path, seconds: int, seed: int) -> None:
+def fuzz(atheris: ModuleType, name: str, work: Path, seconds: int, seed: int) -> None:
     """Never returns: libFuzzer ends the process."""
     logging.disable(logging.CRITICAL)  # what transformers thinks of broken configs
     with atheris.instrument_imports(include=["distaya_ext", "fuzz_readers", "fuzz_packed"]):
@@ -67,48 +72,58 @@ def fuzz(atheris, name: str, work: Path, seconds: int, seed: int) -> None:
     if name not in known:
         sys.exit(f"{name} is no target; one of {', '.join(known)} is needed")
     target = known[name].prepare(Path(tempfile.mkdtemp(prefix="fuzz-place-")))
-    kept = CORPUS / name
-    folders = [str(work)] + ([str(kept)] if kept.is_dir() else [])
-    options = [
-        f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-seed={seed}", "-timeout=60",
-        "-rss_limit_mb=4096", f"-artifact_prefix={work}/broken-", "-print_final_stats=1",
-        "-verbosity=1",
-    ]  # fmt: skip
-    atheris.Setup([sys.argv[0], *options, *folders], target.run)
+    options = [f"-max_len={LONGEST}", "-timeout=60", "-rss_limit_mb=4096"]
+    if merge := os.environ.get(_MERGE):
+        options += ["-merge=1", *merge.split(os.pathsep)]
+    else:
+        corpus = expanded(name, Path(tempfile.mkdtemp(prefix="fuzz-corpus-")))
+        options += [f"-max_total_time={seconds}", f"-seed={seed}", "-print_final_stats=1"]
+        options += [f"-artifact_prefix={work}/broken-", str(work), str(corpus)]
+    atheris.Setup([sys.argv[0], *options], target.run)
     atheris.Fuzz()
 
 
+def expanded(name: str, folder: Path) -> Path:
+    """The corpus of a target as the folder of files that libFuzzer reads."""
+    from fuzzing import kept
+
+    for i, data in enumerate(kept(name)):
+        (folder / str(i)).write_bytes(data)
+    return folder
+
+
 def keep(name: str, work: Path) -> None:
-    """Minimise work and the corpus together into the corpus, smallest inputs first."""
-    sys.stdout.flush()
-    with tempfile.TemporaryDirectory() as merged:
-        code = (
-            "import sys, atheris, logging, tempfile; from pathlib import Path\n"
-            f"sys.path[:0] = [{str(ROOT)!r}]\n"
-            "logging.disable(logging.CRITICAL)\n"
-            "with atheris.instrument_imports(include=['distaya_ext']):\n"
-            "    from tools.fuzz import targets; known = targets()\n"
-            f"target = known[{name!r}].prepare(Path(tempfile.mkdtemp(prefix='fuzz-place-')))\n"
-            "atheris.Setup(sys.argv, target.run); atheris.Fuzz()\n"
-        )
-        script = Path(merged, "merge.py")
-        script.write_text(code, encoding="utf-8")
-        inputs = [str(folder) for folder in (work, CORPUS / name) if folder.is_dir()]
-        out = Path(merged, "out")
+    """Minimise work and the corpus into the corpus: the smallest inputs that reach all there is."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from fuzzing import CORPUS
+
+    with tempfile.TemporaryDirectory() as room:
+        out, old = Path(room, "out"), Path(room, "old")
         out.mkdir()
-        subprocess.run([sys.executable, script, "-merge=1", out, *inputs], check=True)
-        found = sorted(out.iterdir(), key=lambda path: (path.stat().st_size, path.name))
-        place, size = CORPUS / name, 0
-        place.mkdir(parents=True, exist_ok=True)
-        for old in place.iterdir():
-            if not old.name.startswith("defect-"):
-                old.unlink()
-        for path in found:
-            data = path.read_bytes()
-            if size + len(data) <= MOST_KEPT and not os.path.basename(path).startswith("broken-"):
-                size += len(data)
-                (place / hashlib.blake2b(data, digest_size=6).hexdigest()).write_bytes(data)
-        print(f"{name}: {len(list(place.iterdir()))} inputs, {size} bytes")
+        old.mkdir()
+        folders = [str(out), str(work), str(expanded(name, old))]
+        command = [sys.executable, __file__, "--target", name, "--work", str(work), "--keep"]
+        subprocess.run(command, check=True, env={**os.environ, _MERGE: os.pathsep.join(folders)})
+        found = sorted((path.read_bytes() for path in out.iterdir()), key=lambda d: (len(d), d))
+    path = CORPUS / f"{name}.txt"
+    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
+    marks = [i + 1 for i, line in enumerate(lines) if line.startswith("# defect")]
+    defects = [line for i in marks for line in lines[i - 1 : i + 1]]
+    chosen = [data.hex() for data in found[:MOST_KEPT] if data and data.hex() not in defects]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([*defects, *chosen]) + "\n", encoding="ascii")
+    print(f"{name}: {len(chosen)} inputs and {len(marks)} defects, {path.stat().st_size} bytes")
+
+
+def append(name: str, data: bytes) -> None:
+    """Put an input that found a defect in front of the corpus, where --keep leaves it."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from fuzzing import CORPUS
+
+    path = CORPUS / f"{name}.txt"
+    path.parent.mkdir(exist_ok=True)
+    held = path.read_text(encoding="ascii") if path.is_file() else ""
+    path.write_text(f"# defect\n{data.hex()}\n{held}", encoding="ascii")
 
 
 if __name__ == "__main__":
