@@ -60,3 +60,13 @@ def printable(text: str) -> str:
 def one_line(error: Exception, most: int = 300) -> str:
     """What another library's error says, in one line of at most `most` characters."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:most]
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Have the sentence about an error also say this (Python's own notes need 3.11)."""
+    error.__notes__ = [*notes(error), note]
+
+
+def notes(error: BaseException) -> list[str]:
+    """What add_note said of it."""
+    return list(getattr(error, "__notes__", []))

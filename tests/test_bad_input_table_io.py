@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from damage import write
 from speaking import SENTENCES, save_model, save_texts
-from strangers import INPUT, USAGE, both_refuse, compress, contents, one_sentence
+from strangers import INPUT, USAGE, both_refuse, compress, contents, distaya, one_sentence
 
 import distaya_ext
-from distaya_ext.compress.events import LayerDone
+from distaya_ext.compress.events import LayerDone, LayerStart
 from distaya_ext.documents import MAX_LINE_BYTES
 from distaya_ext.errors import InputError
+from distaya_ext.export import export
 from distaya_ext.recipe import Recipe
 
 PACKAGE = Path(distaya_ext.__file__).parent
@@ -178,11 +179,12 @@ def test_row_outputs_that_are_not_overwritten(place, case, monkeypatch):
     assert contents(place) == before
 
 
-def run_and(place, act, **options):
+def run_and(place, act, *, on_other=lambda event: None, **options):
     """compress() of the healthy model; act() is called when the first layer is done."""
     pending = [act]
 
     def on_event(event):
+        on_other(event)
         if isinstance(event, LayerDone) and pending:
             pending.pop()()
 
@@ -193,14 +195,32 @@ def run_and(place, act, **options):
 
 
 def test_row_a_folder_that_appears_during_the_run_is_not_lost(place):
-    """Without --overwrite and with it: what is not ours stays, and so does the finished result."""
-    for options in ({}, {"overwrite": True}):
-        with pytest.raises(InputError, match="finished model is kept in") as caught:
+    """Without --overwrite and with it: what is not ours stays, and so do the layers done so far."""
+    for options, words in (({}, "is not empty"), ({"overwrite": True}, "not written by distaya")):
+        with pytest.raises(InputError, match=words):
             run_and(place, lambda: _occupied(place), **options)
-        kept = Path(str(caught.value).rpartition(" ")[2])
-        assert (kept / "model.safetensors").is_file() and (kept / "config.json").is_file()
         assert contents(place / "out") == {place / "out" / "mine.txt": b"mine"}
         shutil.rmtree(place / "out")
+        done = []
+        run_and(place, lambda: None, on_other=done.append, **options)  # the same run goes on
+        assert not [event for event in done if isinstance(event, LayerStart)]
+        shutil.rmtree(place / "out")
+
+
+def test_row_a_folder_that_appears_during_an_export_is_not_lost(place):
+    """Commands without a journal keep the finished model beside, and say where."""
+    rtn = ("compress", place / "model", "--out", place / "packed", "--method", "rtn", "--bits", 4)
+    assert distaya(*rtn).exit_code == 0
+    with pytest.raises(InputError, match="finished model is kept in") as caught:
+        export(
+            place / "packed",
+            place / "out",
+            to="dense",
+            on_module=lambda done, total, name: done == 1 and _occupied(place),
+        )
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    assert (kept / "model.safetensors").is_file() and (kept / "config.json").is_file()
+    assert contents(place / "out") == {place / "out" / "mine.txt": b"mine"}
 
 
 def test_row_a_link_that_appears_during_the_run_is_not_followed(place):

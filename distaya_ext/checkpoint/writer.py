@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..durable import as_os_error
 from ..errors import InputError
 from .folder import contained, read_json
 
@@ -32,7 +34,7 @@ class ShardWriter:
     """Collects tensors, writes a shard whenever shard_bytes are reached; finish() names them."""
 
     def __init__(self, folder: Path, shard_bytes: int = 1 << 30):
-        self.folder = folder
+        self.folder = self.parts = folder  # parts: where shards lie until they have names
         self.shard_bytes = shard_bytes
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
@@ -55,11 +57,18 @@ class ShardWriter:
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def _flush(self) -> None:
-        path = self.folder / f"part-{len(self._shards):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        os.chmod(path, self.folder.stat().st_mode & 0o666)  # the library leaves its files private
+        self._write_shard(self.parts / part_name(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+    def _write_shard(self, path: Path) -> None:
+        """The tensors that wait, as a file."""
+        write_tensors(self._pending, path)
+        os.chmod(path, self.parts.stat().st_mode & 0o666)  # the library leaves its files private
+
+    def _place_shard(self, index: int, name: str) -> None:
+        """Give a shard its final name."""
+        os.replace(self.parts / part_name(index), self.folder / name)
 
     def finish(self) -> list[Path]:
         """Write what is left, give the shards their final names and write the index if there are
@@ -74,7 +83,7 @@ class ShardWriter:
             else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
         for i, name in enumerate(names):
-            os.replace(self.folder / f"part-{i:05d}.safetensors", self.folder / name)
+            self._place_shard(i, name)
         if count > 1:
             weight_map = {k: names[i] for i, keys in enumerate(self._shards) for k in keys}
             index = {
@@ -85,6 +94,19 @@ class ShardWriter:
                 json.dumps(index, indent=2) + "\n"
             )
         return [self.folder / name for name in names]
+
+
+def part_name(index: int) -> str:
+    """The name of a shard while it is not known how many there will be."""
+    return f"part-{index:05d}.safetensors"
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A .safetensors file as transformers reads them. OSError where the disk is full."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise as_os_error(error, path) from None
 
 
 def header_bytes(needs: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> int:
@@ -157,15 +179,22 @@ class Staging:
         except InputError as error:
             self._finished = True
             raise InputError(f"{error}; the finished model is kept in {self.model}") from None
-        if self.out.exists():
-            _keep_edited_readme(self.out, self.model)
-            os.replace(self.out, self.root / "replaced")
-        try:
-            os.replace(self.model, self.out)
-        except OSError:
-            if (self.root / "replaced").exists():
-                os.replace(self.root / "replaced", self.out)
-            raise
+        put_in_place(self.model, self.out, self.root / "replaced")
+
+
+def put_in_place(model: Path, out: Path, aside: Path) -> None:
+    """Rename the folder `model` to `out`. An older result goes to `aside`, and comes back when that
+    fails; a README that was edited there is kept.
+    """
+    if out.exists():
+        _keep_edited_readme(out, model)
+        os.replace(out, aside)
+    try:
+        os.replace(model, out)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, out)
+        raise
 
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> None:

@@ -72,7 +72,11 @@ def compress(
         typer.Option(help="Folder of texts to compare the result with the model before on."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
+        bool, typer.Option("--restart", help="Forget what a run that was stopped has kept.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
     ] = False,
     max_ram: options.MaxRam = None,
     overwrite: Annotated[
@@ -132,6 +136,7 @@ def compress(
             restart=restart,
             device=device,
             offline=offline,
+            strict=strict,
         )
         if report.dropped_layers:
             left = len(report.source_layers)

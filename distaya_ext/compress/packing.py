@@ -101,6 +101,16 @@ class Packing:
             _, codes[rows], scales[rows], _ = obs_op.quantize(part, quant)
         return Grid(codes, scales, None, 8, 0)
 
+    def state(self) -> dict[str, Any]:
+        """What encoding so far has noted, as plain values for restore()."""
+        schemes = {name: dataclasses.asdict(scheme) for name, scheme in self.schemes.items()}
+        return {"schemes": schemes, "counted": self._counted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        told = state["schemes"].items()
+        self.schemes = {name: ModuleScheme(**_tuples(scheme)) for name, scheme in told}
+        self._counted = dict(state["counted"])
+
     def config(self) -> dict[str, Any] | None:
         """quantization_config of what was written, None when nothing is packed."""
         if not self.schemes:
@@ -235,6 +245,11 @@ class Packing:
         tied = self.checkpoint.tied
         ends = [architecture.embed] if tied else [architecture.embed, architecture.head]
         return [name for name in ends if f"{name}.weight" in entries]
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _ragged(group: int, cols: int) -> bool:
