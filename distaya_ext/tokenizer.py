@@ -14,6 +14,7 @@ _VOCABULARIES = (
     ("tokenizer.model",),
     ("vocab.json", "merges.txt"),
 )
+VOCABULARY_FILES = tuple(name for names in _VOCABULARIES for name in names)
 
 
 # Everything that decides which tokens a text becomes.

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..durable import as_os_error
 from ..errors import InputError
+from ..manifest import refresh
 from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
@@ -188,6 +189,7 @@ def put_in_place(model: Path, out: Path, aside: Path) -> None:
     """
     if out.exists():
         _keep_edited_readme(out, model)
+        refresh(model, "README.md")
         os.replace(out, aside)
     try:
         os.replace(model, out)

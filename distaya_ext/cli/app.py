@@ -33,6 +33,7 @@ from .layers import layers
 from .merge import merge
 from .search import search
 from .students import shrink, students
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -121,6 +122,7 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
