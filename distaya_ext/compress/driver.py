@@ -201,7 +201,8 @@ class _Run:
         self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
-        complete(work.model, "compress", self.identity())
+        inputs = identity(self.source, self.recipe, self.calibration, self.device)
+        complete(work.model, "compress", inputs)
         work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
