@@ -1,4 +1,4 @@
-"""Fuzz targets that read folders and files: models, recipes, texts, adapters, tokenizers, journals.
+"""Fuzz targets that read folders and files: models, recipes, texts, adapters, tokenizers.
 
 Each prepares a healthy input once and damages a copy of one of its files by every byte string.
 """
@@ -17,7 +17,6 @@ from fuzzing import Dice, Target, edited, flipped, guarded, json_file, spliced
 from safetensors.torch import load_file, save
 from speaking import SENTENCES, save_model, tokenizer
 
-from distaya_ext.chain.journal import WorkFolder, place
 from distaya_ext.checkpoint import ShardWriter, open_checkpoint
 from distaya_ext.documents import open_texts
 from distaya_ext.recipe import Recipe, read_fields
@@ -226,7 +225,7 @@ def _chats(state: tuple, dice: Dice) -> None:
             read_chats(files, talks, 16)
 
 
-# ---- adapters, tokenizers, journals ----
+# ---- adapters, tokenizers ----
 
 
 def _adapted(folder: Path) -> tuple:
@@ -270,24 +269,6 @@ def _tokenizer(state: tuple, dice: Dice) -> None:
         load_tokenizer(model, 300)
 
 
-def _chain(folder: Path) -> Path:
-    work = place(folder / "out")
-    work.mkdir()
-    return folder
-
-
-def _journal(folder: Path, dice: Dice) -> None:
-    shutil.rmtree(place(folder / "out"), ignore_errors=True)
-    place(folder / "out").mkdir()
-    done = {"inputs": {"a": 1}, "fingerprint": "f", "seconds": 1.0}
-    whole = {"steps": {"compress": done, "heal": {**done, "seconds": None}}}
-    (place(folder / "out") / "steps.json").write_bytes(json_file(whole, dice))
-    (place(folder / "out") / "compress").mkdir()
-    with guarded(), WorkFolder(folder / "out") as work:
-        for step in work.steps:
-            work.finished(step)
-
-
 TARGETS = [
     Target("config", _configs, _config, slow=8),
     Target("index", _sharded, _index, slow=4),
@@ -298,5 +279,4 @@ TARGETS = [
     Target("chats", _talker, _chats, slow=4),
     Target("adapter", _adapted, _adapter, slow=2),
     Target("tokenizer", _vocabulary, _tokenizer, slow=16),
-    Target("journal", _chain, _journal),
 ]

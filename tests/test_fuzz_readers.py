@@ -6,7 +6,7 @@ tools/fuzz.py runs the same targets by coverage, for as long as one likes.
 import resource
 import time
 
-import fuzz_readers
+import fuzz_folders
 import pytest
 from fuzzing import Broken, Dice, edited, found_within, guarded, kept, spliced
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +18,7 @@ import distaya_ext.recipe_file as recipe_file
 from distaya_ext.errors import InputError
 
 EXAMPLES = 320
-TARGETS = {target.name: target for target in fuzz_readers.TARGETS}
+TARGETS = {target.name: target for target in fuzz_folders.TARGETS}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
     python tools/fuzz.py --target recipe --seconds 300 --work found/recipe
     python tools/fuzz.py --target recipe --work found/recipe --keep
 
-Runs the targets of tests/fuzz_readers.py and tests/fuzz_packed.py, the same that pytest runs.
+Runs the targets of tests/fuzz_*.py, the same that pytest runs.
 Inputs that reach new code are written to --work; --keep minimises them together with the corpus
 into tests/corpus/TARGET.txt. An input that breaks the contract ends the run with its traceback
 and exit code 77, and lies in --work as broken-*: mend the defect, and --defect that file into the
@@ -21,23 +21,30 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_KEPT = 120  # inputs of a target that pytest replays
 LONGEST = 256  # bytes of an input: each is a decision or a piece of a file
-_MERGE = "DISTAYA_FUZZ_MERGE"  # set in the process that minimises: the folders to merge
+_INNER = "DISTAYA_FUZZ_TARGET"  # set where libFuzzer starts this file itself, with its own flags
+_AGAIN = "DISTAYA_FUZZ_AGAIN"  # and the program by which it does
+_TARGETS = ("fuzz_readers", "fuzz_folders", "fuzz_packed")
 
 
 def targets() -> dict:
     """Every target by name. Importing them imports what they test."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import fuzz_folders
     import fuzz_packed
-    import fuzz_readers
 
-    return {target.name: target for target in fuzz_readers.TARGETS + fuzz_packed.TARGETS}
+    return {target.name: target for target in fuzz_folders.TARGETS + fuzz_packed.TARGETS}
 
 
 def main() -> None:
+    if name := os.environ.get(_INNER):
+        import atheris
+
+        start(atheris, name, [os.environ[_AGAIN], *sys.argv[1:]])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", help="one of --list")
     parser.add_argument("--seconds", type=int, default=60, help="how long (default 60)")
@@ -58,33 +65,32 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if args.defect:
         append(args.target, args.defect.read_bytes())
-    elif args.keep and _MERGE not in os.environ:
+    elif args.keep:
         keep(args.target, work)
     else:
-        fuzz(atheris, args.target, work, args.seconds, args.seed)
+        corpus = expanded(args.target, Path(tempfile.mkdtemp(prefix="fuzz-corpus-")))
+        options = [f"-max_total_time={args.seconds}", f"-seed={args.seed}", "-print_final_stats=1"]
+        options += [f"-artifact_prefix={work}/broken-", str(work), str(corpus)]
+        start(atheris, args.target, [sys.argv[0], *options])
 
 
-def fuzz(atheris: ModuleType, name: str, work: Path, seconds: int, seed: int) -> None:
-    """Never returns: libFuzzer ends the process."""
+def start(atheris: ModuleType, name: str, argv: list[str]) -> NoReturn:
+    """Hand the process over to libFuzzer, which ends it."""
     logging.disable(logging.CRITICAL)  # what transformers thinks of broken configs
-    with atheris.instrument_imports(include=["distaya_ext", "fuzz_readers", "fuzz_packed"]):
+    with atheris.instrument_imports(include=["distaya_ext", *_TARGETS]):
         known = targets()
     if name not in known:
         sys.exit(f"{name} is no target; one of {', '.join(known)} is needed")
     target = known[name].prepare(Path(tempfile.mkdtemp(prefix="fuzz-place-")))
-    options = [f"-max_len={LONGEST}", "-timeout=60", "-rss_limit_mb=4096"]
-    if merge := os.environ.get(_MERGE):
-        options += ["-merge=1", *merge.split(os.pathsep)]
-    else:
-        corpus = expanded(name, Path(tempfile.mkdtemp(prefix="fuzz-corpus-")))
-        options += [f"-max_total_time={seconds}", f"-seed={seed}", "-print_final_stats=1"]
-        options += [f"-artifact_prefix={work}/broken-", str(work), str(corpus)]
-    atheris.Setup([sys.argv[0], *options], target.run)
+    limits = [f"-max_len={LONGEST}", "-len_control=0", "-timeout=60", "-rss_limit_mb=4096"]
+    atheris.Setup([argv[0], *limits, *argv[1:]], target.run)
     atheris.Fuzz()
+    sys.exit(0)
 
 
 def expanded(name: str, folder: Path) -> Path:
     """The corpus of a target as the folder of files that libFuzzer reads."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from fuzzing import kept
 
     for i, data in enumerate(kept(name)):
@@ -101,9 +107,11 @@ def keep(name: str, work: Path) -> None:
         out, old = Path(room, "out"), Path(room, "old")
         out.mkdir()
         old.mkdir()
-        folders = [str(out), str(work), str(expanded(name, old))]
-        command = [sys.executable, __file__, "--target", name, "--work", str(work), "--keep"]
-        subprocess.run(command, check=True, env={**os.environ, _MERGE: os.pathsep.join(folders)})
+        again = Path(room, "again")  # libFuzzer starts its own first argument once more
+        again.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$@"\n')
+        again.chmod(0o755)
+        command = [again, "-merge=1", out, work, expanded(name, old)]
+        subprocess.run(command, check=True, env={**os.environ, _INNER: name, _AGAIN: str(again)})
         found = sorted((path.read_bytes() for path in out.iterdir()), key=lambda d: (len(d), d))
     path = CORPUS / f"{name}.txt"
     lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []

@@ -120,7 +120,7 @@ class Work:
         if not same:
             self.anew()
         for folder in (self.scratch, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         self.scratch.mkdir()
         if self._worth_keeping:
             self.kept = "what an earlier run has done"
@@ -160,9 +160,9 @@ class Work:
         """Whether files are what their record says of them."""
         for name, told in files.items():
             path = self.root / name
-            if path.is_symlink() or not path.is_file() or path.stat().st_size != told["size"]:
+            if path.parent != self.root or path.is_symlink() or not path.is_file():
                 return False
-            if describe(path) != told:
+            if path.stat().st_size != told["size"] or describe(path) != told:
                 return False
         return True
 
@@ -222,12 +222,23 @@ class Work:
         if root.is_symlink() or (root.exists() and not root.is_dir()):
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
         inside = list(root.iterdir()) if root.exists() else []
+        if inside and _made_by_another(root):
+            raise InputError(
+                f"{root} is in the way: another user made it where everyone may write, and what it "
+                "says is not believed"
+            )
         link = next((path for path in inside if path.is_symlink()), None)
         if link is not None:
             raise InputError(f"{link} is in the way: a run of ours makes no links")
         names = {path.name for path in inside}
         if names - {LOCK, self.scratch.name} and JOURNAL not in names:
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
+
+
+def _made_by_another(root: Path) -> bool:
+    """Whether somebody else could have made a folder, and did."""
+    everyone = root.parent.stat().st_mode & 0o022
+    return bool(everyone) and root.lstat().st_uid != os.geteuid()
 
 
 def _remove(path: Path) -> None:
