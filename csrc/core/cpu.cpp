@@ -38,7 +38,7 @@ std::atomic<int>& current() {
 std::atomic<int> generation{0};
 std::atomic<Poll> interrupt{nullptr};
 
-// Runs in the child, before it runs anything else.
+// Runs in the child, before anything else does.
 void count_fork() { generation.fetch_add(1, std::memory_order_relaxed); }
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, count_fork);
