@@ -1,8 +1,8 @@
-"""Every op of every room as one small call with fixed inputs: for tests that are about all of them.
+"""Every op of every room as one small call with fixed inputs: for tests that are about all.
 
-CASES holds name -> make(seed, size) -> call() -> tensors. `make` draws the inputs, `call` leaves them
-as they are, so that it can be repeated and run from several threads. Shapes are ragged, and columns
-are no multiple of 4, 16 or 128 wherever a method allows it.
+CASES holds name -> make(seed, size) -> call() -> tensors. `make` draws the inputs, `call` leaves
+them as they are, so that it can be repeated and run from several threads. Shapes are ragged, and
+columns are no multiple of 4, 16 or 128 wherever a method allows it.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Draw:
         scales = (self.normal(rows, groups).abs() * 0.01 + 0.001).to(torch.bfloat16)
         zeros = None if symmetric else torch.full((rows, groups), 5, dtype=torch.uint8)
         nm = (2, 4) if kind == "int4-out" else None
-        return codes, scales, zeros, dict(kind=kind, group=group, nm=nm)
+        return codes, scales, zeros, {"kind": kind, "group": group, "nm": nm}
 
 
 @case

@@ -23,7 +23,7 @@ def answers() -> dict[str, dict[str, float | None]]:
     "op", ["cholesky", "inverse", "solve", "hessian", "cross", "sweep", "refit", "divergence"]
 )
 def test_a_long_kernel_is_interrupted(answers, op):
-    """The exception leaves the kernel itself; between signal and exception lie 50 ms and a block."""
+    """The exception leaves the kernel itself, 50 ms and a block after the signal at most."""
     late, whole = answers[op]["late"], answers[op]["whole"]
     assert late is not None, f"{op} ran to its end of {whole:.2f} s"
     assert late < 0.5 * whole + 0.05, answers[op]

@@ -98,6 +98,9 @@ inline void borrow(PyObject* object, Tensor& out) {
   check(t.data || out.numel() == 0, "a tensor of ", out.numel(),
         " elements has no data (fake tensor?)");
   out.data = static_cast<char*>(t.data) + t.byte_offset;
+  check(out.numel() == 0 || reinterpret_cast<uintptr_t>(out.data) % size_of(out.dtype) == 0,
+        "a tensor (", out, ") is not aligned to ", size_of(out.dtype),
+        " bytes; pass tensor.clone()");
 #ifdef DISTAYA_CUDA_SIM
   cuda_sim::admit(out);
 #endif
