@@ -106,7 +106,8 @@ class Checkpoint:
     def read(
         self, names: Iterable[str], device: str | torch.device = "cpu"
     ) -> dict[str, torch.Tensor]:
-        """Tensors by name, in their stored dtype. On the CPU they are views of the mapped file.
+        """Tensors by name, in their stored dtype. On the CPU they are views of the mapped file, but
+        for those that begin between two of its elements, which no kernel takes: copies.
 
         The first read of a tensor tests it; NaN or infinity raises InputError with its name and
         row.
@@ -120,7 +121,9 @@ class Checkpoint:
                     entry = self.entries[name]
                     if entry.path == path:
                         held = entry.name or name
-                        tensors[name] = self._checked(held, file.get_tensor(held)).to(device)
+                        tensors[name] = self._checked(held, aligned(file.get_tensor(held))).to(
+                            device
+                        )
         return {name: tensors[name] for name in names}
 
     def grid(self, module: str) -> Grid:
@@ -136,6 +139,11 @@ class Checkpoint:
             check_finite(name, tensor)
             self._finite.add(name)
         return tensor
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a mapped file, or its copy where other tensors left it an odd place in the file."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
