@@ -155,13 +155,17 @@ def test_eval_gate(compressed, model, texts):
     found = json.loads(distaya(*base).stdout)
     worst, gap = found["languages"][0], found["gap"]
     passed = distaya(
-        *base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 1.01, "--max-gap", gap + 0.01
+        *base,
+        "--gate",
+        f"max_worst_ppl_ratio={worst['ppl_ratio'] * 1.01}",
+        "--gate",
+        f"max_gap={gap + 0.01}",
     )
     assert passed.exit_code == 0
-    failed = distaya(*base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 0.99)
+    failed = distaya(*base, "--gate", f"max_worst_ppl_ratio={worst['ppl_ratio'] * 0.99}")
     assert failed.exit_code == 6 and json.loads(failed.stdout)["gap"] == gap
     assert f"the worst language {worst['language']}" in failed.stderr
-    refused(2, "eval", model, "--texts", texts, "--max-gap", 1, words=["--against"])
+    refused(2, "eval", model, "--texts", texts, "--gate", "max_gap=1", words=["--against"])
 
 
 def test_eval_of_one_model(model, texts):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import pytest
 import tiny
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from speaking import save_model, save_texts
 from typer.testing import CliRunner
 
+import distaya_ext
+from distaya_ext import doctor
 from distaya_ext.chain.events import StepStarted
 from distaya_ext.cli.app import app
 from distaya_ext.cli.progress import Reporter
@@ -19,6 +22,7 @@ from distaya_ext.errors import NumericsError
 from distaya_ext.ops import machine, obs
 from distaya_ext.quant import Quant
 from distaya_ext.recipe import Recipe
+from distaya_ext.runtime import SlowKernelWarning, slow_paths
 
 
 def edit(source, change):
@@ -246,6 +250,62 @@ def test_slower_kernels_are_counted_and_not_degraded(tmp_path):
     (slow,) = report.fallbacks.found
     assert (slow.kind, slow.module, slow.count, slow.degraded) == ("slow_kernel", "all", 21, False)
     assert fallbacks(tmp_path / "out")["kinds"] == {"slow_kernel": 21}
+
+
+# ---- slow kernels of a loaded model ----
+
+
+@pytest.fixture(scope="module")
+def packed(silent, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "out"
+    rtn = ("--method", "rtn", "--bits", "4", "--format", "distaya")
+    assert distaya("compress", silent / "model", "--out", out, *rtn).exit_code == 0
+    return out
+
+
+def test_slow_kernels_are_told_where_a_model_is_loaded(packed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = distaya_ext.load(packed)
+    assert slow_paths(model) == []
+    with machine.use_isa("portable"):
+        words = r"^14 modules run slower than they could: 14 on portable kernels of a processor"
+        with pytest.warns(SlowKernelWarning, match=words):
+            distaya_ext.load(packed)
+        found = slow_paths(model)
+        report = doctor.report()["slow paths"]
+    assert [path.module for path in found][:1] == ["model.layers.0.self_attn.q_proj"]
+    assert report["on cpu"].startswith("every packed product: portable kernels")
+    assert doctor.report()["slow paths"] == {"on cpu": "none"}
+
+
+def test_gate_and_up_that_cannot_be_one_kernel_are_slow(packed):
+    model = distaya_ext.load(packed)
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    (found,) = slow_paths(model)
+    assert found.module == "model.layers.1.mlp" and "instead of in one kernel" in found.what
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "bench"])
+def test_commands_tell_of_slow_kernels_and_strict_fails(silent, packed, command):
+    arguments = {
+        "generate": ("generate", packed, "water", "--max-new-tokens", 2),
+        "eval": ("eval", packed, "--texts", silent / "texts", "--window", 16, "--tokens", 96),
+        "bench": ("bench", "model", packed, "--prompt", 4, "--new", 2, "--runs", 1),
+    }[command]
+    fast = distaya(*arguments, "--strict")
+    assert fast.exit_code == 0 and "slower than they could" not in fast.stderr, fast.stderr
+    with machine.use_isa("portable"):
+        told = distaya(*arguments)
+        strict = distaya(*arguments, "--strict")
+    assert told.exit_code == 0 and "note: 14 modules run slower" in told.stderr, told.stderr
+    assert strict.exit_code == 4 and "Error: 14 modules run slower" in strict.stderr
+
+
+def test_inspect_tells_what_a_run_fell_back_on(silent, tmp_path):
+    run(silent, tmp_path / "out", "--sparsity", "2:4")
+    told = distaya("inspect", tmp_path / "out")
+    assert "fallbacks: 14 of 14 modules degraded; rank_zero in 14" in told.stdout
 
 
 # ---- told ----

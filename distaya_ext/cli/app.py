@@ -28,6 +28,7 @@ from .eval import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
+from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
@@ -132,6 +133,7 @@ app.command("export")(export)
 app.command("merge")(merge)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("history")(history)
 app.add_typer(bench.app, name="bench")
 
 

@@ -135,6 +135,7 @@ def model(
     ] = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    strict: options.StrictKernels = False,
     offline: options.Offline = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -144,12 +145,14 @@ def model(
     from ..checkpoint.whole import quiet_transformers
     from ..measure import model as source
     from ..measure import report
-    from .output import console, print_json
+    from .output import console, kernels_told, print_json
     from .progress import Reporter
+    from .remember import benched
 
     setting = source.Setting(prompt, new, runs, threads, device, dtype, exact, offline)
-    with Reporter(quiet) as reporter, quiet_transformers():
+    with Reporter(quiet) as reporter, quiet_transformers(), kernels_told(strict):
         result = source.measure(path, against, setting, note=reporter.say)
+    benched(result, path, against, setting)
     if json:
         print_json(report.model_json(result))
         return

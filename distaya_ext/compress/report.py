@@ -13,7 +13,7 @@ from typing import Any
 import safetensors
 import torch
 
-from ..ops import machine
+from ..runtime.paths import lesser_isa
 from .events import StageDone
 from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
@@ -202,9 +202,8 @@ class Report:
 
     def fall_back_on_kernels(self, device: torch.device) -> None:
         """Count all modules as slow where the CPU kernels run below what the processor offers."""
-        runs, best = machine.isa(), machine.best_isa()
-        if device.type == "cpu" and (runs != best or runs == machine.ISAS[0]):
-            what = f"{runs} kernels on a processor that has {best}"
+        what = lesser_isa() if device.type == "cpu" else None
+        if what is not None:
             self.fall_back(Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False))
 
     @property
