@@ -109,6 +109,10 @@ YAML = {
     "key twice": (b"bits: 4\nbits: 3\n", "'bits' is given twice"),
     "unknown key": (b"sparsty: 0.5\n", "'sparsity'"),
     "unknown inner key": (b"calibration: {token: 5}\n", "'tokens'"),
+    "slow pattern": (b"skip: ['^([a-z0-9._]+)+!']\n", "skip pattern", "repeats a group"),
+    "slow rule": (b"modules: [{match: '" + b".*" * 9 + b"x', bits: 4}]\n", "more than 5 repet"),
+    "broken pattern": (b"skip: ['" + b"(" * 5000 + b"']\n", "not a regular expression"),
+    "pattern of digits": (b"skip: ['a{99999999999}']\n", "not a regular expression"),
     "key that is no text": (b"evaluate: {yes: 1}\n", "evaluate has the key True"),
 }
 
