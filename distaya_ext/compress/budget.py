@@ -11,7 +11,9 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ResourceError, UsageError
+from ..recipe import Recipe
 from .calibrate import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from .plan import Plan, shares_statistics
 from .reconstruct import BATCH_TOKENS
 
 GIB = 1 << 30
@@ -44,6 +46,15 @@ class Needs:
 
 
 _FEW = Needs()
+
+
+def needs_of(recipe: Recipe, plan: Plan, checkpoint: Checkpoint) -> Needs:
+    """What a run of this recipe does; plan: of its Linears."""
+    return Needs(
+        shared=shares_statistics(plan, checkpoint),
+        twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
+        trains=any(s.quality == "high" for s in plan.values()),
+    )
 
 
 class Budget:
