@@ -85,14 +85,15 @@ def memory(job: Job, budget: Budget, process: int) -> Memory:
         phases |= _proof(job, budget.proves_whole)
         phases["recording the inputs"] = _record(job, spilled)
     phases["writing the embedding"] = _stream(job, spilled) + _rounding(job)
-    layers = written(job)
-    held = min(sum(layers[:-1]) + _rounded_ends(job), budget.shard_bytes)
+    embed, layers = _embedding_written(job), written(job)
+    # A copied embedding is a view of the mapped file, read when the first layer is kept.
+    before = embed + sum(layers[:-1]) if len(layers) > 1 else 0
+    held = min(before, max(budget.shard_bytes, embed))
     for name, size in layer_phases(job, spilled).items():
         phases[f"layer: {name}"] = size + held
-    last = min(sum(layers) + _rounded_ends(job), budget.shard_bytes)
-    plain = 0 if job.packing.ends else _ends(job.checkpoint)
     streams = (1 + job.needs.twin) * _stream(job, spilled)
-    phases["writing the last shard"] = streams + last + plain
+    last = min(job.packing.predicted(), max(budget.shard_bytes, embed))
+    phases["writing the last shard"] = streams + last
     return Memory(process, phases, spilled, budget.proves_whole, budget.shard_bytes)
 
 
@@ -195,8 +196,9 @@ def _rounding(job: Job) -> int:
     return max(entry.nbytes + codes + block, 2 * codes)
 
 
-def _rounded_ends(job: Job) -> int:
-    return sum(job.packing.bytes_of(name) for name in job.packing.ends)
+def _embedding_written(job: Job) -> int:
+    """What waits for its shard before any layer does."""
+    return job.packing.bytes_of(job.checkpoint.architecture.embed)
 
 
 def _stream(job: Job, spilled: bool) -> int:
