@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import load_calibration
 from ..compress.driver import compress
+from ..compress.fallbacks import Fallbacks
 from ..errors import GateError
 from ..recipe import Recipe
 
@@ -32,6 +33,7 @@ class Task:
     on_progress: OnProgress | None
     device: str
     offline: bool
+    strict: bool = False
 
     @property
     def model(self) -> str:
@@ -80,8 +82,21 @@ def shrink(task: Task, layers: list[int], folder: Path, work: Path) -> None:
         on_event=task.on_event,
         device=task.device,
         offline=task.offline,
+        strict=task.strict,
         work=work,
     )
+
+
+def judge_fallbacks(task: Task, folder: Path, *, kept: bool) -> None:
+    """NumericsError when the chain is strict and the compression that lies in the folder, which an
+    earlier run may have made without, is degraded; one that was kept is told of again.
+    """
+    told = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("fallbacks", {})
+    found = Fallbacks.read(told)
+    if kept and (event := found.event(told.get("of", 0))):
+        task.on_event(event)
+    if task.strict:
+        found.refuse()
 
 
 def heal(task: Task, student: Path, folder: Path, work: Path) -> None:

@@ -72,9 +72,14 @@ def compress(
         typer.Option(help="Folder of texts to compare the result with the model before on."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
+        bool, typer.Option("--restart", help="Forget what a run that was stopped has kept.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
     ] = False,
     max_ram: options.MaxRam = None,
+    max_vram: options.MaxVram = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older result of ours.")
     ] = False,
@@ -97,6 +102,7 @@ def compress(
         format=format,
         drop_layers=drop_layers,
         max_ram=max_ram,
+        max_vram=max_vram,
         heal={"steps": heal},
         evaluate={"path": evaluate},
         calibration={
@@ -132,6 +138,7 @@ def compress(
             restart=restart,
             device=device,
             offline=offline,
+            strict=strict,
         )
         if report.dropped_layers:
             left = len(report.source_layers)

@@ -4,6 +4,7 @@ from .calibrate import Calibration
 from .events import (
     Calibrated,
     Event,
+    FellBack,
     LanguagesDone,
     LayerDone,
     LayerStart,
@@ -21,6 +22,7 @@ __all__ = [
     "Calibrated",
     "Calibration",
     "Event",
+    "FellBack",
     "LanguagesDone",
     "LayerDone",
     "LayerStart",

@@ -27,7 +27,7 @@ from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
-from ..resume import Work, kernels, model_identity, texts_identity
+from ..resume import Work
 from ..resume import place as work_place
 from ..texts import counts
 from . import events, glu
@@ -37,18 +37,19 @@ from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_hos
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
-from .keep import Keeper, dump_report, most_bytes, restore_report
+from .identity import identity
+from .keep import Keeper, most_bytes
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan
 from .proof import PROOF_WINDOWS, prove
-from .report import Report
+from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
-_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram"}  # fields of a recipe
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -65,6 +66,7 @@ def compress(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
     work: Path | None = None,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
@@ -82,15 +84,17 @@ def compress(
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
+    run.report.strict = strict
     with Work(Path(out), work) as held:
         if settings.statistic is not None:
             run.calibration = load_calibration(texts, recipe, checkpoint)
             if place.type == "cuda":
                 run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        done = held.begin(run.identity(), restart=restart)
+        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
+            run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
         return run.go(held)
@@ -133,33 +137,26 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights that are written, see resume.identity."""
-        fields = self.recipe.model_dump(mode="json", exclude=_NOT_DECIDING)
-        fields["calibration"].pop("path")  # where the texts lie decides nothing
-        return {
-            "version": __version__,
-            "kernels": kernels(self.device),
-            "model": model_identity(self.source.folder),
-            "recipe": fields,
-            "texts": texts_identity(self.calibration),
-        }
-
     def go(self, work: Work) -> Report:
         keeper = Keeper(
             work, self.report, self.packing, self.budget.shard_bytes,
             self.checkpoint.config.num_hidden_layers, self.on_event,
         )  # fmt: skip
+        keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
+        if self.report.spilled:
+            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
         beside = most_bytes(self.checkpoint, tokens, self.needs, self.budget.shard_bytes, planned)
         least = planned + beside + waiting * self.report.spilled - work.nbytes
@@ -169,10 +166,10 @@ class _Run:
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
-        keeper.find()
         if self.calibration is not None:
             self._prepare(work.scratch, going_on=keeper.first > 0)
         keeper.restore(self.replay)
+        self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         self._check_tied(skeleton)
@@ -201,9 +198,12 @@ class _Run:
             write_config(self.checkpoint.folder, work.model, quantization, self._cut)
         _write_recipe(self.recipe, work.model)
         self.report.seconds = keeper.seconds
+        self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
         complete(work.model)
         work.publish({"report": dump_report(self.report)})
+        if fell_back := self.report.fallbacks.event(len(self.report.modules)):
+            self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report
 
@@ -241,7 +241,9 @@ class _Run:
         if not going_on:
             self._prove()
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
+        left_out = LeftOut(calibration, report)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
         if self.needs.twin:
             self.replay.dense = (self._store(scratch), self._store(scratch))
         self._record(going_on=going_on)
@@ -257,6 +259,12 @@ class _Run:
         )
         self.report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
+        if proof.kind != "whole":
+            depth = self.checkpoint.config.num_hidden_layers
+            self._notice(
+                f"the replay was proved over {proof.layers} of {depth} layers: the whole model "
+                "does not fit in memory"
+            )
 
     def _store(self, scratch: Path) -> Store:
         spilled = self.report.spilled

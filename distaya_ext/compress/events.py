@@ -97,6 +97,18 @@ class LayerDone:
 
 
 @dataclass(frozen=True)
+class FellBack:
+    """Where something lesser than asked was done. lines: one per kind and whether that is degraded;
+    degraded modules of `of`; total: more than half of them, so that nothing can be trusted.
+    """
+
+    lines: tuple[tuple[str, bool], ...]
+    degraded: int
+    of: int
+    total: bool
+
+
+@dataclass(frozen=True)
 class Saved:
     """The output folder is in place, with `shards` weight files of `bytes` in all."""
 
@@ -115,5 +127,6 @@ Event = (
     | StageDone
     | LanguagesDone
     | LayerDone
+    | FellBack
     | Saved
 )

@@ -26,6 +26,7 @@ def compress(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
 ) -> Report | Chained:
     """Compress a model layer by layer and write it to the folder `out`.
 
@@ -36,6 +37,8 @@ def compress(
     on_event   is called with the records of compress.events as the run goes
     overwrite  replaces an older result of ours
     device     "cpu" or "cuda"
+    strict     NumericsError at the first module that is degraded, nothing is written then; what
+               counts as degraded is in compress.fallbacks. Decides nothing of the result
 
     Only the embedding and one decoder layer are in memory at a time; a proof first shows that layer
     by layer gives the model's own logits. `out` appears when it is complete. Until then what is
@@ -46,6 +49,8 @@ def compress(
     returned: each finished step is kept, too, and on_progress is told how far an evaluation is. See
     chain.run_chain.
 
+    Where something lesser than asked was done, it is in `fallbacks` of the report.
+
     Raises InputError or UsageError (both ValueError) in one sentence.
     """
     if recipe.chained:
@@ -53,9 +58,9 @@ def compress(
 
         return run_chain(
             model, out, recipe, texts, on_event=on_event, on_progress=on_progress,
-            overwrite=overwrite, restart=restart, device=device, offline=offline,
+            overwrite=overwrite, restart=restart, device=device, offline=offline, strict=strict,
         )  # fmt: skip
     return driver.compress(
         model, out, recipe, texts, on_event=on_event, overwrite=overwrite, restart=restart,
-        device=device, offline=offline,
+        device=device, offline=offline, strict=strict,
     )  # fmt: skip

@@ -104,11 +104,17 @@ class Mixture:
         """Inputs.norms of a Linear of this layer, fp32 [languages, columns]."""
         return self._inputs[where].norms()
 
-    def observe(self, chunk: int, compressed: Tensor, dense: Tensor) -> None:
-        """Note a layer's output of a chunk, [windows, length, hidden], beside the dense model's."""
+    def observe(
+        self, chunk: int, compressed: Tensor, dense: Tensor, alive: Tensor | None = None
+    ) -> None:
+        """Note a layer's output of a chunk, [windows, length, hidden], beside the dense model's.
+
+        alive: bool [windows], those that are not left out; None: all.
+        """
         lost = (compressed.float() - dense.float()).square_().flatten(1).sum(1)
         whole = dense.float().square().flatten(1).sum(1)  # in place it would change the stream
-        self._sums += torch.stack([lost, whole]).double() @ self._rows(chunk)
+        both = torch.stack([lost, whole]).double()
+        self._sums += (both if alive is None else both * alive) @ self._rows(chunk)
         self._seen = True
 
     def close_layer(self) -> Account:

@@ -97,19 +97,21 @@ class Layers:
         told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()
+            if not way.late:
+                replay.look_at_outputs(prefix, replay.hidden, "output")
             told = vars(replay.account())
         end = way.mark()
         rest = way.home((checks.take(), told, at_work.trained))
 
-        def judge() -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+        def judge() -> tuple[float, dict[str, Any], dict[str, torch.Tensor] | None]:
             kept, told, trained = rest()
             ferry.judge(kept)
             return way.seconds(begin, end), told, trained
 
-        def tell(found: tuple[float, dict[str, Any], dict[str, torch.Tensor]]) -> None:
+        def tell(found: tuple[float, dict[str, Any], dict[str, torch.Tensor] | None]) -> None:
             seconds, told, trained = found
-            if trained:
-                self.report.trained[index] = {key: float(value) for key, value in trained.items()}
+            if trained is not None:
+                self.report.note_training(index, prefix, trained)
             if told:
                 languages = replay.mixture.languages
                 event = self.report.languages.add(index, languages, Account(**told))

@@ -53,6 +53,17 @@ class Store:
             if isinstance(part, _File):
                 part.path.unlink(missing_ok=True)
 
+    def blank(self, chunk: int, rows: torch.Tensor) -> None:
+        """Zero some rows (windows) of everything under keys that end with this chunk."""
+        for key in [key for key in self._items if key[-1] == chunk]:
+            value = self.get(key)
+            parts = value if isinstance(value, tuple) else (value,)
+            new = tuple(
+                part.index_fill(0, rows, 0) if isinstance(part, torch.Tensor) else part
+                for part in parts
+            )
+            self.put(key, new if isinstance(value, tuple) else new[0])
+
     def facts(self, key: Hashable) -> tuple[list[int], str]:
         """(shape, dtype) of the tensor under key, as plain values."""
         value = self._items[key]

@@ -30,6 +30,7 @@ from .lock import Lock
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 _BEGIN, _PUBLISH = "begin", "publish"
+_WORTH = ("layer", _PUBLISH)  # records that a run can go on from
 _PROOF = "results.json"  # the file of an output by which a run knows it as its own
 
 
@@ -76,12 +77,12 @@ class Work:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self.kept and self.records:
+        if error is not None and self.kept:
             add_note(
                 error, f"kept in {self.root.name}: {self.kept}; the same command goes on from there"
             )
         if self.root.exists():
-            if self.records:
+            if self._worth_keeping:
                 for folder in (self.scratch, self.model):
                     shutil.rmtree(folder, ignore_errors=True)
             else:
@@ -116,13 +117,17 @@ class Work:
             )
         self._inputs = inputs
         if not same:
-            self.clear()
-            self.journal.append({"kind": _BEGIN, "inputs": dict(inputs)})
-            sync(self.root)
+            self.anew()
         for folder in (self.scratch, self.model):
             shutil.rmtree(folder, ignore_errors=True)
         self.scratch.mkdir()
+        if self._worth_keeping:
+            self.kept = "what an earlier run has done"
         return None
+
+    @property
+    def _worth_keeping(self) -> bool:
+        return any(record["kind"] in _WORTH for record in self.journal.records)
 
     def _published(self) -> bool:
         """Whether the output is in its place and the run was killed before it removed this."""
@@ -134,6 +139,12 @@ class Work:
         return False
 
     # ---- what is kept ----
+
+    def anew(self) -> None:
+        """Forget all records but the first."""
+        self.clear()
+        self.journal.append({"kind": _BEGIN, "inputs": dict(self._inputs or {})})
+        sync(self.root)
 
     def keep(self, name: str, write: Callable[[Path], Any]) -> dict[str, Any]:
         """Have write(path) make a file and keep it; its size and BLAKE2b, for a record."""
@@ -160,7 +171,7 @@ class Work:
 
     def tidy(self, wanted: Collection[str]) -> None:
         """Remove files that are neither ours nor wanted: what a run that was killed left."""
-        known = {LOCK, JOURNAL, self.scratch.name, self._replaced.name, *wanted}
+        known = {LOCK, JOURNAL, self.scratch.name, *wanted}
         for path in self.root.iterdir():
             if path.name not in known:
                 _remove(path)
@@ -186,8 +197,10 @@ class Work:
 
     def clear(self) -> None:
         """Begin anew: what the records name goes first, then they go."""
+        for folder in (self.scratch, self.model):
+            shutil.rmtree(folder, ignore_errors=True)
         self.tidy(())
-        (self.root / JOURNAL).unlink(missing_ok=True)
+        self.drop(JOURNAL)
         self.journal = Journal(self.root / JOURNAL)
 
     def remove(self) -> None:
