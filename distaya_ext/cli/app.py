@@ -31,6 +31,7 @@ from .generate import generate
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
+from .plan import plan
 from .search import search
 from .students import shrink, students
 
@@ -116,6 +117,7 @@ def root(
 
 
 app.command("compress")(compress)
+app.command("plan")(plan)
 app.command("search")(search)
 app.command("layers")(layers)
 app.command("eval")(evaluate)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from .calibrate import Calibration
 from .capture import Ends, fill_layer
 from .ferry import Checks, Ferry
 from .languages import Mixture
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import Plan
+from .report import Report
 from .store import Store
 from .twin import Twin
 from .walk import LayerWalk
@@ -216,7 +219,8 @@ def _replay(
 ) -> Replay:
     store = _Spilled if spilled else Store
     mixture = Mixture(calibration, weights if isinstance(weights, str) else "equal", _META)
-    replay = Replay(calibration, store(), store(), mixture)
+    left_out = LeftOut(calibration, Report("", "", Path()))
+    replay = Replay(calibration, store(), store(), mixture, left_out)
     if twin:
         replay.dense = (store(), store())
     ends = _Ends(skeleton, checkpoint, _META)

@@ -23,6 +23,7 @@ from ..compress.calibrate import Calibration
 from ..compress.capture import Ends, fill_layer, read_layer
 from ..compress.ferry import Checks, Ferry
 from ..compress.languages import Mixture
+from ..compress.left_out import LeftOut
 from ..compress.packing import Packing
 from ..compress.plan import Plan, make_plan
 from ..compress.proof import PROOF_WINDOWS, prove, truncated_depth
@@ -184,7 +185,8 @@ def _replay(
     calibration: Calibration,
 ) -> Replay:
     mixture = Mixture(calibration, "proportional", torch.device("cpu"))
-    replay = Replay(calibration, Store(), Store(), mixture)
+    left_out = LeftOut(calibration, Report("", "", Path()))
+    replay = Replay(calibration, Store(), Store(), mixture, left_out)
     if recipe.calibration.weights == "worst" or any(s.aims for s in packing.plan.values()):
         replay.dense = (Store(), Store())
     ends = Ends(skeleton, checkpoint, torch.device("cpu"))

@@ -78,7 +78,10 @@ def most_tokens(job: Job, process: int, there: int) -> int:
     low, high = 0, -(-job.tokens // each)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _fits(job.with_chunks(middle), process, there) else (low, middle)
+        if _fits(job.with_chunks(middle), process, there):
+            low = middle
+        else:
+            high = middle
     return low * each
 
 
