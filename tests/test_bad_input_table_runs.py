@@ -19,6 +19,7 @@ from transformers import CohereConfig
 
 import distaya_ext
 from distaya_ext.checkpoint import writer
+from distaya_ext.compress import keep
 from distaya_ext.errors import InputError
 from distaya_ext.ops import obs
 from distaya_ext.quant import Quant
@@ -183,6 +184,24 @@ def test_row_a_changed_run_is_refused_with_the_difference(disturbed, tmp_path, c
     one_sentence(compress(place, *flags), USAGE, "holds a run that was stopped", word, "--restart")
     assert kept(place) == before
     assert compress(place, *flags, "--restart").exit_code == 0
+
+
+def test_row_ctrl_c_ends_with_130_and_keeps_what_is_done(place, monkeypatch):
+    """A real signal behind the first layer; inside a kernel: test_interrupt.py."""
+    real = keep.Keeper.save
+
+    def save(self, layer):
+        real(self, layer)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keep.Keeper, "save", save)
+        result = compress(place)
+    assert result.exit_code == 130 and result.stdout == "", result.stderr
+    assert "1 of 2 layers" in result.stderr and "goes on" in result.stderr
+    assert not (place / "out").exists()
+    again = compress(place)
+    assert again.exit_code == 0 and "1 of 2" in again.stderr, again.stderr
 
 
 def test_row_a_full_disk_has_an_exit_code_and_loses_nothing(place, monkeypatch):
