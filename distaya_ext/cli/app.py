@@ -32,6 +32,7 @@ from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
+from .plan import plan
 from .report import report
 from .search import search
 from .students import shrink, students
@@ -119,6 +120,7 @@ def root(
 
 
 app.command("compress")(compress)
+app.command("plan")(plan)
 app.command("search")(search)
 app.command("layers")(layers)
 app.command("eval")(evaluate)

@@ -79,6 +79,7 @@ def compress(
         typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
     ] = False,
     max_ram: options.MaxRam = None,
+    max_vram: options.MaxVram = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older result of ours.")
     ] = False,
@@ -101,6 +102,7 @@ def compress(
         format=format,
         drop_layers=drop_layers,
         max_ram=max_ram,
+        max_vram=max_vram,
         heal={"steps": heal},
         evaluate={"path": evaluate},
         calibration={

@@ -29,10 +29,10 @@ from ..models.skeleton import build_skeleton, is_tied
 from ..recipe import Recipe
 from ..resume import Work
 from ..resume import place as work_place
-from ..texts import counts
 from . import events, glu
 from .at_work import Replay
-from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
+from .blocks import give_back
+from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
 from .capture import Ends
 from .ferry import Ferry
@@ -43,13 +43,12 @@ from .languages import Mixture
 from .layers import Layers
 from .left_out import LeftOut
 from .packing import Packing
-from .plan import make_plan, shares_statistics
-from .proof import prove
+from .plan import make_plan
+from .proof import PROOF_WINDOWS, prove
 from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
-_PROOF_WINDOWS = 2
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -74,6 +73,7 @@ def compress(
 
     work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
+    give_back()
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
     if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
@@ -96,6 +96,7 @@ def compress(
             run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        held.overwrite = overwrite
         return run.go(held)
 
 
@@ -124,11 +125,7 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
-        self.needs = Needs(
-            shared=shares_statistics(plan, self.checkpoint),
-            twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
-            trains=any(s.quality == "high" for s in plan.values()),
-        )
+        self.needs = needs_of(recipe, plan, self.checkpoint)
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
@@ -152,7 +149,9 @@ class _Run:
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
@@ -201,7 +200,8 @@ class _Run:
         self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
-        complete(work.model, "compress", self.identity())
+        inputs = identity(self.source, self.recipe, self.calibration, self.device)
+        complete(work.model, "compress", inputs)
         work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
@@ -227,9 +227,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
@@ -254,7 +253,7 @@ class _Run:
     def _prove(self) -> None:
         proof = prove(
             self.checkpoint,
-            self.calibration.ids[:_PROOF_WINDOWS],
+            self.calibration.ids[:PROOF_WINDOWS],
             self.device,
             whole=self.budget.proves_whole,
         )

@@ -260,6 +260,7 @@ class Report:
             "calibration": {
                 "tokens": self.tokens,
                 "window": self.window,
+                "tokenizer": self.languages.tokenizer,
                 "tokens_per_language": self.tokens_per_language,
                 "weights": self.languages.weights,
                 "languages": self.languages.summary(),
