@@ -33,7 +33,8 @@ from .journal import JOURNAL, Done, WorkFolder, place
 from .result import Chained, Step
 
 _OF_COMPRESS = ("results.json", "layers.csv", "languages.csv")  # healing has no say in them
-_NOT_RUN = {"model", "heal", "evaluate", "max_ram"}  # fields that do not decide the weights
+# Fields that do not decide the weights.
+_NOT_RUN = {"model", "heal", "evaluate", "max_ram", "max_vram"}
 
 
 def run_chain(

@@ -32,6 +32,8 @@ from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
+from .plan import plan
+from .report import report
 from .search import search
 from .students import shrink, students
 from .verify import verify
@@ -118,6 +120,7 @@ def root(
 
 
 app.command("compress")(compress)
+app.command("plan")(plan)
 app.command("search")(search)
 app.command("layers")(layers)
 app.command("eval")(evaluate)
@@ -131,6 +134,7 @@ app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("history")(history)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..checkpoint import (
@@ -22,19 +21,18 @@ from ..checkpoint import (
     write_config,
 )
 from ..device import find_device
-from ..errors import InputError
 from ..finished import complete
 from ..models.depth import cut_json, irregular
-from ..models.skeleton import build_skeleton, is_tied
+from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
 from ..resume import Work
 from ..resume import place as work_place
-from ..texts import counts
 from . import events, glu
 from .at_work import Replay
-from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
+from .blocks import give_back
+from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
-from .capture import Ends
+from .capture import Ends, check_tied
 from .ferry import Ferry
 from .identity import identity
 from .keep import Keeper, most_bytes
@@ -43,13 +41,12 @@ from .languages import Mixture
 from .layers import Layers
 from .left_out import LeftOut
 from .packing import Packing
-from .plan import make_plan, shares_statistics
-from .proof import prove
+from .plan import make_plan
+from .proof import PROOF_WINDOWS, prove
 from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
-_PROOF_WINDOWS = 2
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -74,6 +71,7 @@ def compress(
 
     work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
+    give_back()
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
     if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
@@ -97,6 +95,7 @@ def compress(
             run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        held.overwrite = overwrite
         return run.go(held)
 
 
@@ -125,11 +124,7 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
-        self.needs = Needs(
-            shared=shares_statistics(plan, self.checkpoint),
-            twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
-            trains=any(s.quality == "high" for s in plan.values()),
-        )
+        self.needs = needs_of(recipe, plan, self.checkpoint)
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
@@ -154,7 +149,9 @@ class _Run:
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
@@ -175,7 +172,7 @@ class _Run:
         self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
-        self._check_tied(skeleton)
+        check_tied(self.checkpoint, skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
             if keeper.first:
@@ -229,9 +226,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
@@ -256,7 +252,7 @@ class _Run:
     def _prove(self) -> None:
         proof = prove(
             self.checkpoint,
-            self.calibration.ids[:_PROOF_WINDOWS],
+            self.calibration.ids[:PROOF_WINDOWS],
             self.device,
             whole=self.budget.proves_whole,
         )
@@ -333,16 +329,6 @@ class _Run:
         size = writer.add_all(name, self.packing.encode(name, grid))
         self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
         self._copy(writer, lambda tensor: tensor == f"{name}.bias")
-
-    def _check_tied(self, skeleton: nn.Module) -> None:
-        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
-        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
-            pair = self.checkpoint.read([embed, head])
-            if not torch.equal(pair[embed], pair[head]):
-                raise InputError(
-                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
-                    f"different ones"
-                )
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -13,7 +13,7 @@ from ..resume import kernels, model_identity, texts_identity
 from .calibrate import Calibration
 
 # Fields of a recipe that decide nothing: where the model lies, the other steps of a chain, memory.
-_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram"}
+_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram", "max_vram"}
 
 
 def identity(
