@@ -200,7 +200,9 @@ def test_a_failed_gate_keeps_the_result(given, steps_done, tmp_path):
 
 def test_two_runs_at_once(given, steps_done, tmp_path):
     with WorkFolder(tmp_path / "out"):
-        with pytest.raises(UsageError, match=r"another run is at work in .*\.out\.chain"):
+        with pytest.raises(
+            UsageError, match=r"another run \(process \d+\) is at work in .*\.out\.chain"
+        ):
             run(given, tmp_path / "out", whole(given))
         assert place(tmp_path / "out").is_dir()
     assert list(tmp_path.iterdir()) == []

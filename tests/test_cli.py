@@ -375,7 +375,7 @@ def test_stopped_in_the_middle_nothing_is_left(model, tmp_path, number, code):
     lines = iter(run.stderr.readline, "")
     assert any(line.startswith("replay of") for line in lines)
     inside = sorted(path.name for path in (tmp_path / "deep").iterdir())
-    assert len(inside) == 1 and inside[0].startswith(".out.partial-")
+    assert inside == [".out.compress"]
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     assert run.returncode == code, err

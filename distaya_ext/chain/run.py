@@ -33,7 +33,8 @@ from .journal import JOURNAL, Done, WorkFolder, place
 from .result import Chained, Step
 
 _OF_COMPRESS = ("results.json", "layers.csv", "languages.csv")  # healing has no say in them
-_NOT_RUN = {"model", "heal", "evaluate", "max_ram"}  # fields that do not decide the weights
+# Fields that do not decide the weights.
+_NOT_RUN = {"model", "heal", "evaluate", "max_ram", "max_vram"}
 
 
 def run_chain(
@@ -99,8 +100,8 @@ class _Chain:
         try:
             for name in self.prints:
                 self._step(name)
-        except BaseException:
-            self._say_what_is_kept()
+        except BaseException as error:
+            self._say_what_is_kept(error)
             raise
         self._publish()
         result = Chained.read(self.out, self.kept)
@@ -201,14 +202,14 @@ class _Chain:
             sync_all(staging.model)
             staging.publish()
 
-    def _say_what_is_kept(self) -> None:
+    def _say_what_is_kept(self, error: BaseException) -> None:
         done = [name for name in self.prints if self.work.finished(name)]
         going = [n for n in self.prints if n not in done and self.work.work(n).exists()]
         if done or going:
             kept = ", ".join(done + [f"{name} so far" for name in going])
-            self._note(
-                f"kept in {self.work.path.name}: {kept}; the same command goes on from there"
-            )
+            kept = f"kept in {self.work.path.name}: {kept}; the same command goes on from there"
+            self._note(kept)
+            error.__notes__ = [kept]  # a step has said it of itself
 
     def _note(self, message: str) -> None:
         self.task.on_event(Notice(message))

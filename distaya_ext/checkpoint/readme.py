@@ -36,7 +36,8 @@ def keep_edited(old: Path, new: Path) -> bool:
     whether that was so.
     """
     kept = old / CARD
-    if not kept.is_file() or is_card(kept):
+    # A link may show a file that nobody meant to copy.
+    if kept.is_symlink() or not kept.is_file() or is_card(kept):
         return False
     known = [new / name for name in (CARD, SOURCE) if (new / name).is_file()]
     if any(kept.read_bytes() == path.read_bytes() for path in known):

@@ -150,6 +150,7 @@ class Staging:
     def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
         check_output(out, overwrite=overwrite, source=source)
         self.out = Path(os.path.abspath(out))  # also for "."; links in the way stay as they are
+        self.overwrite, self._finished = overwrite, False
         self._made: list[Path] = []
 
     def __enter__(self) -> Staging:
@@ -164,15 +165,22 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not self._finished:
+            shutil.rmtree(self.root, ignore_errors=True)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # holds the result, or what somebody else put there
                 folder.rmdir()
 
     def publish(self) -> None:
         """Put the finished folder in the place of `out`; an older result is kept until that
-        succeeded.
+        succeeded. What somebody else put there while the run was at work is not touched: InputError
+        says where the result is.
         """
+        try:
+            check_output(self.out, overwrite=self.overwrite)
+        except InputError as error:
+            self._finished = True
+            raise InputError(f"{error}; the finished model is kept in {self.model}") from None
         put_in_place(self.model, self.out, self.root / "replaced")
 
 
@@ -221,7 +229,7 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
 def is_ours(out: Path) -> bool:
     """Whether we wrote the folder: its recipe.yaml begins with our mark."""
     recipe = out / "recipe.yaml"
-    if not recipe.is_file():
+    if recipe.is_symlink() or not recipe.is_file():
         return False
     with open(recipe, "rb") as file:
         return file.read(len(MARKER)) == MARKER.encode()

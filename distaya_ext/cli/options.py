@@ -42,4 +42,5 @@ Seed = Annotated[
 EmbedBits = Annotated[
     int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
 ]
+MaxVram = Annotated[str | None, typer.Option(help="GPU memory to stay within, such as 16GiB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")]

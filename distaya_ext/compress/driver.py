@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..checkpoint import (
@@ -22,34 +21,32 @@ from ..checkpoint import (
     write_config,
 )
 from ..device import find_device
-from ..errors import InputError
 from ..finished import complete
 from ..models.depth import cut_json, irregular
-from ..models.skeleton import build_skeleton, is_tied
+from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
-from ..resume import Work, kernels, model_identity, texts_identity
+from ..resume import Work
 from ..resume import place as work_place
-from ..texts import counts
 from . import events, glu
 from .at_work import Replay
-from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
+from .blocks import give_back
+from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
-from .capture import Ends
+from .capture import Ends, check_tied
 from .ferry import Ferry
-from .keep import Keeper, dump_report, most_bytes, restore_report
+from .identity import identity
+from .keep import Keeper, most_bytes
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
 from .left_out import LeftOut
 from .packing import Packing
-from .plan import make_plan, shares_statistics
-from .proof import prove
-from .report import Report
+from .plan import make_plan
+from .proof import PROOF_WINDOWS, prove
+from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
-_PROOF_WINDOWS = 2
-_NOT_DECIDING = {"model", "heal", "evaluate", "max_ram"}  # fields of a recipe
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -74,6 +71,7 @@ def compress(
 
     work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
+    give_back()
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
     if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
@@ -89,13 +87,14 @@ def compress(
             run.calibration = load_calibration(texts, recipe, checkpoint)
             if place.type == "cuda":
                 run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        done = held.begin(run.identity(), restart=restart)
+        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
             run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        held.overwrite = overwrite
         return run.go(held)
 
 
@@ -124,11 +123,7 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
-        self.needs = Needs(
-            shared=shares_statistics(plan, self.checkpoint),
-            twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
-            trains=any(s.quality == "high" for s in plan.values()),
-        )
+        self.needs = needs_of(recipe, plan, self.checkpoint)
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
@@ -140,30 +135,21 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the weights that are written, see resume.identity."""
-        fields = self.recipe.model_dump(mode="json", exclude=_NOT_DECIDING)
-        fields["calibration"].pop("path")  # where the texts lie decides nothing
-        return {
-            "version": __version__,
-            "kernels": kernels(self.device),
-            "model": model_identity(self.source.folder),
-            "recipe": fields,
-            "texts": texts_identity(self.calibration),
-        }
-
     def go(self, work: Work) -> Report:
         keeper = Keeper(
             work, self.report, self.packing, self.budget.shard_bytes,
             self.checkpoint.config.num_hidden_layers, self.on_event,
         )  # fmt: skip
+        keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
@@ -178,14 +164,13 @@ class _Run:
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
-        keeper.find()
         if self.calibration is not None:
             self._prepare(work.scratch, going_on=keeper.first > 0)
         keeper.restore(self.replay)
         self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
-        self._check_tied(skeleton)
+        check_tied(self.checkpoint, skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
             if keeper.first:
@@ -213,7 +198,8 @@ class _Run:
         self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
-        complete(work.model, "compress", self.identity())
+        inputs = identity(self.source, self.recipe, self.calibration, self.device)
+        complete(work.model, "compress", inputs)
         work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
@@ -239,9 +225,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
@@ -266,7 +251,7 @@ class _Run:
     def _prove(self) -> None:
         proof = prove(
             self.checkpoint,
-            self.calibration.ids[:_PROOF_WINDOWS],
+            self.calibration.ids[:PROOF_WINDOWS],
             self.device,
             whole=self.budget.proves_whole,
         )
@@ -343,16 +328,6 @@ class _Run:
         size = writer.add_all(name, self.packing.encode(name, grid))
         self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
         self._copy(writer, lambda tensor: tensor == f"{name}.bias")
-
-    def _check_tied(self, skeleton: nn.Module) -> None:
-        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
-        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
-            pair = self.checkpoint.read([embed, head])
-            if not torch.equal(pair[embed], pair[head]):
-                raise InputError(
-                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
-                    f"different ones"
-                )
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -12,20 +12,18 @@ and two layers' streams; see most_bytes().
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import Checkpoint, ShardWriter, part_name, write_tensors
+from ..checkpoint import Checkpoint, write_tensors
 from ..resume import Work
 from . import events, ferry
 from .budget import Needs
+from .report import dump_report, restore_report
+from .shards import Shards
 
 if TYPE_CHECKING:
     from .at_work import Replay
@@ -34,58 +32,6 @@ if TYPE_CHECKING:
 
 SHARE = 0.1  # of a run's time that keeping may take before a layer is left out
 _STATE = "state"
-
-
-class Shards(ShardWriter):
-    """Writes shards into the work folder, each kept and recorded as soon as it is full."""
-
-    def __init__(self, work: Work, shard_bytes: int):
-        super().__init__(work.model, shard_bytes)
-        self.work, self.parts = work, work.root
-        self.names: list[str] = []  # added since the last layer was kept
-        self.layers: dict[str, list[str]] = {}  # kept file of a layer -> its tensors
-        self._there: set[str] = set()  # in a shard that was kept
-
-    def restore(self, record: dict[str, Any]) -> None:
-        """A shard that an earlier run has kept."""
-        self._shards.append(record["names"])
-        self._there.update(record["names"])
-        self.total_bytes += record["bytes"]
-
-    def holds(self, name: str) -> bool:
-        return name in self._there
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.names.append(name)
-        if name not in self._there:
-            super().add(name, tensor)
-
-    def waiting(self) -> dict[str, torch.Tensor]:
-        """Tensors added since the last layer was kept that are in no shard."""
-        return {name: self._pending[name] for name in self.names if name in self._pending}
-
-    def _write_shard(self, path: Path) -> None:
-        kept = self.work.keep(path.name, super()._write_shard)
-        names, count = list(self._pending), len(self._shards)
-        told = {"index": count, "names": names, "bytes": self._pending_bytes}
-        self.work.commit({"kind": "shard", **told, "files": {path.name: kept}})
-        self._there.update(names)
-        for file, held in list(self.layers.items()):
-            if self._there.issuperset(held):
-                self.work.drop(file)
-                del self.layers[file]
-
-    def finish(self) -> list[Path]:
-        self.folder.mkdir()
-        return super().finish()
-
-    def _place_shard(self, index: int, name: str) -> None:
-        """Both names until the output is in its place: a run killed before does this again."""
-        source, target = self.parts / part_name(index), self.folder / name
-        try:
-            os.link(source, target)
-        except OSError:  # no links on this disk
-            shutil.copyfile(source, target)
 
 
 class Keeper:
@@ -135,8 +81,11 @@ class Keeper:
             layers.pop()
         self._found(good, layers)
         if len(layers) < had or len(good) < len(shards) or self.work.journal.damaged:
-            self.work.commit({"kind": "back", "layers": len(layers), "shards": len(good)})
             self._say_lost()
+            if good or layers:
+                self.work.commit({"kind": "back", "layers": len(layers), "shards": len(good)})
+            else:
+                self.work.anew()
         self.work.tidy(self._wanted(good, layers))
 
     def _read(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
@@ -304,25 +253,6 @@ def most_bytes(checkpoint: Checkpoint, tokens: int, needs: Needs, shard: int, ou
     """
     width = checkpoint.config.hidden_size * checkpoint.dtype.itemsize
     return min(output, 2 * shard) + 2 * (1 + needs.twin) * tokens * width
-
-
-def dump_report(report: Report) -> dict[str, Any]:
-    """All fields of a report but where it goes, as plain values."""
-    from pydantic import TypeAdapter
-
-    found = TypeAdapter(type(report)).dump_python(report, mode="json")
-    del found["out"]
-    return found
-
-
-def restore_report(report: Report, told: dict[str, Any]) -> None:
-    """Give a report the fields that dump_report gave. Whether to be strict is this run's say."""
-    from pydantic import TypeAdapter
-
-    held = TypeAdapter(type(report)).validate_python({**told, "out": report.out})
-    for field in fields(report):
-        if field.name not in ("out", "strict"):
-            setattr(report, field.name, getattr(held, field.name))
 
 
 def _streams(replay: Replay) -> dict[str, Any]:

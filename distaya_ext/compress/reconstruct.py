@@ -173,7 +173,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     call = course.call.in_float()
     least = before = _held_out(layer, call, rest, trained, course)
     groups = [{"params": [t.theta], "lr": t.step} for t in trained]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=not least.is_meta)
     energy = _energy(course)
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
@@ -211,7 +211,8 @@ def _distance(
     def run(*args: Any, **kwargs: Any) -> Any:
         return functional_call(layer, weights, args, kwargs)
 
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+    kind = "cpu" if x.is_meta else x.device.type  # see dry.py
+    with torch.autocast(kind, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         out = call.run(run, x.float())
     return _counted((out.float() - y).square(), batch), _counted(y.square(), batch)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,7 @@ class Report:
             "calibration": {
                 "tokens": self.tokens,
                 "window": self.window,
+                "tokenizer": self.languages.tokenizer,
                 "tokens_per_language": self.tokens_per_language,
                 "weights": self.languages.weights,
                 "languages": self.languages.summary(),
@@ -287,6 +289,28 @@ class Report:
             "fallbacks": self.fallbacks.summary(len(self.modules)),
             "notices": self.notices,
         }
+
+
+def dump_report(report: Report) -> dict[str, Any]:
+    """All fields of a report but where it goes, as plain values."""
+    found = _adapter().dump_python(report, mode="json")
+    del found["out"]
+    return found
+
+
+def restore_report(report: Report, told: dict[str, Any]) -> None:
+    """Give a report the fields that dump_report gave. Whether to be strict is this run's say."""
+    held = _adapter().validate_python({**told, "out": report.out})
+    for each in fields(report):
+        if each.name not in ("out", "strict"):
+            setattr(report, each.name, getattr(held, each.name))
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Report)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

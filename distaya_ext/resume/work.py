@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import put_in_place
+from ..checkpoint import check_output, put_in_place
 from ..durable import describe, put, sync, sync_all
 from ..errors import InputError, UsageError, add_note
 from .identity import difference
@@ -30,6 +30,7 @@ from .lock import Lock
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 _BEGIN, _PUBLISH = "begin", "publish"
+_WORTH = ("layer", _PUBLISH)  # records that a run can go on from
 _PROOF = "results.json"  # the file of an output by which a run knows it as its own
 
 
@@ -51,6 +52,7 @@ class Work:
         self.out = Path(os.path.abspath(out))
         self.root = folder or place(self.out)
         self.model, self.scratch = self.root / "model", self.root / "scratch"
+        self.overwrite = False  # whether an older output may be replaced
         self.kept = ""  # what the journal holds, in words, once this run may go on with it
         self._replaced = self.root / "replaced"
         self._inputs: Mapping[str, Any] | None = None
@@ -76,12 +78,12 @@ class Work:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self.kept and self.records:
+        if error is not None and self.kept:
             add_note(
                 error, f"kept in {self.root.name}: {self.kept}; the same command goes on from there"
             )
         if self.root.exists():
-            if self.records:
+            if self._worth_keeping:
                 for folder in (self.scratch, self.model):
                     shutil.rmtree(folder, ignore_errors=True)
             else:
@@ -116,13 +118,17 @@ class Work:
             )
         self._inputs = inputs
         if not same:
-            self.clear()
-            self.journal.append({"kind": _BEGIN, "inputs": dict(inputs)})
-            sync(self.root)
+            self.anew()
         for folder in (self.scratch, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         self.scratch.mkdir()
+        if self._worth_keeping:
+            self.kept = "what an earlier run has done"
         return None
+
+    @property
+    def _worth_keeping(self) -> bool:
+        return any(record["kind"] in _WORTH for record in self.journal.records)
 
     def _published(self) -> bool:
         """Whether the output is in its place and the run was killed before it removed this."""
@@ -134,6 +140,12 @@ class Work:
         return False
 
     # ---- what is kept ----
+
+    def anew(self) -> None:
+        """Forget all records but the first."""
+        self.clear()
+        self.journal.append({"kind": _BEGIN, "inputs": dict(self._inputs or {})})
+        sync(self.root)
 
     def keep(self, name: str, write: Callable[[Path], Any]) -> dict[str, Any]:
         """Have write(path) make a file and keep it; its size and BLAKE2b, for a record."""
@@ -148,9 +160,9 @@ class Work:
         """Whether files are what their record says of them."""
         for name, told in files.items():
             path = self.root / name
-            if path.is_symlink() or not path.is_file() or path.stat().st_size != told["size"]:
+            if path.parent != self.root or path.is_symlink() or not path.is_file():
                 return False
-            if describe(path) != told:
+            if path.stat().st_size != told["size"] or describe(path) != told:
                 return False
         return True
 
@@ -160,7 +172,7 @@ class Work:
 
     def tidy(self, wanted: Collection[str]) -> None:
         """Remove files that are neither ours nor wanted: what a run that was killed left."""
-        known = {LOCK, JOURNAL, self.scratch.name, self._replaced.name, *wanted}
+        known = {LOCK, JOURNAL, self.scratch.name, *wanted}
         for path in self.root.iterdir():
             if path.name not in known:
                 _remove(path)
@@ -175,8 +187,10 @@ class Work:
     def publish(self, told: Mapping[str, Any]) -> None:
         """Put model/ in the place of the output, an older one is replaced; remove the work folder.
 
-        told: what a later run is to know of this one if it is killed in between.
+        told: what a later run is to know of this one if it is killed in between. InputError, and
+        everything is kept, when somebody put something else there while the run was at work.
         """
+        check_output(self.out, overwrite=self.overwrite)
         sync_all(self.model)
         self.commit({"kind": _PUBLISH, "proof": describe(self.model / _PROOF), **told})
         _remove(self._replaced)
@@ -186,8 +200,10 @@ class Work:
 
     def clear(self) -> None:
         """Begin anew: what the records name goes first, then they go."""
+        for folder in (self.scratch, self.model):
+            shutil.rmtree(folder, ignore_errors=True)
         self.tidy(())
-        (self.root / JOURNAL).unlink(missing_ok=True)
+        self.drop(JOURNAL)
         self.journal = Journal(self.root / JOURNAL)
 
     def remove(self) -> None:
@@ -206,12 +222,23 @@ class Work:
         if root.is_symlink() or (root.exists() and not root.is_dir()):
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
         inside = list(root.iterdir()) if root.exists() else []
+        if inside and _made_by_another(root):
+            raise InputError(
+                f"{root} is in the way: another user made it where everyone may write, and what it "
+                "says is not believed"
+            )
         link = next((path for path in inside if path.is_symlink()), None)
         if link is not None:
             raise InputError(f"{link} is in the way: a run of ours makes no links")
         names = {path.name for path in inside}
         if names - {LOCK, self.scratch.name} and JOURNAL not in names:
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
+
+
+def _made_by_another(root: Path) -> bool:
+    """Whether somebody else could have made a folder, and did."""
+    everyone = root.parent.stat().st_mode & 0o022
+    return bool(everyone) and root.lstat().st_uid != os.geteuid()
 
 
 def _remove(path: Path) -> None:

@@ -37,6 +37,9 @@ def _check_file(path: Path, name: str, held: dict, found: Findings) -> None:
     if path.is_symlink():
         found.add("changed", name, "it is a link, and we write none")
         return
+    if not path.is_file():  # a pipe would be waited on
+        found.add("changed", name, "it is no plain file")
+        return
     size = path.stat().st_size
     if size != held["size"]:
         found.add("changed", name, f"it has {size} bytes and had {held['size']}")
@@ -47,6 +50,9 @@ def _check_file(path: Path, name: str, held: dict, found: Findings) -> None:
 def check_readable(folder: Path, found: Findings) -> None:
     """JSON that parses, and no shard beside those the index names."""
     for path in sorted(folder.glob("*.json")):
+        if not path.is_file():
+            found.add("unreadable", path.name, "it is no file, or a link to none")
+            continue
         try:
             json.loads(path.read_bytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
