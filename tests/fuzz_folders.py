@@ -1,15 +1,18 @@
 """Fuzz targets of what reads whole folders of ours again: verify, manifests, runs that go on."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import fuzz_readers
-from fuzzing import Dice, Target, flipped, guarded, json_file, spliced
+from fuzzing import Broken, Dice, Target, as_json, flipped, guarded, json_file, spliced
 from speaking import save_model
+from typer.testing import CliRunner
 
-from distaya_ext import manifest
+from distaya_ext import history, manifest
 from distaya_ext.chain.journal import WorkFolder, place
+from distaya_ext.cli.app import app
 from distaya_ext.recipe import Recipe
 from distaya_ext.resume import Work
 from distaya_ext.verify import verify
@@ -97,9 +100,36 @@ def _journal(folder: Path, dice: Dice) -> None:
             work.finished(step)
 
 
+_RUN = {
+    "time": "2030-01-01T00:00:00+00:00", "command": "eval", "version": "1", "model": "m@1",
+    "base": "b@2", "recipe": None, "texts": "t", "bytes": 1000, "bits_per_weight": 4.5,
+    "seconds": 2.0, "tokens_per_second": 9.0,
+    "languages": {"en": {"dnll": 0.1, "ppl_ratio": 1.1, "kl": 0.2, "dnll_interval": [0.0, 0.2]}},
+}  # fmt: skip
+
+
+def _history(folder: Path, dice: Dice) -> None:
+    lines = [json_file(_RUN, dice).replace(b"\n", b" ") for _ in range(1 + dice.below(3))]
+    (folder / "h.jsonl").write_bytes(b"\n".join([as_json(_RUN), *lines, b""]))
+    before = os.environ.get("DISTAYA_HISTORY", "")
+    os.environ["DISTAYA_HISTORY"] = str(folder / "h.jsonl")
+    try:
+        with guarded(folder):
+            records = history.read()
+            for now in records:
+                for each in history.earlier(records, now):
+                    history.regressions(now, each)
+        result = CliRunner().invoke(app, ["history", *(["--json"] if dice.byte() % 2 else [])])
+        if result.exit_code not in (0, 2, 3):
+            raise Broken(result.stderr)
+    finally:
+        os.environ["DISTAYA_HISTORY"] = before
+
+
 TARGETS = [
     *fuzz_readers.TARGETS,
     Target("verify", _result, _verify, slow=8),
     Target("resume", _kept, _resume, slow=2),
+    Target("history", lambda folder: folder, _history, slow=16),
     Target("journal", _chain, _journal, slow=2),
 ]
