@@ -8,7 +8,7 @@
 namespace distaya {
 namespace {
 
-int64_t shared_sum = 0;
+volatile int64_t shared_sum = 0;  // volatile, or nobody would ever store it
 
 void overflow() {
   constexpr int64_t kSize = 17;  // no multiple of anything: padding would hide the fault
@@ -22,18 +22,23 @@ void undefined() {
   most = most + 1;
 }
 
-void race() {
-  check(cpu::threads() > 1, "a race needs two threads, and there is ", cpu::threads());
-  cpu::parallel_for(1000, [](int64_t i) { shared_sum += i; });
-}
-
-// Relaxed: the callers meet, but nothing orders what they do.
-void callers() {
-  static std::atomic<int> here{0};
+// Waits until two threads are here. Relaxed: they meet, but nothing orders what they do.
+void meet(std::atomic<int>& here) {
   here.fetch_add(1, std::memory_order_relaxed);
   while (here.load(std::memory_order_relaxed) < 2) {
   }
-  for (int64_t i = 0; i < 1000; ++i) shared_sum += i;
+  for (int64_t i = 0; i < 1000; ++i) shared_sum = shared_sum + i;
+}
+
+void race() {
+  check(cpu::threads() > 1, "a race needs two threads, and there is ", cpu::threads());
+  std::atomic<int> here{0};
+  cpu::parallel_for(2, [&](int64_t) { meet(here); });
+}
+
+void callers() {
+  static std::atomic<int> here{0};
+  meet(here);
 }
 
 }  // namespace

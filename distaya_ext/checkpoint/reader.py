@@ -142,7 +142,7 @@ class Checkpoint:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a mapped file, or its copy where others left it an odd place in the file."""
+    """A tensor of a mapped file, or its copy where it begins between two of its elements."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
