@@ -3,84 +3,27 @@
 import csv
 import json
 import shutil
-from pathlib import Path
 
 import damage
 import pytest
-import tiny
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from speaking import save_model, save_texts
 from typer.testing import CliRunner
+from verified import KINDS, WEIGHTS, build, copy, told
 
-from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.cli.app import app
-from distaya_ext.compress import compress
 from distaya_ext.errors import InputError
-from distaya_ext.export import export
-from distaya_ext.finished import complete
-from distaya_ext.train.adapter_write import put_adapter
-from distaya_ext.train.learned import LowRank
 from distaya_ext.verify import verify
-from distaya_ext.verify.weights import spare_bits, too_many_kept
-
-WEIGHTS = "model.safetensors"
-DOWN = "model.layers.1.mlp.down_proj"
-Q = "model.layers.0.self_attn.q_proj"
-RECIPES = {
-    "dense": {"nm": "2:4"},
-    "half": {"sparsity": 0.5},
-    "masked": {"sparsity": 0.6, "bits": 4, "group": 32, "embed_bits": 8, "format": "distaya"},
-    "2:4 int4": {"nm": "2:4", "bits": 4, "group": 32, "format": "distaya"},
-    "int3": {"method": "gptq", "bits": 3, "group": 32, "symmetric": False},
-    "pack-quantized": {"method": "gptq", "bits": 4, "group": 32},
-}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder of every kind."""
-    root = tmp_path_factory.mktemp("folders")
-    save_model(root / "model", seed=1)
-    save_texts(root / "texts", repeat=8)
-    for name, fields in RECIPES.items():
-        recipe = tiny.recipe(**fields, calibration={"tokens": 480, "window": 16})
-        compress(root / "model", root / name, recipe, root / "texts")
-    export(root / "pack-quantized", root / "gptq", "gptq")
-    export(root / "2:4 int4", root / "exported", "dense")
-    shutil.copytree(root / "pack-quantized", root / "adapted")
-    low_rank = {Q: LowRank(torch.ones(2, 32), torch.ones(32, 2), 4.0)}
-    put_adapter(root / "adapted" / "adapter", low_rank)
-    complete(root / "adapted")
-    return root
-
-
-KINDS = [*RECIPES, "gptq", "exported", "adapted"]
+    return build(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture
 def folder(folders, tmp_path):
-    """A function that gives a copy of one of them, with its manifest or without."""
-
-    def copy(kind: str, manifest: bool = False) -> Path:
-        shutil.copytree(folders / kind, tmp_path / "copy")
-        if not manifest:
-            (tmp_path / "copy" / "manifest.json").unlink(missing_ok=True)
-        return tmp_path / "copy"
-
-    return copy
-
-
-def told(path, **options):
-    return [(found.check, found.where) for found in verify(path, **options).found]
-
-
-def change(path, name, edit):
-    """edit(tensor) in place."""
-    tensors = load_file(path / WEIGHTS)
-    edit(tensors[name])
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    """A function that copies one of them."""
+    return lambda kind, **how: copy(folders / kind, tmp_path / "copy", **how)
 
 
 def flip(path, at):
@@ -176,142 +119,7 @@ def test_a_link_in_the_place_of_a_file_is_found(folder, tmp_path):
     assert ("changed", "recipe.yaml") in told(path)
 
 
-# ---- without a manifest: what can be seen in the numbers ----
-
-
-def at(row, column, value):
-    def edit(tensor):
-        tensor[row, column] = value
-
-    return edit
-
-
-def xor(row, column, bits):
-    def edit(tensor):
-        tensor[row, column] ^= bits
-
-    return edit
-
-
-def prune_more(tensor):
-    row = tensor[0]
-    row[int(row.nonzero()[0])] = 0
-
-
-def keep_more(tensor):
-    tensor[3][tensor[3] == 0] = 0.5
-
-
-def negative(tensor):
-    tensor[0] = -tensor[0]
-
-
-def first_kept_to_zero(tensor):
-    """The code of the zero, 8, in both halves of a byte."""
-    tensor[0] = 0x88
-
-
-NUMBERS = {
-    "NaN": ("dense", f"{DOWN}.weight", at(1, 1, float("nan")), "finite", f"{DOWN}.weight"),
-    "Inf": ("exported", f"{Q}.weight", at(1, 1, float("inf")), "finite", f"{Q}.weight"),
-    "three of four": ("dense", f"{DOWN}.weight", keep_more, "pattern", DOWN),
-    "pruned more": ("dense", f"{DOWN}.weight", prune_more, "sparsity", DOWN),
-    "pruned less": ("half", f"{DOWN}.weight", at(slice(None), 1, 0.5), "sparsity", DOWN),
-    "norm": ("gptq", "model.norm.weight", lambda t: t.fill_(torch.nan), "finite",
-             "model.norm.weight"),
-    "scale NaN": ("int3", f"{Q}.weight_scale", at(1, 0, float("nan")), "codes", Q),
-    "scale below 0": ("pack-quantized", f"{Q}.weight_scale", negative, "codes", Q),
-    "gptq scale": ("gptq", f"{Q}.scales", negative, "codes", Q),
-    "gptq zero": ("gptq", f"{Q}.qzeros", xor(0, 0, 1), "codes", Q),
-    "gptq order": ("gptq", f"{Q}.g_idx", lambda t: t.add_(1), "codes", Q),
-    "shape": ("int3", f"{Q}.weight_shape", lambda t: t.add_(1), "codes", Q),
-    "mask": ("masked", f"{Q}.weight_mask", xor(5, 2, 1), "codes", Q),
-    "code of a zero": ("masked", f"{Q}.weight_values", first_kept_to_zero, "codes", Q),
-    "embedding's scale": ("masked", "model.embed_tokens.weight_scale", negative, "codes",
-                          "model.embed_tokens"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("kind", "tensor", "edit", "check", "where"), NUMBERS.values(), ids=NUMBERS
-)
-def test_numbers_that_cannot_be_are_found_without_a_manifest(
-    folder, kind, tensor, edit, check, where
-):
-    path = folder(kind)
-    change(path, tensor, edit)
-    found = told(path)
-    assert found[0] == (check, where) and {where} == {each for _, each in found}
-
-
-def test_a_code_where_the_pattern_has_none_is_found(folder):
-    """2:4 int4, with as many kept as before: one of a full group's zeros is kept, and another
-    group keeps one less.
-    """
-    path = folder("2:4 int4")
-    checkpoint = open_checkpoint(path, packed=True)
-    scheme, grid = checkpoint.stored[DOWN].scheme, checkpoint.grid(DOWN)
-    groups = grid.kept()[0].view(-1, 4)
-    full = [int(i) for i in (groups.sum(1) == 2).nonzero().flatten()[:2]]
-    for group, fewer in zip(full, (True, False), strict=True):
-        kept = groups[group].nonzero().flatten() + 4 * group
-        zero = (~groups[group]).nonzero().flatten() + 4 * group
-        source, target = (zero, kept) if fewer else (kept, zero)
-        grid.codes[0, target[0]] = grid.codes[0, source[0]]
-    tensors = load_file(path / WEIGHTS)
-    tensors |= {f"{DOWN}.{suffix}": t for suffix, t in scheme.encode(grid).items()}
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    assert set(told(path)) == {("pattern", DOWN)}, verify(path).found
-    assert f"first group {full[1]} of row 0" in verify(path).found[-1].what
-
-
-def test_spare_bits_are_found(folder, folders):
-    """10 rows of 3 bits end in the middle of a word."""
-    held = open_checkpoint(folders / "int3", packed=True).stored[Q]
-    from dataclasses import replace
-
-    for encoding, suffix, shape, dim in (
-        ("pack-quantized", "weight_packed", (4, 1), 1),
-        ("pack-quantized", "weight_zero_point", (1, 4), 0),
-        ("gptq", "qweight", (1, 4), 0),
-        ("gptq", "qzeros", (4, 1), 1),
-    ):
-        scheme = replace(held.scheme, encoding=encoding)
-        small = replace(held, scheme=scheme, rows=10, cols=10)
-        word = torch.zeros(shape, dtype=torch.int32)
-        word.select(dim, 0)[0] = (1 << 30) - 1  # all that ten values may use
-        assert spare_bits(small, {suffix: word}) == []
-        word.select(dim, 0)[0] = 1 << 30
-        assert spare_bits(small, {suffix: word}) == [suffix]
-
-
-def test_tied_ends_that_differ_are_found(folder):
-    path = folder("dense")
-    tensors = load_file(path / WEIGHTS)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    assert told(path) == []
-    change(path, "lm_head.weight", at(0, 0, 9.0))
-    assert told(path) == [("tied", "lm_head.weight")]
-
-
-def test_adapter_that_is_not_finite_is_found(folder):
-    path = folder("adapted")
-    weights = path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, weights, metadata={"format": "pt"})
-    assert told(path) == [("adapter", "adapter")]
-
-
-def test_an_adapter_alone_is_looked_at(folders, tmp_path):
-    shutil.copytree(folders / "adapted" / "adapter", tmp_path / "alone")
-    complete(tmp_path / "alone", "training")
-    found = verify(tmp_path / "alone")
-    assert found.ok and found.looked == {"files": 2, "adapter": 1}
-    (tmp_path / "alone" / "adapter_model.safetensors").write_bytes(b"")
-    assert [c for c, _ in told(tmp_path / "alone")] == ["changed", "adapter"]
-
+# ---- without a manifest: the structure ----
 
 STRUCTURE = {
     "lost shards": (damage.lose_shards, "structure", "2 of 3 shards are missing"),
@@ -366,16 +174,6 @@ def test_layers_of_another_model_are_no_plan(folder):
         writer.writeheader()
         writer.writerows([row | {"module": "model.layers.7.x"} for row in rows[:1]])
     assert told(path, quick=True) == [("plan", "layers.csv")]
-
-
-def test_too_many_kept_counts_both_ways():
-    W = torch.tensor([[1.0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 0, 0]])
-    assert too_many_kept(W, 3, 4) is None
-    bad = too_many_kept(W, 2, 4)
-    assert (bad.too_many, bad.row, bad.group) == (1, 0, 1)
-    bad = too_many_kept(W, 1, 2, "outputs")
-    assert (bad.too_many, bad.row, bad.group) == (2, 4, 0)
-    assert too_many_kept(torch.ones(3, 5), 1, 4).too_many == 3  # the group of one keeps one
 
 
 # ---- the command ----
