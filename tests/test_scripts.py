@@ -39,7 +39,8 @@ def test_the_table_is_whole():
             assert regex.compile(rf"\p{{sc={script}}}")
     short = scripts._table_of_three()
     assert len(short) == len(scripts._THREE.split()) > 150
-    assert all(scripts_of(code) == scripts_of(two) != None for code, two in short.items())  # noqa: E711
+    assert all(scripts_of(code) == scripts_of(two) for code, two in short.items())
+    assert all(scripts_of(two) for two in short.values())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ..errors import InputError, UsageError, one_line
 _READERS = ("json", "csv", "parquet", "text", "arrow")  # of the datasets package: data, no code
 _MOST = 1 << 20  # bytes of a task file
 _CODE = ("class", "custom_dataset", "unsafe_code")
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _WHOLE = ("doc_to_text", "output_type")  # who says this does not lean on a task of the harness
 
 
@@ -49,6 +50,16 @@ def read_folder(folder: Path, cache: str) -> dict[str, dict[str, Any]]:
     if not found:
         raise InputError(f"--task-path {folder} holds no .yaml file with a task")
     return found
+
+
+def lay_over(harness: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The harness's configuration with a lean one over it, without the splits that the data lacks:
+    who has no validation split asks what is in the test split.
+    """
+    files = config["dataset_kwargs"]["data_files"]
+    splits = set(files) if isinstance(files, dict) else {"train"}
+    lacking = {key: None for key in _SPLITS if harness.get(key) not in splits}
+    return harness | lacking | config
 
 
 def leans_on_harness(config: dict[str, Any]) -> bool:

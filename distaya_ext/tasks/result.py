@@ -67,8 +67,14 @@ def mcnemar(lost: int, won: int) -> float:
     questions that only one of two models had right at least as unevenly as `lost` to `won`.
     """
     n = lost + won
-    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    # Logarithms of n over k, all below the largest of them: whole numbers would have n digits.
+    logs = [_log_choose(n, k) for k in range(min(lost, won) + 1)]
+    tail = math.fsum(math.exp(log - logs[-1]) for log in logs)
+    return min(1.0, 2 * tail * math.exp(logs[-1] - n * math.log(2)))
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def rows_of(found: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[TaskRow]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import DistayaError, InputError, UsageError, one_line
 from ..evaluate.load import Loaded, load
-from .local import leans_on_harness, nearby, read_folder
+from .local import lay_over, leans_on_harness, nearby, read_folder
 from .result import TaskResults, rows_of
 
 _LOGIT_BYTES = 256 << 20  # of a batch: float32 logits of all its tokens
@@ -114,7 +114,7 @@ class _Source:
             return config
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        return load_yaml(self.manager.task_index[name].yaml_path) | config
+        return lay_over(load_yaml(self.manager.task_index[name].yaml_path), config)
 
     def _knows(self, names: list[str]) -> bool:
         return all(name in self.manager.all_tasks for name in names)
