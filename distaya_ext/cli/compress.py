@@ -114,17 +114,12 @@ def compress(
             "quotas": parse_quotas(quota) if quota else None,
         },
     )
-    if group is not None and whole.bits is None:
-        raise UsageError("--group says how weights share a scale, so it needs --bits")
+    learns = check_flags(whole, group)
     from ..compress import compress as run
-    from ..compress.settings import from_recipe
     from .output import print_json
     from .remember import compressed
     from .training import TrainReporter
 
-    learns = from_recipe(whole).statistic is not None
-    if learns and whole.calibration.path is None:
-        raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
     by_score = not isinstance(whole.drop_layers, list)
     with TrainReporter(quiet) as reporter:
         if calib is not None and not (learns or by_score or _heals_on_calib(whole)):
@@ -155,6 +150,20 @@ def compress(
         typer.echo(str(out))
     if whole.chained:
         report.check_gate()
+
+
+def check_flags(recipe: Recipe, group: int | None) -> bool:
+    """UsageError for flags that only a command line can leave out or give too many of; whether the
+    method learns from text.
+    """
+    from ..compress.settings import from_recipe
+
+    if group is not None and recipe.bits is None:
+        raise UsageError("--group says how weights share a scale, so it needs --bits")
+    learns = from_recipe(recipe).statistic is not None
+    if learns and recipe.calibration.path is None:
+        raise UsageError(f"method {recipe.method} learns from text: give a folder with --calib")
+    return learns
 
 
 def _heals_on_calib(recipe: Recipe) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .compress import build_recipe
+from .compress import build_recipe, check_flags
 from .languages import parse_quotas, parse_weights
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def plan(
             "quotas": parse_quotas(quota) if quota else None,
         },
     )
+    check_flags(whole, group)
     from ..planning import plan as run
     from .output import print_json
 

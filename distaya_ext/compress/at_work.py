@@ -19,6 +19,7 @@ from ..models import Architecture, Stage
 from . import events, ferry, glu
 from .aim import Aim
 from .bias import Means, corrected
+from .blocks import trim
 from .calibrate import Calibration, check_activations
 from .capture import Call, Calls
 from .languages import Account, Mixture
@@ -155,6 +156,7 @@ class AtWork:
                 walk.release(stage)
             if twin is not None:
                 twin.release(stage)
+            trim()
         if twin is not None:
             twin.finish()
             if not self.checks.late:

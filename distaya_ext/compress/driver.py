@@ -25,7 +25,7 @@ from ..device import find_device
 from ..errors import InputError
 from ..finished import complete
 from ..models.depth import cut_json, irregular
-from ..models.skeleton import build_skeleton, is_tied
+from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
 from ..resume import Work
 from ..resume import place as work_place
@@ -34,7 +34,7 @@ from .at_work import Replay
 from .blocks import give_back
 from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
-from .capture import Ends
+from .capture import Ends, check_tied
 from .ferry import Ferry
 from .identity import identity
 from .keep import Keeper, most_bytes
@@ -172,7 +172,7 @@ class _Run:
         self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
-        self._check_tied(skeleton)
+        check_tied(self.checkpoint, skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
             if keeper.first:
@@ -330,16 +330,6 @@ class _Run:
         size = writer.add_all(name, self.packing.encode(name, grid))
         self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
         self._copy(writer, lambda tensor: tensor == f"{name}.bias")
-
-    def _check_tied(self, skeleton: nn.Module) -> None:
-        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
-        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
-            pair = self.checkpoint.read([embed, head])
-            if not torch.equal(pair[embed], pair[head]):
-                raise InputError(
-                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
-                    f"different ones"
-                )
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

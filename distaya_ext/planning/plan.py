@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint, check_companions, check_output, open_checkp
 from ..compress import glu
 from ..compress.budget import Budget, device_bytes, needs_of, waits_on_host
 from ..compress.calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
+from ..compress.capture import check_tied
 from ..compress.driver import as_run
 from ..compress.keep import most_bytes
 from ..compress.packing import Packing
@@ -21,6 +22,7 @@ from ..compress.plan import make_plan
 from ..compress.settings import from_recipe
 from ..device import find_device
 from ..errors import UsageError
+from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
 from . import probe
 from .clock import Rehearsal
@@ -132,6 +134,7 @@ def plan(
         check_output(Path(out), overwrite=False)
     source = open_checkpoint(model, offline=offline)
     check_companions(source.folder)
+    check_tied(source, build_skeleton(source.config, source.dtype))
     alone, notices = _alone(recipe, source, texts, device, offline)
     job = _job(alone, source, texts, place)
     budget = Budget(job.checkpoint, alone.max_ram_bytes, job.needs)
