@@ -31,6 +31,11 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
     if len(raw) > MAX_YAML_BYTES:
         raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
+    return read_text_fields(text, path)
+
+
+def read_text_fields(text: str, path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a text; path names it in errors."""
     try:
         _check_shape(text, path)
         fields = yaml.load(text, Loader=_Loader)

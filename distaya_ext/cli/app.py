@@ -33,6 +33,7 @@ from .inspect import inspect
 from .layers import layers
 from .merge import merge
 from .plan import plan
+from .report import report
 from .search import search
 from .students import shrink, students
 from .verify import verify
@@ -133,6 +134,7 @@ app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("history")(history)

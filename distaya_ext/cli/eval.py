@@ -100,6 +100,10 @@ def evaluate(
     if lines and tokens is not None:
         raise UsageError("--tokens cuts windows and has no meaning with --lines")
 
+    if report:
+        from ..report import check_stores
+
+        check_stores(model)
     from ..evaluate import evaluate as compare
     from .output import kernels_told, print_json
     from .progress import Reporter
@@ -127,7 +131,7 @@ def evaluate(
         show(found)
     broken = _broken(found, limits)
     if report:
-        _store(model, found, broken)
+        _store(model, found, broken, limits)
     if broken is not None:
         raise broken
 
@@ -151,8 +155,14 @@ def _broken(found: Evaluation, limits: dict[str, float]) -> GateError | None:
     return None
 
 
-def _store(model: str, found: Evaluation, broken: GateError | None) -> None:
-    from ..report.facts import store
+def _store(
+    model: str, found: Evaluation, broken: GateError | None, limits: dict[str, float]
+) -> None:
+    from ..report import REPORT, store
+    from .output import console
+    from .report import run_before, tell
 
-    value: dict[str, Any] = {"steps": {"evaluate": found.to_dict()}}
-    store(model, "evaluation", value | {"gate": None if broken is None else str(broken)})
+    value: dict[str, Any] = {"steps": {"evaluate": found.to_dict()}, "asked": limits}
+    value |= {"gate": None if broken is None else str(broken), "before": run_before("eval")}
+    path = store(Path(model).expanduser(), "evaluation", value)
+    tell(console(err=True), path.with_name(REPORT))
