@@ -1,4 +1,4 @@
-"""How a run may end before its time: a full disk, a signal, another run. All can be gone on with."""
+"""How a run may end before its time, and goes on: a full disk, a signal, another run."""
 
 import errno
 import json
