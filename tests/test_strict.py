@@ -306,6 +306,9 @@ def test_inspect_tells_what_a_run_fell_back_on(silent, tmp_path):
     run(silent, tmp_path / "out", "--sparsity", "2:4")
     told = distaya("inspect", tmp_path / "out")
     assert "fallbacks: 14 of 14 modules degraded; rank_zero in 14" in told.stdout
+    told = distaya("verify", tmp_path / "out")
+    assert told.exit_code == 0, told.stdout  # the folder is what it says it is
+    assert "note: the run that made it says: 14 of 14 modules degraded" in told.stdout
 
 
 # ---- told ----

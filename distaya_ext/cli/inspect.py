@@ -159,6 +159,7 @@ def grid(W: torch.Tensor) -> tuple[int, int] | None:
 
 def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     """The facts about the whole model."""
+    from ..compress.fallbacks import Fallbacks
     from .output import size
 
     config = checkpoint.config
@@ -196,22 +197,9 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
         }
     if checkpoint.adapter is not None:
         facts["adapter"] = _adapter(checkpoint)
-    if told := _fell_back(checkpoint):
+    if told := Fallbacks.told(checkpoint.folder):
         facts["fallbacks"] = told
     return facts
-
-
-def _fell_back(checkpoint: Checkpoint) -> str | None:
-    """What the run that made the folder did lesser than asked, where results.json tells of it."""
-    import json
-
-    try:
-        told = json.loads((checkpoint.folder / "results.json").read_text(encoding="utf-8"))
-        held = told["fallbacks"]
-        kinds = ", ".join(f"{kind} in {count}" for kind, count in held["kinds"].items())
-        return f"{held['degraded']} of {held['of']} modules degraded; {kinds or 'none'}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
 
 
 def _adapter(checkpoint: Checkpoint) -> str:

@@ -87,7 +87,8 @@ def compress(
             run.calibration = load_calibration(texts, recipe, checkpoint)
             if place.type == "cuda":
                 run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
+        run.made_of = identity(checkpoint, recipe, run.calibration, place)
+        done = held.begin(run.made_of, restart=restart)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
@@ -127,6 +128,7 @@ class _Run:
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
+        self.made_of: dict[str, Any] = {}  # what decides the weights, see identity.py
         self.away = False  # activations wait in the host's memory, not on the device
         self.packing = Packing(recipe, plan, self.checkpoint)
         self.plan = self.packing.plan
@@ -198,8 +200,7 @@ class _Run:
         self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
-        inputs = identity(self.source, self.recipe, self.calibration, self.device)
-        complete(work.model, "compress", inputs)
+        complete(work.model, "compress", self.made_of)
         work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)

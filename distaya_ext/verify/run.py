@@ -7,6 +7,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, check_finite, open_checkpoint
 from ..checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, locate
 from ..checkpoint.reader import read_header
+from ..compress.fallbacks import Fallbacks
 from ..errors import DistayaError, InputError
 from . import files, weights
 from .findings import Findings
@@ -42,6 +43,9 @@ def verify(folder: str | Path, *, quick: bool = False, offline: bool = False) ->
     files.check_total(place, checkpoint.nbytes, found)
     _check_tokenizer(checkpoint, found)
     _check_adapter(checkpoint, found)
+    told = Fallbacks.told(place)
+    if told is not None and not told.startswith("0 of"):
+        found.notes.append(f"the run that made it says: {told}")
     plan = expectations(place, checkpoint.linears(), found)
     if not quick:
         weights.check_packed(checkpoint, plan, found)
