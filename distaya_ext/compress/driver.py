@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import __version__
 from ..checkpoint import (
@@ -22,7 +21,6 @@ from ..checkpoint import (
     write_config,
 )
 from ..device import find_device
-from ..errors import InputError
 from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton
