@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 from distaya_ext.compress import compress
 from distaya_ext.evaluate import evaluate
 from distaya_ext.quant import Quant
+from distaya_ext.planning import Plan, plan
 from distaya_ext.recipe import Recipe
 from distaya_ext.runtime import (
     load,
@@ -38,11 +39,13 @@ from distaya_ext.texts import read_texts
 register_when_imported()
 
 __all__ = [
+    "Plan",
     "Quant",
     "Recipe",
     "compress",
     "evaluate",
     "load",
+    "plan",
     "read_texts",
     "resident_bytes",
     "set_exact",

@@ -1,10 +1,19 @@
 """The errors a user can cause, each tied to the exit code the command line returns for it."""
 
+_MOST = 16_000  # characters of a sentence; that of a hundred missing shards is shorter
+
 
 class DistayaError(ValueError):
-    """Base of errors written for the user: one sentence, with the numbers in it."""
+    """Base of errors written for the user: one sentence, with the numbers in it.
+
+    Names out of strangers' files stand in such sentences. What does not print (line ends, escape
+    sequences of terminals, marks that turn the direction of writing) is shown as its escape.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: object = ""):
+        super().__init__(printable(str(sentence)))
 
 
 class UsageError(DistayaError):
@@ -37,6 +46,27 @@ class GateError(DistayaError):
     exit_code = 6
 
 
+def printable(text: str) -> str:
+    """Text that is safe to show in a terminal, in one line."""
+    if len(text) > _MOST:
+        text = f"{text[:_MOST]} ... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def one_line(error: Exception, most: int = 300) -> str:
     """What another library's error says, in one line of at most `most` characters."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:most]
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Have the sentence about an error also say this (Python's own notes need 3.11)."""
+    error.__notes__ = [*notes(error), note]
+
+
+def notes(error: BaseException) -> list[str]:
+    """What add_note said of it."""
+    return list(getattr(error, "__notes__", []))

@@ -123,6 +123,7 @@ class Recipe(Strict):
     permute: bool = False
     calibration: CalibrationSpec = CalibrationSpec()
     max_ram: Size | None = None
+    max_vram: Size | None = None
     skip: list[_Skip] = Field(default=[])
     modules: list[Rule] = Field(default=[])
     drop_layers: Annotated[list[int] | DropSpec, BeforeValidator(read_drop)] = Field(default=[])
@@ -168,6 +169,11 @@ class Recipe(Strict):
     def max_ram_bytes(self) -> int | None:
         """The memory cap in bytes, or None."""
         return None if self.max_ram is None else parse_size(self.max_ram)
+
+    @property
+    def max_vram_bytes(self) -> int | None:
+        """The cap on a GPU's memory in bytes, or None."""
+        return None if self.max_vram is None else parse_size(self.max_vram)
 
     def to_yaml(self, path: str | os.PathLike | None = None) -> str:
         """The recipe as YAML text, written to `path` as well when one is given."""

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from distaya_ext.chain import journal
-from distaya_ext.chain.identity import difference, fingerprint
 from distaya_ext.compress import compress
 from distaya_ext.errors import DistayaError, InputError, UsageError
+from distaya_ext.resume.identity import difference, fingerprint
 from distaya_ext.train.events import TrainStep
 
 HEAL = {"steps": 4, "learning_rate": 0.01}
@@ -255,4 +255,6 @@ def test_fingerprints():
     assert difference(one, one) == "nothing"
     assert difference(one, one | {"d": "x"}) == "d was None and is 'x'"
     two = {"a": {"b": 2, "e": 0}, "d": None}
-    assert difference(one, two) == "a.b was 1 and is 2 (and 2 more)"
+    assert difference(one, two) == (
+        "a.b was 1 and is 2; a.e was not there and is 0; a.c was [1, 2] and is not there"
+    )

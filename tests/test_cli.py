@@ -155,13 +155,17 @@ def test_eval_gate(compressed, model, texts):
     found = json.loads(distaya(*base).stdout)
     worst, gap = found["languages"][0], found["gap"]
     passed = distaya(
-        *base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 1.01, "--max-gap", gap + 0.01
+        *base,
+        "--gate",
+        f"max_worst_ppl_ratio={worst['ppl_ratio'] * 1.01}",
+        "--gate",
+        f"max_gap={gap + 0.01}",
     )
     assert passed.exit_code == 0
-    failed = distaya(*base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 0.99)
+    failed = distaya(*base, "--gate", f"max_worst_ppl_ratio={worst['ppl_ratio'] * 0.99}")
     assert failed.exit_code == 6 and json.loads(failed.stdout)["gap"] == gap
     assert f"the worst language {worst['language']}" in failed.stderr
-    refused(2, "eval", model, "--texts", texts, "--max-gap", 1, words=["--against"])
+    refused(2, "eval", model, "--texts", texts, "--gate", "max_gap=1", words=["--against"])
 
 
 def test_eval_of_one_model(model, texts):
@@ -371,7 +375,7 @@ def test_stopped_in_the_middle_nothing_is_left(model, tmp_path, number, code):
     lines = iter(run.stderr.readline, "")
     assert any(line.startswith("replay of") for line in lines)
     inside = sorted(path.name for path in (tmp_path / "deep").iterdir())
-    assert len(inside) == 1 and inside[0].startswith(".out.partial-")
+    assert inside == [".out.compress"]
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     assert run.returncode == code, err

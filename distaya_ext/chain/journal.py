@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..durable import sync, sync_all, write_whole
-from ..errors import InputError, UsageError
+from ..errors import InputError
+from ..resume.lock import Lock
 
 JOURNAL = "steps.json"
 _LOCK = "lock"
@@ -43,7 +44,7 @@ class WorkFolder:
         self.path, self.restart = place(out), restart
         self.steps: dict[str, Done] = {}
         self._made: list[Path] = []
-        self._lock: Any = None
+        self._lock = Lock(self.path, _LOCK)
 
     def __enter__(self) -> WorkFolder:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
@@ -51,12 +52,12 @@ class WorkFolder:
         for folder in reversed([p for p in (self.path, *self.path.parents) if not p.exists()]):
             folder.mkdir(exist_ok=True)
             self._made.append(folder)
-        self._take_lock()
+        self._lock.take()
         try:
             self.steps = {} if self.restart else self._read()
             self.tidy()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
@@ -64,7 +65,7 @@ class WorkFolder:
         """Let go of it. Nothing that could be gone on with: the folder disappears, too."""
         if self.path.exists() and not self.worth_keeping:
             self.remove()
-        self._lock.close()
+        self._lock.release()
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # holds the result, or what was kept
                 folder.rmdir()
@@ -133,25 +134,6 @@ class WorkFolder:
         """All of it."""
         self.steps = {}
         shutil.rmtree(self.path, ignore_errors=True)
-
-    def _take_lock(self) -> None:
-        import fcntl
-
-        while True:
-            self._lock = open(self.path / _LOCK, "a+")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise UsageError(
-                    f"another run is at work in {self.path}; wait for it, or choose another output"
-                ) from None
-            with contextlib.suppress(FileNotFoundError):
-                held, there = os.fstat(self._lock.fileno()), os.stat(self.path / _LOCK)
-                if held.st_ino == there.st_ino:
-                    return
-            self._lock.close()  # whoever held it removed the folder
-            self.path.mkdir(exist_ok=True)
 
     def _read(self) -> dict[str, Done]:
         path = self.path / JOURNAL

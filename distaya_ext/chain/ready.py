@@ -82,9 +82,14 @@ def needed(task: steps.Task, work: WorkFolder) -> int:
     heal, size = task.recipe.heal, _written(task)
     total = 0 if work.finished("compress") else size
     if heal is not None and not work.finished("heal"):
-        cache = heal.loss.cache_bytes if heal.loss.cache is not None else None
-        total += size + 2 * _PER_WEIGHT * _learning(heal, task.checkpoint) + (cache or 0)
+        total += size + learning_bytes(heal, task.checkpoint)
     return total
+
+
+def learning_bytes(heal: HealSpec, checkpoint: Checkpoint) -> int:
+    """About the bytes of the checkpoints that healing keeps, and of its teacher's cache."""
+    cache = heal.loss.cache_bytes if heal.loss.cache is not None else None
+    return 2 * _PER_WEIGHT * _learning(heal, checkpoint) + (cache or 0)
 
 
 def _written(task: steps.Task) -> int:

@@ -26,14 +26,15 @@ from ..durable import sync_all
 from ..errors import UsageError
 from ..finished import complete
 from ..recipe import Recipe
+from ..resume.identity import difference, fingerprint, model_identity, texts_identity
 from . import ready, steps
 from .events import StepFinished, StepStarted
-from .identity import difference, fingerprint, model_identity, texts_identity
 from .journal import JOURNAL, Done, WorkFolder, place
 from .result import Chained, Step
 
 _OF_COMPRESS = ("results.json", "layers.csv", "languages.csv")  # healing has no say in them
-_NOT_RUN = {"model", "heal", "evaluate", "max_ram"}  # fields that do not decide the weights
+# Fields that do not decide the weights.
+_NOT_RUN = {"model", "heal", "evaluate", "max_ram", "max_vram"}
 
 
 def run_chain(
@@ -48,6 +49,7 @@ def run_chain(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
 ) -> Chained:
     """Run a recipe that chooses layers, heals or evaluates, step by step; see compress().
 
@@ -57,6 +59,8 @@ def run_chain(
     again; where nothing could be kept, UsageError says what differs and restart=True begins anew.
 
     on_event     also gets the records of chain.events and train.events
+    strict       NumericsError as soon as a module is degraded, also where an earlier run without
+                 it made the compression; no part of what the steps depend on
     on_progress  what evaluate() tells: tokens scored, tokens in all, language
     """
     tell = on_event or (lambda event: None)
@@ -68,7 +72,7 @@ def run_chain(
     ready.check(recipe, texts)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
-    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline)
+    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline, strict)
     ready.check_model(task)
     with WorkFolder(Path(out), restart=restart) as work:
         return _Chain(task, work, Path(out), overwrite).go()
@@ -96,8 +100,8 @@ class _Chain:
         try:
             for name in self.prints:
                 self._step(name)
-        except BaseException:
-            self._say_what_is_kept()
+        except BaseException as error:
+            self._say_what_is_kept(error)
             raise
         self._publish()
         result = Chained.read(self.out, self.kept)
@@ -140,6 +144,8 @@ class _Chain:
             if not self.work.begin(name, Done(self.inputs[name], self.prints[name])):
                 self._run(name)
             self.work.finish(name, round(time.perf_counter() - start, 3))
+        if name == "compress":
+            steps.judge_fallbacks(self.task, self.work.folder(name), kept=name in self.kept)
         if name == "drop":
             self._note(f"layers that go: {', '.join(map(str, self._dropped()))}")
         seconds = self.work.steps[name].seconds
@@ -151,7 +157,7 @@ class _Chain:
             case "drop":
                 steps.drop(self.task, part, scratch)
             case "compress":
-                steps.shrink(self.task, self._dropped(), part)
+                steps.shrink(self.task, self._dropped(), part, self.work.work("compress"))
             case "heal":
                 student = self.work.folder("compress")
                 steps.heal(self.task, student, part, self.work.work("heal"))
@@ -192,18 +198,18 @@ class _Chain:
                 for name, step in zip(self.prints, done, strict=True)
             ]
             steps.write_json(staging.model / JOURNAL, {"version": __version__, "steps": told})
-            complete(staging.model)
+            complete(staging.model, "compress", self.inputs[list(self.inputs)[-1]])
             sync_all(staging.model)
             staging.publish()
 
-    def _say_what_is_kept(self) -> None:
+    def _say_what_is_kept(self, error: BaseException) -> None:
         done = [name for name in self.prints if self.work.finished(name)]
         going = [n for n in self.prints if n not in done and self.work.work(n).exists()]
         if done or going:
             kept = ", ".join(done + [f"{name} so far" for name in going])
-            self._note(
-                f"kept in {self.work.path.name}: {kept}; the same command goes on from there"
-            )
+            kept = f"kept in {self.work.path.name}: {kept}; the same command goes on from there"
+            self._note(kept)
+            error.__notes__ = [kept]  # a step has said it of itself
 
     def _note(self, message: str) -> None:
         self.task.on_event(Notice(message))

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import load_calibration
 from ..compress.driver import compress
+from ..compress.fallbacks import Fallbacks
 from ..errors import GateError
 from ..recipe import Recipe
 
@@ -32,6 +33,7 @@ class Task:
     on_progress: OnProgress | None
     device: str
     offline: bool
+    strict: bool = False
 
     @property
     def model(self) -> str:
@@ -67,8 +69,10 @@ def dropped(folder: Path) -> list[int]:
     return json.loads((folder / LAYERS).read_text(encoding="utf-8"))["dropped"]
 
 
-def shrink(task: Task, layers: list[int], folder: Path) -> None:
-    """Leave layers out, prune and quantise, layer by layer."""
+def shrink(task: Task, layers: list[int], folder: Path, work: Path) -> None:
+    """Leave layers out, prune and quantise, layer by layer; work holds what a later run goes on
+    with.
+    """
     recipe = task.recipe.alone(layers)
     compress(
         task.model,
@@ -78,7 +82,21 @@ def shrink(task: Task, layers: list[int], folder: Path) -> None:
         on_event=task.on_event,
         device=task.device,
         offline=task.offline,
+        strict=task.strict,
+        work=work,
     )
+
+
+def judge_fallbacks(task: Task, folder: Path, *, kept: bool) -> None:
+    """NumericsError when the chain is strict and the compression that lies in the folder, which an
+    earlier run may have made without, is degraded; one that was kept is told of again.
+    """
+    told = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("fallbacks", {})
+    found = Fallbacks.read(told)
+    if kept and (event := found.event(told.get("of", 0))):
+        task.on_event(event)
+    if task.strict:
+        found.refuse()
 
 
 def heal(task: Task, student: Path, folder: Path, work: Path) -> None:
@@ -126,10 +144,12 @@ def measure(task: Task, models: dict[str, Path], folder: Path, scratch: Path) ->
             device=task.device,
             offline=task.offline,
             on_progress=task.on_progress,
+            continuations=spec.continuations,
+            new_tokens=spec.new_tokens,
         )
         found[name] = {**result.to_dict(), "model": name}
     try:  # of the last one, which is what is written
-        result.gate(max_worst_ppl_ratio=spec.max_worst_ppl_ratio, max_gap=spec.max_gap)
+        result.gate(**spec.gate)
     except GateError as error:
         gate = str(error)
     scratch.mkdir()

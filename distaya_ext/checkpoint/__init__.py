@@ -10,7 +10,10 @@ from .writer import (
     check_output,
     copy_companions,
     header_bytes,
+    part_name,
+    put_in_place,
     write_config,
+    write_tensors,
 )
 
 __all__ = [
@@ -27,5 +30,8 @@ __all__ = [
     "header_bytes",
     "locate",
     "open_checkpoint",
+    "part_name",
+    "put_in_place",
     "write_config",
+    "write_tensors",
 ]

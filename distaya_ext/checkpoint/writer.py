@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..durable import as_os_error
 from ..errors import InputError
+from ..manifest import refresh
+from . import readme
 from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
@@ -32,7 +36,7 @@ class ShardWriter:
     """Collects tensors, writes a shard whenever shard_bytes are reached; finish() names them."""
 
     def __init__(self, folder: Path, shard_bytes: int = 1 << 30):
-        self.folder = folder
+        self.folder = self.parts = folder  # parts: where shards lie until they have names
         self.shard_bytes = shard_bytes
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
@@ -55,11 +59,18 @@ class ShardWriter:
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def _flush(self) -> None:
-        path = self.folder / f"part-{len(self._shards):05d}.safetensors"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        os.chmod(path, self.folder.stat().st_mode & 0o666)  # the library leaves its files private
+        self._write_shard(self.parts / part_name(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+    def _write_shard(self, path: Path) -> None:
+        """The tensors that wait, as a file."""
+        write_tensors(self._pending, path)
+        os.chmod(path, self.parts.stat().st_mode & 0o666)  # the library leaves its files private
+
+    def _place_shard(self, index: int, name: str) -> None:
+        """Give a shard its final name."""
+        os.replace(self.parts / part_name(index), self.folder / name)
 
     def finish(self) -> list[Path]:
         """Write what is left, give the shards their final names and write the index if there are
@@ -74,7 +85,7 @@ class ShardWriter:
             else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
         for i, name in enumerate(names):
-            os.replace(self.folder / f"part-{i:05d}.safetensors", self.folder / name)
+            self._place_shard(i, name)
         if count > 1:
             weight_map = {k: names[i] for i, keys in enumerate(self._shards) for k in keys}
             index = {
@@ -85,6 +96,19 @@ class ShardWriter:
                 json.dumps(index, indent=2) + "\n"
             )
         return [self.folder / name for name in names]
+
+
+def part_name(index: int) -> str:
+    """The name of a shard while it is not known how many there will be."""
+    return f"part-{index:05d}.safetensors"
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A .safetensors file as transformers reads them. OSError where the disk is full."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise as_os_error(error, path) from None
 
 
 def header_bytes(needs: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> int:
@@ -126,6 +150,7 @@ class Staging:
     def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
         check_output(out, overwrite=overwrite, source=source)
         self.out = Path(os.path.abspath(out))  # also for "."; links in the way stay as they are
+        self.overwrite, self._finished = overwrite, False
         self._made: list[Path] = []
 
     def __enter__(self) -> Staging:
@@ -140,24 +165,39 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not self._finished:
+            shutil.rmtree(self.root, ignore_errors=True)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # holds the result, or what somebody else put there
                 folder.rmdir()
 
     def publish(self) -> None:
         """Put the finished folder in the place of `out`; an older result is kept until that
-        succeeded.
+        succeeded. What somebody else put there while the run was at work is not touched: InputError
+        says where the result is.
         """
-        if self.out.exists():
-            _keep_edited_readme(self.out, self.model)
-            os.replace(self.out, self.root / "replaced")
         try:
-            os.replace(self.model, self.out)
-        except OSError:
-            if (self.root / "replaced").exists():
-                os.replace(self.root / "replaced", self.out)
-            raise
+            check_output(self.out, overwrite=self.overwrite)
+        except InputError as error:
+            self._finished = True
+            raise InputError(f"{error}; the finished model is kept in {self.model}") from None
+        put_in_place(self.model, self.out, self.root / "replaced")
+
+
+def put_in_place(model: Path, out: Path, aside: Path) -> None:
+    """Rename the folder `model` to `out`. An older result goes to `aside`, and comes back when that
+    fails; a README that was edited there is kept.
+    """
+    if out.exists():
+        readme.keep_edited(out, model)
+        refresh(model, readme.CARD)
+        os.replace(out, aside)
+    try:
+        os.replace(model, out)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, out)
+        raise
 
 
 def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -180,24 +220,19 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
         raise InputError(
             f"the output folder {out} is not empty; choose another, or --overwrite an older result"
         )
-    if not _is_ours(out):
+    if not is_ours(out):
         raise InputError(
             f"the output folder {out} was not written by distaya; it is not overwritten"
         )
 
 
-def _is_ours(out: Path) -> bool:
+def is_ours(out: Path) -> bool:
+    """Whether we wrote the folder: its recipe.yaml begins with our mark."""
     recipe = out / "recipe.yaml"
-    if not recipe.is_file():
+    if recipe.is_symlink() or not recipe.is_file():
         return False
     with open(recipe, "rb") as file:
         return file.read(len(MARKER)) == MARKER.encode()
-
-
-def _keep_edited_readme(old: Path, new: Path) -> None:
-    kept, fresh = old / "README.md", new / "README.md"
-    if kept.is_file() and (not fresh.is_file() or kept.read_bytes() != fresh.read_bytes()):
-        shutil.copyfile(kept, fresh)
 
 
 def check_companions(source: Path) -> list[str]:
@@ -212,8 +247,11 @@ def check_companions(source: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy config, tokenizer, licence and readme files unchanged; returns their names."""
-    names = check_companions(source)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    """Copy config, tokenizer, licence and readme files unchanged; returns their names. The source's
+    own model card becomes README.source.md, since the folder gets one of its own.
+    """
+    copies = {name: readme.carried_as(source, name) for name in check_companions(source)}
+    for name, carried in copies.items():
+        if carried is not None:
+            shutil.copyfile(source / name, target / carried)
+    return sorted(carried for carried in copies.values() if carried is not None)

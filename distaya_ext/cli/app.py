@@ -1,7 +1,8 @@
 """`distaya`: the commands, and the one place where errors become a sentence and an exit code.
 
-Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 5 out of memory or disk, 6 a
-quality gate failed, 130 interrupted, 143 and 129 told to stop (SIGTERM, SIGHUP).
+Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 4 numbers gone bad under
+--strict, 5 out of memory or disk, 6 a quality gate failed, 130 interrupted, 143 and 129 told to
+stop (SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import DistayaError
+from ..errors import DistayaError, notes
 from . import bench
 from .compress import compress
 from .demo import demo
@@ -27,11 +28,15 @@ from .eval import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
+from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
+from .plan import plan
+from .report import report
 from .search import search
 from .students import shrink, students
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -42,6 +47,7 @@ class Group(TyperGroup):
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
         extra["standalone_mode"] = False
+        self.kept: list[str] = []
         try:
             code = super().main(args=arguments, **extra)
         except (KeyboardInterrupt, typer.Abort):
@@ -50,10 +56,23 @@ class Group(TyperGroup):
             if "--debug" in arguments:
                 traceback.print_exc()
             sentence, code = explain(error)
-            typer.echo(f"Error: {sentence}", err=True)
+            typer.echo(f"Error: {'; '.join([sentence, *notes(error)])}", err=True)
+        except SystemExit as stopped:  # SIGTERM, SIGHUP
+            if self.kept:
+                typer.echo(f"Stopped; {'; '.join(self.kept)}.", err=True)
+            raise stopped
         if code == INTERRUPTED:
-            typer.echo("Interrupted; nothing half-written was left behind.", err=True)
+            left = self.kept or ["nothing half-written was left behind"]
+            typer.echo(f"Interrupted; {'; '.join(left)}.", err=True)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command. What an interruption keeps is noted here: typer makes another of it."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self.kept = notes(stop)
+            raise
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -101,11 +120,13 @@ def root(
 
 
 app.command("compress")(compress)
+app.command("plan")(plan)
 app.command("search")(search)
 app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
@@ -113,8 +134,10 @@ app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("history")(history)
 app.add_typer(bench.app, name="bench")
 
 

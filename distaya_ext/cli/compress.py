@@ -72,9 +72,14 @@ def compress(
         typer.Option(help="Folder of texts to compare the result with the model before on."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the steps of a chain that was stopped.")
+        bool, typer.Option("--restart", help="Forget what a run that was stopped has kept.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
     ] = False,
     max_ram: options.MaxRam = None,
+    max_vram: options.MaxVram = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older result of ours.")
     ] = False,
@@ -97,6 +102,7 @@ def compress(
         format=format,
         drop_layers=drop_layers,
         max_ram=max_ram,
+        max_vram=max_vram,
         heal={"steps": heal},
         evaluate={"path": evaluate},
         calibration={
@@ -108,16 +114,12 @@ def compress(
             "quotas": parse_quotas(quota) if quota else None,
         },
     )
-    if group is not None and whole.bits is None:
-        raise UsageError("--group says how weights share a scale, so it needs --bits")
+    learns = check_flags(whole, group)
     from ..compress import compress as run
-    from ..compress.settings import from_recipe
     from .output import print_json
+    from .remember import compressed
     from .training import TrainReporter
 
-    learns = from_recipe(whole).statistic is not None
-    if learns and whole.calibration.path is None:
-        raise UsageError(f"method {whole.method} learns from text: give a folder with --calib")
     by_score = not isinstance(whole.drop_layers, list)
     with TrainReporter(quiet) as reporter:
         if calib is not None and not (learns or by_score or _heals_on_calib(whole)):
@@ -132,18 +134,36 @@ def compress(
             restart=restart,
             device=device,
             offline=offline,
+            strict=strict,
         )
         if report.dropped_layers:
             left = len(report.source_layers)
             reporter.say(f"{len(report.dropped_layers)} layers left out, {left} written")
         reporter.say(written(report.summary(), report.seconds))
+    summary = report.summary()
+    held_out = None if whole.evaluate is None else whole.evaluate.path
+    compressed(out, whole.model, summary, (whole.calibration.path, held_out))
     if json:
-        print_json({"out": str(out), **report.summary()})
+        print_json({"out": str(out), **summary})
     else:
         show_evaluations(report)
         typer.echo(str(out))
     if whole.chained:
         report.check_gate()
+
+
+def check_flags(recipe: Recipe, group: int | None) -> bool:
+    """UsageError for flags that only a command line can leave out or give too many of; whether the
+    method learns from text.
+    """
+    from ..compress.settings import from_recipe
+
+    if group is not None and recipe.bits is None:
+        raise UsageError("--group says how weights share a scale, so it needs --bits")
+    learns = from_recipe(recipe).statistic is not None
+    if learns and recipe.calibration.path is None:
+        raise UsageError(f"method {recipe.method} learns from text: give a folder with --calib")
+    return learns
 
 
 def _heals_on_calib(recipe: Recipe) -> bool:

@@ -196,7 +196,22 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
         }
     if checkpoint.adapter is not None:
         facts["adapter"] = _adapter(checkpoint)
+    if told := _fell_back(checkpoint):
+        facts["fallbacks"] = told
     return facts
+
+
+def _fell_back(checkpoint: Checkpoint) -> str | None:
+    """What the run that made the folder did lesser than asked, where results.json tells of it."""
+    import json
+
+    try:
+        told = json.loads((checkpoint.folder / "results.json").read_text(encoding="utf-8"))
+        held = told["fallbacks"]
+        kinds = ", ".join(f"{kind} in {count}" for kind, count in held["kinds"].items())
+        return f"{held['degraded']} of {held['of']} modules degraded; {kinds or 'none'}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _adapter(checkpoint: Checkpoint) -> str:

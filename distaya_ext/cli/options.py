@@ -23,6 +23,9 @@ Exact = Annotated[
         help="Packed weights: full-precision activations on the CPU too, slower; 8-bit without it.",
     ),
 ]
+StrictKernels = Annotated[
+    bool, typer.Option("--strict", help="Exit 4 where packed modules run on a slow kernel.")
+]
 Texts = Annotated[
     Path,
     typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False),
@@ -39,4 +42,5 @@ Seed = Annotated[
 EmbedBits = Annotated[
     int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
 ]
+MaxVram = Annotated[str | None, typer.Option(help="GPU memory to stay within, such as 16GiB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from rich import box
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -74,6 +76,8 @@ class Reporter:
                 )
             case events.Planned(form, count):
                 self.say(f"packed as {form}, about {size(count)}")
+            case events.Resumed(done, layers):
+                self.say(f"going on: {done} of {layers} layers are kept from before")
             case events.LayerStart(layer, layers):
                 self._worst = None
                 if layer == 0 or self._bar is not None:
@@ -99,8 +103,21 @@ class Reporter:
                 self.say(f"step {number} of {steps}: {name} {how} in {seconds:.1f} s")
             case Measured(done, total, what):
                 self._advance("forwards", done, total, what, always=done == total)
+            case events.FellBack():
+                self._fell_back(event)
             case events.Saved(_, shards, count):
                 self.say(f"{shards} shard{'s' * (shards > 1)}, {size(count)}")
+
+    def _fell_back(self, event: events.FellBack) -> None:
+        """Quiet or not: what is degraded is told, and what is normal unless quiet."""
+        for line, degraded in event.lines:
+            if degraded or not self.quiet:
+                how = "degraded: " if degraded else "note: "
+                self._console.print(
+                    how + line, style="red" if degraded else None, markup=False, soft_wrap=True
+                )
+        if event.total:
+            self._console.print(alarm(event.degraded, event.of))
 
     def _calibrated(self, event: events.Calibrated) -> None:
         languages = event.tokens_per_language
@@ -162,6 +179,16 @@ class Reporter:
             return False
         self._last = now
         return True
+
+
+def alarm(degraded: int, of: int) -> Panel:
+    """What nobody can overlook: most of a run is degraded."""
+    text = (
+        f"{degraded} of {of} modules are degraded: the numbers of this run failed as a whole, and "
+        "the result must not be used before the reason is known. Look at the lines above, at "
+        "layers.csv and at fallbacks in results.json; --strict stops such a run (exit 4)."
+    )
+    return Panel(text, title="numerical failure", border_style="bold red", box=box.DOUBLE)
 
 
 def _most_lost(shares: dict[str, float], errors: dict[str, float]) -> str:

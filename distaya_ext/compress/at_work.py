@@ -19,9 +19,11 @@ from ..models import Architecture, Stage
 from . import events, ferry, glu
 from .aim import Aim
 from .bias import Means, corrected
+from .blocks import trim
 from .calibrate import Calibration, check_activations
 from .capture import Call, Calls
 from .languages import Account, Mixture
+from .left_out import LeftOut
 from .packing import Packing
 from .plan import Plan, groups
 from .reconstruct import BATCH_TOKENS, Course, reconstruct
@@ -45,10 +47,11 @@ class Replay:
         hidden: Store,
         tape: Store,
         mixture: Mixture,
+        left_out: LeftOut,
         dense: tuple[Store, Store] | None = None,
     ):
         self.calibration, self.hidden, self.tape, self.dense = calibration, hidden, tape, dense
-        self.mixture = mixture
+        self.mixture, self.left_out = mixture, left_out
         self.calls = Calls()
         self.short: list[Call] = []  # of every layer for a training batch, see course()
 
@@ -62,15 +65,28 @@ class Replay:
         """What a layer is trained on, once its dense twin has run."""
         sizes = [len(ids) for ids in self.calibration.chunks()]
         return Course(
-            self.short[layer], self.batch, self.hidden, self.dense[0], sizes, self.mixture
+            self.short[layer],
+            self.batch,
+            self.hidden,
+            self.dense[0],
+            sizes,
+            self.mixture,
+            left_out=tuple(self.left_out.numbers),
         )
+
+    def look_at_outputs(self, layer: str, store: Store, end: str) -> None:
+        """Leave out the windows of which a layer's output, in one of the stores, overflowed."""
+        for chunk in range(len(self.calls)):
+            self.left_out.look(layer, chunk, [store.get(("hidden", chunk))], self, end=end)
 
     def account(self) -> Account:
         """What the layer that has just been finished tells of the languages."""
         if self.dense is not None:
             for chunk in range(len(self.calls)):
                 key = ("hidden", chunk)
-                self.mixture.observe(chunk, self.hidden.get(key), self.dense[0].get(key))
+                ours, dense = self.hidden.get(key), self.dense[0].get(key)
+                alive = self.left_out.alive(chunk, len(ours))
+                self.mixture.observe(chunk, ours, dense, alive)
         return self.mixture.close_layer()
 
 
@@ -105,7 +121,8 @@ class AtWork:
     ):
         self.plan, self.packing, self.report, self.on_event = plan, packing, report, on_event
         self.way, self.checks = way, checks
-        self.trained: dict[str, torch.Tensor] = {}  # what reconstruct() returned
+        # What reconstruct() returned, None where nothing was to be trained.
+        self.trained: dict[str, torch.Tensor] | None = None
         self.mlp: glu.GatedMLP | None = None  # where method dass prunes the layer
 
     def compress(
@@ -139,8 +156,11 @@ class AtWork:
                 walk.release(stage)
             if twin is not None:
                 twin.release(stage)
+            trim()
         if twin is not None:
             twin.finish()
+            if not self.checks.late:
+                replay.look_at_outputs(prefix, replay.dense[0], "dense output")
         if trains and held:
             walk.step_aside()
             self.trained = reconstruct(layer, held, replay.course(index))
@@ -202,9 +222,19 @@ class AtWork:
         statistic: Statistic,
     ) -> None:
         def add(chunk: int, x: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-            check_activations(x, chunk, where, replay.calibration, self.checks)
-            flat = None if wanted is None else wanted.flatten(0, -2)
+            alive = None
+            if self.checks.late:
+                check_activations(x, chunk, where, replay.calibration, self.checks)
+            else:
+                parts = [x] if wanted is None else [x, wanted]
+                alive = replay.left_out.look(where, chunk, parts, replay, walk)
+            if alive is not None:
+                x = x.masked_fill(~alive[:, None, None], 0)
             weights = replay.mixture.gather(where, chunk, x)
+            if alive is not None:
+                x, wanted = x[alive], None if wanted is None else wanted[alive]
+                weights = None if weights is None else weights.view(len(alive), -1)[alive].flatten()
+            flat = None if wanted is None else wanted.flatten(0, -2)
             statistic.add(x.reshape(-1, x.shape[-1]), flat, weights)
             if self.mlp is not None:
                 self.mlp.see(stage, x)

@@ -11,7 +11,9 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ResourceError, UsageError
+from ..recipe import Recipe
 from .calibrate import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from .plan import Plan, shares_statistics
 from .reconstruct import BATCH_TOKENS
 
 GIB = 1 << 30
@@ -44,6 +46,15 @@ class Needs:
 
 
 _FEW = Needs()
+
+
+def needs_of(recipe: Recipe, plan: Plan, checkpoint: Checkpoint) -> Needs:
+    """What a run of this recipe does; plan: of its Linears."""
+    return Needs(
+        shared=shares_statistics(plan, checkpoint),
+        twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
+        trains=any(s.quality == "high" for s in plan.values()),
+    )
 
 
 class Budget:
@@ -185,17 +196,29 @@ def device_bytes(checkpoint: Checkpoint, tokens: int, needs: Needs = _FEW) -> in
 
 
 def waits_on_host(
-    checkpoint: Checkpoint, tokens: int, device: torch.device, needs: Needs = _FEW
+    checkpoint: Checkpoint,
+    tokens: int,
+    device: torch.device,
+    needs: Needs = _FEW,
+    limit: int | None = None,
 ) -> bool:
-    """Whether the activations of so many tokens must wait in the host's memory.
+    """Whether the activations of so many tokens must wait in the host's memory. limit: bytes of the
+    GPU's that may be used at most; with one the GPU need not be here.
 
     ResourceError when the GPU is too small for the work without them.
     """
-    free = torch.cuda.mem_get_info(device)[0]
+    here = limit is None or torch.cuda.is_available()
+    free = torch.cuda.mem_get_info(device)[0] if here else limit
+    capped = limit is not None and limit < free
+    free = limit if capped else free
     least = device_bytes(checkpoint, 0, needs)
     if free < least:
         raise ResourceError(
             f"compressing this model takes at least {least / GIB:.1f} GiB of GPU memory and "
-            f"{free / GIB:.1f} GiB are free on {device}"
+            + (
+                f"max_vram allows {free / GIB:.1f} GiB"
+                if capped or not here
+                else f"{free / GIB:.1f} GiB are free on {device}"
+            )
         )
     return free < device_bytes(checkpoint, tokens, needs)

@@ -202,3 +202,16 @@ def fill_layer(
     layer = copy.deepcopy(model_layer)
     layer.load_state_dict(weights, assign=True)
     return layer.to(device).requires_grad_(False).eval()
+
+
+def check_tied(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
+    """InputError for a head that config.json ties to the embedding and that is another matrix."""
+    architecture = checkpoint.architecture
+    embed, head = (f"{path}.weight" for path in (architecture.embed, architecture.head))
+    if head not in checkpoint.entries or not is_tied(skeleton, architecture):
+        return
+    pair = checkpoint.read([embed, head])
+    if not torch.equal(pair[embed], pair[head]):
+        raise InputError(
+            f"config.json ties {head} to {embed}, but the checkpoint holds two different ones"
+        )

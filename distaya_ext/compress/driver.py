@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from .. import __version__
 from ..checkpoint import (
     MARKER,
     Checkpoint,
     ShardWriter,
-    Staging,
     check_companions,
     check_output,
     copy_companions,
@@ -23,29 +21,32 @@ from ..checkpoint import (
     write_config,
 )
 from ..device import find_device
-from ..errors import InputError
 from ..finished import complete
 from ..models.depth import cut_json, irregular
-from ..models.skeleton import build_skeleton, is_tied
+from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
-from ..texts import counts
+from ..resume import Work
+from ..resume import place as work_place
 from . import events, glu
 from .at_work import Replay
-from .budget import Budget, Needs, activation_bytes, check_disk, waits_on_host
+from .blocks import give_back
+from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
-from .capture import Ends
+from .capture import Ends, check_tied
 from .ferry import Ferry
+from .identity import identity
+from .keep import Keeper, most_bytes
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
+from .left_out import LeftOut
 from .packing import Packing
-from .plan import make_plan, shares_statistics
-from .proof import prove
-from .report import Report
+from .plan import make_plan
+from .proof import PROOF_WINDOWS, prove
+from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .store import Store
 
-_PROOF_WINDOWS = 2
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
@@ -59,26 +60,42 @@ def compress(
     *,
     on_event: OnEvent | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
+    work: Path | None = None,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
     front.compress, which is what everyone calls.
+
+    work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
+    give_back()
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
-    check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
+    if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
+        check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     recipe = as_run(recipe, model, texts)
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
-    if settings.statistic is not None:
-        run.calibration = load_calibration(texts, recipe, checkpoint)
-        if place.type == "cuda":
-            run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-    with Staging(Path(out), overwrite=overwrite, source=checkpoint.folder) as staging:
-        return run.go(staging)
+    run.report.strict = strict
+    with Work(Path(out), work) as held:
+        if settings.statistic is not None:
+            run.calibration = load_calibration(texts, recipe, checkpoint)
+            if place.type == "cuda":
+                run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
+        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
+        if done is not None:  # killed behind the last rename
+            restore_report(run.report, done["report"])
+            held.remove()
+            run.report.judge()
+            return run.report
+        check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        held.overwrite = overwrite
+        return run.go(held)
 
 
 def as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
@@ -106,11 +123,7 @@ class _Run:
         self.on_event, self.device = on_event, device
         self.architecture = checkpoint.architecture
         plan = make_plan(recipe, self.checkpoint, checkpoint.config.num_hidden_layers)
-        self.needs = Needs(
-            shared=shares_statistics(plan, self.checkpoint),
-            twin=recipe.calibration.weights == "worst" or any(s.aims for s in plan.values()),
-            trains=any(s.quality == "high" for s in plan.values()),
-        )
+        self.needs = needs_of(recipe, plan, self.checkpoint)
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
@@ -122,37 +135,52 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def go(self, staging: Staging) -> Report:
-        start = time.perf_counter()
+    def go(self, work: Work) -> Report:
+        keeper = Keeper(
+            work, self.report, self.packing, self.budget.shard_bytes,
+            self.checkpoint.config.num_hidden_layers, self.on_event,
+        )  # fmt: skip
+        keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
         tokens = self.calibration.tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
-            self.away = waits_on_host(self.checkpoint, tokens, self.device, self.needs)
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
         self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
             waiting
         )
+        if self.report.spilled:
+            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
-        check_disk(staging.root, planned + waiting * self.report.spilled)
+        beside = most_bytes(self.checkpoint, tokens, self.needs, self.budget.shard_bytes, planned)
+        least = planned + beside + waiting * self.report.spilled - work.nbytes
+        check_disk(work.root, max(0, least))
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
-            self._prepare(staging.scratch)
-        writer = ShardWriter(staging.model, self.budget.shard_bytes)
+            self._prepare(work.scratch, going_on=keeper.first > 0)
+        keeper.restore(self.replay)
+        self.report.judge()  # of layers that a run without strict has kept
+        writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
-        self._check_tied(skeleton)
+        check_tied(self.checkpoint, skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
         with Ferry(self.device) as way:
-            if self.architecture.embed in self.packing.ends:
+            if keeper.first:
+                keeper.tensors()
+            elif self.architecture.embed in self.packing.ends:
                 self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
             else:
                 way.do(lambda: self._end(writer, self.architecture.embed))
-            layers.run(skeleton.get_submodule(self.architecture.layers), self.replay, way, writer)
+            weightless = skeleton.get_submodule(self.architecture.layers)
+            layers.run(weightless, self.replay, way, writer, keeper)
         ends = (self.architecture.embed + ".", self.architecture.head + ".")
         between = (*ends, self.architecture.layers + ".")
         self._copy(writer, lambda name: not name.startswith(between))
@@ -162,15 +190,19 @@ class _Run:
         self.report.file_bytes = sum(path.stat().st_size for path in shards)
         place = {name: index for index, name in enumerate(self.plan)}
         self.report.modules.sort(key=lambda module: place[module.module])
-        copy_companions(self.checkpoint.folder, staging.model)
+        copy_companions(self.checkpoint.folder, work.model)
         quantization = self.packing.config()
         if quantization or self.recipe.drop_layers:
-            write_config(self.checkpoint.folder, staging.model, quantization, self._cut)
-        _write_recipe(self.recipe, staging.model)
-        self.report.seconds = time.perf_counter() - start
-        self.report.write(staging.model)
-        complete(staging.model)
-        staging.publish()
+            write_config(self.checkpoint.folder, work.model, quantization, self._cut)
+        _write_recipe(self.recipe, work.model)
+        self.report.seconds = keeper.seconds
+        self.report.fall_back_on_kernels(self.device)
+        self.report.write(work.model)
+        inputs = identity(self.source, self.recipe, self.calibration, self.device)
+        complete(work.model, "compress", inputs)
+        work.publish({"report": dump_report(self.report)})
+        if fell_back := self.report.fallbacks.event(len(self.report.modules)):
+            self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
         return self.report
 
@@ -180,8 +212,10 @@ class _Run:
             return raw
         return cut_json(raw, self.source.config, self.checkpoint.source_layers)
 
-    def _prepare(self, scratch: Path) -> None:
-        """Warn, prove the replay, and record what every layer is called with."""
+    def _prepare(self, scratch: Path, *, going_on: bool) -> None:
+        """Warn, prove the replay, and record what every layer is called with. going_on: an earlier
+        run has proved it, and layers of it are kept.
+        """
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
@@ -191,9 +225,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"
@@ -203,28 +236,42 @@ class _Run:
                 "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
             )
         self._warn_few_tokens()
+        if not going_on:
+            self._prove()
+        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
+        left_out = LeftOut(calibration, report)
+        stores = (self._store(scratch), self._store(scratch))
+        self.replay = Replay(calibration, *stores, mixture, left_out)
+        if self.needs.twin:
+            self.replay.dense = (self._store(scratch), self._store(scratch))
+        self._record(going_on=going_on)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
+
+    def _prove(self) -> None:
         proof = prove(
             self.checkpoint,
-            calibration.ids[:_PROOF_WINDOWS],
+            self.calibration.ids[:PROOF_WINDOWS],
             self.device,
             whole=self.budget.proves_whole,
         )
-        report.proof = proof
+        self.report.proof = proof
         self.on_event(events.Proved(proof.kind, proof.layers, proof.max_abs_diff, proof.exact))
-        mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
-        self.replay = Replay(calibration, self._store(scratch), self._store(scratch), mixture)
-        if self.needs.twin:
-            self.replay.dense = (self._store(scratch), self._store(scratch))
-        self._record()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the embedding was large, and no layer needs such blocks
+        if proof.kind != "whole":
+            depth = self.checkpoint.config.num_hidden_layers
+            self._notice(
+                f"the replay was proved over {proof.layers} of {depth} layers: the whole model "
+                "does not fit in memory"
+            )
 
     def _store(self, scratch: Path) -> Store:
         spilled = self.report.spilled
         return Store(scratch if spilled else None, host=self.away and not spilled)
 
-    def _record(self) -> None:
-        """The first hidden states of all chunks, and what every layer is called with."""
+    def _record(self, *, going_on: bool) -> None:
+        """What every layer is called with, and the first hidden states of all chunks (going_on:
+        those of a later layer are kept).
+        """
         ends = Ends(
             build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
             self.checkpoint,
@@ -239,10 +286,10 @@ class _Run:
             self.replay.short = ends.inputs(few.to(self.device))[1]
         for chunk, ids in enumerate(self.calibration.chunks()):
             hidden, calls = ends.inputs(ids.to(self.device))
-            self.replay.hidden.put(("hidden", chunk), hidden)
-            if self.replay.dense is not None:
-                self.replay.dense[0].put(("hidden", chunk), hidden)
             self.replay.calls.add(calls)
+            streams = [] if going_on else [self.replay.hidden, *(self.replay.dense or ())[:1]]
+            for store in streams:
+                store.put(("hidden", chunk), hidden)
 
     def _warn_few_tokens(self) -> None:
         if self.settings.statistic != "hessian":
@@ -282,20 +329,8 @@ class _Run:
         self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
         self._copy(writer, lambda tensor: tensor == f"{name}.bias")
 
-    def _check_tied(self, skeleton: nn.Module) -> None:
-        embed, head = (f"{p}.weight" for p in (self.architecture.embed, self.architecture.head))
-        if head in self.checkpoint.entries and is_tied(skeleton, self.architecture):
-            pair = self.checkpoint.read([embed, head])
-            if not torch.equal(pair[embed], pair[head]):
-                raise InputError(
-                    f"config.json ties {head} to {embed}, but the checkpoint holds two "
-                    f"different ones"
-                )
-
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    from .. import __version__
-
     (folder / "recipe.yaml").write_text(
         f"{MARKER}, version {__version__}\n{recipe.to_yaml()}", encoding="utf-8"
     )

@@ -44,6 +44,14 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A run that was stopped goes on: `done` of `layers` layers are kept from before."""
+
+    done: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class LayerStart:
     """Layer `layer` (from 0) of `layers` begins."""
 
@@ -89,6 +97,18 @@ class LayerDone:
 
 
 @dataclass(frozen=True)
+class FellBack:
+    """Where something lesser than asked was done. lines: one per kind and whether that is degraded;
+    degraded modules of `of`; total: more than half of them, so that nothing can be trusted.
+    """
+
+    lines: tuple[tuple[str, bool], ...]
+    degraded: int
+    of: int
+    total: bool
+
+
+@dataclass(frozen=True)
 class Saved:
     """The output folder is in place, with `shards` weight files of `bytes` in all."""
 
@@ -102,9 +122,11 @@ Event = (
     | Calibrated
     | Proved
     | Planned
+    | Resumed
     | LayerStart
     | StageDone
     | LanguagesDone
     | LayerDone
+    | FellBack
     | Saved
 )

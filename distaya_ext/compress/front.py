@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..recipe import Recipe
 from . import driver
 from .report import Report
@@ -27,6 +26,7 @@ def compress(
     restart: bool = False,
     device: str = "cpu",
     offline: bool = False,
+    strict: bool = False,
 ) -> Report | Chained:
     """Compress a model layer by layer and write it to the folder `out`.
 
@@ -37,14 +37,19 @@ def compress(
     on_event   is called with the records of compress.events as the run goes
     overwrite  replaces an older result of ours
     device     "cpu" or "cuda"
+    strict     NumericsError at the first module that is degraded, nothing is written then; what
+               counts as degraded is in compress.fallbacks. Decides nothing of the result
 
     Only the embedding and one decoder layer are in memory at a time; a proof first shows that layer
-    by layer gives the model's own logits. `out` appears when it is complete.
+    by layer gives the model's own logits. `out` appears when it is complete. Until then what is
+    done is kept in a hidden folder beside it (see compress.keep): the same call goes on where a run
+    was stopped, and writes the same weights; restart=True begins anew.
 
     A recipe that chooses layers by score, heals or evaluates is a chain of steps, and a Chained is
-    returned: each finished step is kept beside `out`, the same call goes on where a run was
-    stopped, restart=True begins anew, and on_progress is told how far an evaluation is. See
+    returned: each finished step is kept, too, and on_progress is told how far an evaluation is. See
     chain.run_chain.
+
+    Where something lesser than asked was done, it is in `fallbacks` of the report.
 
     Raises InputError or UsageError (both ValueError) in one sentence.
     """
@@ -53,14 +58,9 @@ def compress(
 
         return run_chain(
             model, out, recipe, texts, on_event=on_event, on_progress=on_progress,
-            overwrite=overwrite, restart=restart, device=device, offline=offline,
+            overwrite=overwrite, restart=restart, device=device, offline=offline, strict=strict,
         )  # fmt: skip
-    if restart:
-        raise UsageError(
-            "restart begins a chain anew, and this recipe has one step: it chooses no layers by "
-            "score, heals nothing and evaluates nothing"
-        )
     return driver.compress(
-        model, out, recipe, texts,
-        on_event=on_event, overwrite=overwrite, device=device, offline=offline,
+        model, out, recipe, texts, on_event=on_event, overwrite=overwrite, restart=restart,
+        device=device, offline=offline, strict=strict,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,11 +104,17 @@ class Mixture:
         """Inputs.norms of a Linear of this layer, fp32 [languages, columns]."""
         return self._inputs[where].norms()
 
-    def observe(self, chunk: int, compressed: Tensor, dense: Tensor) -> None:
-        """Note a layer's output of a chunk, [windows, length, hidden], beside the dense model's."""
+    def observe(
+        self, chunk: int, compressed: Tensor, dense: Tensor, alive: Tensor | None = None
+    ) -> None:
+        """Note a layer's output of a chunk, [windows, length, hidden], beside the dense model's.
+
+        alive: bool [windows], those that are not left out; None: all.
+        """
         lost = (compressed.float() - dense.float()).square_().flatten(1).sum(1)
         whole = dense.float().square().flatten(1).sum(1)  # in place it would change the stream
-        self._sums += torch.stack([lost, whole]).double() @ self._rows(chunk)
+        both = torch.stack([lost, whole]).double()
+        self._sums += (both if alive is None else both * alive) @ self._rows(chunk)
         self._seen = True
 
     def close_layer(self) -> Account:
@@ -123,6 +130,16 @@ class Mixture:
         self._seen = False
         self._inputs.clear()
         return account
+
+    def state(self) -> dict[str, Any]:
+        """What carries on between layers, as plain values for restore()."""
+        shares, standing = self.shares.tolist(), self._standing.tolist()
+        return {"shares": shares, "standing": standing, "layers": self._layers}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.shares = torch.tensor(state["shares"], dtype=torch.float64).to(self.shares)
+        self._standing = torch.tensor(state["standing"], dtype=torch.float64).to(self._standing)
+        self._layers = state["layers"]
 
     def places(self, chunk: int) -> list[int]:
         """Where in languages the language of each window of the chunk stands."""

@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, ShardWriter
 from . import events, ferry
 from .at_work import AtWork, Replay
 from .capture import fill_layer, read_layer
+from .keep import Keeper, after_layer
 from .languages import Account
 from .packing import Packing
 from .plan import Plan
@@ -44,19 +45,29 @@ class Layers:
         self.count = checkpoint.config.num_hidden_layers
 
     def run(
-        self, layers: nn.ModuleList, replay: Replay | None, way: ferry.Ferry, writer: ShardWriter
+        self,
+        layers: nn.ModuleList,
+        replay: Replay | None,
+        way: ferry.Ferry,
+        writer: ShardWriter,
+        keeper: Keeper | None = None,
     ) -> None:
-        """All of them. What they give is written, checked and reported when this returns."""
-        prefixes = [f"{self.architecture.layers}.{index}" for index in range(self.count)]
+        """All of them; with a keeper those it has not kept from before. What they give is written,
+        checked and reported when this returns.
+        """
+        todo = range(keeper.first if keeper is not None else 0, self.count)
         reads = (
-            partial(read_layer, layer, prefix, self.checkpoint)
-            for layer, prefix in zip(layers, prefixes, strict=True)
+            partial(read_layer, layers[index], self._prefix(index), self.checkpoint)
+            for index in todo
         )
         coming: Iterator[dict[str, torch.Tensor]] = way.ahead(reads)
-        for index, weightless in enumerate(layers):
-            self._layer(index, weightless, next(coming), replay, way, writer)
-            way.turn()
+        for index in todo:
+            self._layer(index, layers[index], next(coming), replay, way, writer)
+            after_layer(keeper, index, way)
         way.land()
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.architecture.layers}.{index}"
 
     def _layer(
         self,
@@ -69,7 +80,7 @@ class Layers:
     ) -> None:
         begin = way.mark()
         way.do(lambda: None, lambda _: self.on_event(events.LayerStart(index, self.count)))
-        prefix = f"{self.architecture.layers}.{index}"
+        prefix = self._prefix(index)
         layer = fill_layer(weightless, weights, way.device)
         walk = twin = None
         checks = ferry.Checks(way.late)
@@ -86,19 +97,21 @@ class Layers:
         told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()
+            if not way.late:
+                replay.look_at_outputs(prefix, replay.hidden, "output")
             told = vars(replay.account())
         end = way.mark()
         rest = way.home((checks.take(), told, at_work.trained))
 
-        def judge() -> tuple[float, dict[str, Any], dict[str, torch.Tensor]]:
+        def judge() -> tuple[float, dict[str, Any], dict[str, torch.Tensor] | None]:
             kept, told, trained = rest()
             ferry.judge(kept)
             return way.seconds(begin, end), told, trained
 
-        def tell(found: tuple[float, dict[str, Any], dict[str, torch.Tensor]]) -> None:
+        def tell(found: tuple[float, dict[str, Any], dict[str, torch.Tensor] | None]) -> None:
             seconds, told, trained = found
-            if trained:
-                self.report.trained[index] = {key: float(value) for key, value in trained.items()}
+            if trained is not None:
+                self.report.note_training(index, prefix, trained)
             if told:
                 languages = replay.mixture.languages
                 event = self.report.languages.add(index, languages, Account(**told))

@@ -17,7 +17,7 @@ from ..ops import pack as pack_op
 from ..recipe import PACKED_BITS, Recipe
 from .plan import Plan
 
-_EMBED_BLOCK = 1 << 24  # weights of the embedding rounded at once
+EMBED_BLOCK = 1 << 24  # weights of the embedding rounded at once
 _DENSE = "pack-quantized"  # codes of all weights, whatever is pruned
 EMBEDDING = ModuleScheme(8, 0, True, _DENSE, "int8")
 
@@ -94,12 +94,22 @@ class Packing:
         quant = obs_op.Quant(8, 0, symmetric=True, scale_dtype=self.dtype)
         codes = torch.empty(W.shape, dtype=torch.uint8)
         scales = torch.empty(len(W), 1, dtype=self.dtype)
-        step = max(1, _EMBED_BLOCK // W.shape[1])
+        step = max(1, EMBED_BLOCK // W.shape[1])
         for start in range(0, len(W), step):
             rows = slice(start, start + step)
             part = W[rows].to(device, self.dtype)
             _, codes[rows], scales[rows], _ = obs_op.quantize(part, quant)
         return Grid(codes, scales, None, 8, 0)
+
+    def state(self) -> dict[str, Any]:
+        """What encoding so far has noted, as plain values for restore()."""
+        schemes = {name: dataclasses.asdict(scheme) for name, scheme in self.schemes.items()}
+        return {"schemes": schemes, "counted": self._counted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        told = state["schemes"].items()
+        self.schemes = {name: ModuleScheme(**_tuples(scheme)) for name, scheme in told}
+        self._counted = dict(state["counted"])
 
     def config(self) -> dict[str, Any] | None:
         """quantization_config of what was written, None when nothing is packed."""
@@ -108,6 +118,17 @@ class Packing:
         if self.format == "distaya":
             return own.write(self.schemes)
         return compressed.write(self.schemes, self.checkpoint.dense_linears(self.schemes))
+
+    def bytes_of(self, module: str) -> int:
+        """Bytes of what is written for a module's weight, headers apart; see predicted()."""
+        entry = self.checkpoint.entries[f"{module}.weight"]
+        scheme = self.schemes.get(module) or self.planned.get(module)
+        if scheme is None:
+            return entry.nbytes
+        kept = self._counted.get(module)
+        if kept is None and module in self.plan:
+            kept = self._kept(module, *entry.shape)
+        return scheme.nbytes(*entry.shape, self.dtype, kept)
 
     def predicted(self) -> int:
         """Bytes of the weight files, headers included, from shapes and schemes alone.
@@ -123,10 +144,7 @@ class Packing:
                 needs[name] = (entry.dtype, entry.shape)
                 total += entry.nbytes
                 continue
-            kept = self._counted.get(module)
-            if kept is None and module in self.plan:
-                kept = self._kept(module, *entry.shape)
-            total += scheme.nbytes(*entry.shape, self.dtype, kept)
+            total += self.bytes_of(module)
             for suffix, (dtype, shape) in scheme.tensors(*entry.shape, self.dtype).items():
                 needs[f"{module}.{suffix}"] = (dtype, shape or (entry.shape[0] * entry.shape[1],))
         return total + header_bytes(needs)
@@ -235,6 +253,11 @@ class Packing:
         tied = self.checkpoint.tied
         ends = [architecture.embed] if tied else [architecture.embed, architecture.head]
         return [name for name in ends if f"{name}.weight" in entries]
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _ragged(group: int, cols: int) -> bool:

@@ -9,11 +9,13 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.whole import load_whole
 from ..errors import InputError
+from ..finite import all_finite
 from ..models.depth import remove_layers
 from ..models.skeleton import build_skeleton, feed_whole
 from .capture import Ends, load_layer
 
-_LOGIT_ELEMENTS = 1 << 24  # logits compared at most (the last positions of each window)
+PROOF_WINDOWS = 2
+LOGIT_ELEMENTS = 1 << 24  # logits compared at most (the last positions of each window)
 _ULPS = 1  # rounding steps of the run's dtype allowed at the largest logit (on the CPU it is 0)
 
 
@@ -44,17 +46,18 @@ def prove(checkpoint: Checkpoint, ids: torch.Tensor, device: torch.device, *, wh
     layers = checkpoint.config.num_hidden_layers if whole else truncated_depth(checkpoint.config)
     ids = ids.to(device)
     keep = max(
-        1, min(ids.shape[1], _LOGIT_ELEMENTS // (ids.shape[0] * checkpoint.config.vocab_size))
+        1, min(ids.shape[1], LOGIT_ELEMENTS // (ids.shape[0] * checkpoint.config.vocab_size))
     )
     replayed = _replay(checkpoint, ids, device, layers, keep)
     own = _own(checkpoint, ids, device, None if whole else layers, keep)
-    if not bool(torch.isfinite(own).all()):
+    if not all_finite(own):
         raise InputError(
             f"the model's own logits are not finite over its first {layers} layers; "
             f"its weights overflow in {str(checkpoint.dtype).removeprefix('torch.')}"
         )
-    diff = float((replayed - own).abs().max())
-    tolerance = _ULPS * torch.finfo(checkpoint.dtype).eps * float(own.abs().max())
+    largest = float(torch.stack(own.aminmax()).abs().max())
+    diff = float(replayed.sub_(own).abs_().max())  # in place: logits are large
+    tolerance = _ULPS * torch.finfo(checkpoint.dtype).eps * largest
     proof = Proof("whole" if whole else "truncated", layers, ids.shape[0], keep, diff, tolerance)
     if not diff <= tolerance:  # also when NaN
         raise InputError(

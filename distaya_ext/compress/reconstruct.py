@@ -49,7 +49,7 @@ class Batch:
 class Course:
     """What to train on. call: the layer's call for `windows` windows; inputs and targets hold
     [n, length, hidden] under ("hidden", chunk); sizes: n of each chunk; mixture: what each window
-    counts; seed: of the order.
+    counts; seed: of the order; left_out: numbers of the windows that are not used, see LeftOut.
     """
 
     call: Call
@@ -59,6 +59,7 @@ class Course:
     sizes: list[int]
     mixture: Mixture
     seed: int = 0
+    left_out: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -77,7 +78,11 @@ class Course:
         chunks = torch.randperm(len(self.sizes), generator=order).tolist()
         for chunk in range(len(self.sizes)) if held else chunks:
             out = self.held_out(chunk)
-            rows = (out if held else ~out).nonzero().flatten()
+            wanted, first = out if held else ~out, sum(self.sizes[:chunk])
+            for number in self.left_out:
+                if first <= number < first + self.sizes[chunk]:
+                    wanted[number - first] = False
+            rows = wanted.nonzero().flatten()
             if not len(rows):
                 continue
             if not held:
@@ -152,7 +157,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     fp32 [] on the device: "before", and "after" as kept. With fewer than HELD_OUT windows nothing
     could be held out, so nothing is done and the result is empty.
     """
-    if course.total < HELD_OUT:
+    if course.total < HELD_OUT or not all(any(course.places(held, 0)) for held in (True, False)):
         return {}
     trained = [
         _Trained(layer, name, stack)
@@ -168,7 +173,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     call = course.call.in_float()
     least = before = _held_out(layer, call, rest, trained, course)
     groups = [{"params": [t.theta], "lr": t.step} for t in trained]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=not least.is_meta)
     energy = _energy(course)
     total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
     for epoch in range(EPOCHS):
@@ -184,7 +189,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
         now = _held_out(layer, call, rest, trained, course)
         for t in trained:
             t.keep(now < least)
-        least = torch.minimum(now, least)
+        least = torch.where(now < least, now, least)  # not minimum(): NaN must not win
     for t in trained:
         t.settle()
     return {"before": before, "after": least}
@@ -206,7 +211,8 @@ def _distance(
     def run(*args: Any, **kwargs: Any) -> Any:
         return functional_call(layer, weights, args, kwargs)
 
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+    kind = "cpu" if x.is_meta else x.device.type  # see dry.py
+    with torch.autocast(kind, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         out = call.run(run, x.float())
     return _counted((out.float() - y).square(), batch), _counted(y.square(), batch)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 
+from ..measure import clock
+from ..runtime.paths import lesser_isa
 from .events import StageDone
+from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
 from .proof import Proof
 from .settings import Settings
@@ -29,6 +33,7 @@ _COLUMNS = (
     "bits_per_weight",
     "floored",
     "dead",
+    "fallbacks",
     "method",
     "pattern",
     "source_layer",
@@ -73,7 +78,11 @@ class ModuleReport:
 
 @dataclass
 class Report:
-    """What compress() returns; layers.csv and results.json are written from it."""
+    """What compress() returns; layers.csv and results.json are written from it.
+
+    fallbacks: where something lesser than asked was done; a degraded one ends a strict run.
+    left_out: numbers of the calibration windows that were, see left_out.py.
+    """
 
     method: str
     model_type: str
@@ -98,6 +107,10 @@ class Report:
     file_bytes: int = 0
     dropped_layers: list[int] = field(default_factory=list)  # of the source model
     source_layers: tuple[int, ...] = ()  # numbers in the source model of the layers written
+    fallbacks: Fallbacks = field(default_factory=Fallbacks)
+    left_out: list[int] = field(default_factory=list)
+    strict: bool = False
+    machine: dict[str, Any] = field(default_factory=dict)  # what the run ran on
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
         """Note what the embedding or the head takes on disk."""
@@ -133,9 +146,11 @@ class Report:
             part = slice(row, row + rows)
             row += rows
             loss, relative = _losses(figures, part)
+            module = f"{prefix}.{name}"
+            self._fall_back(module, columns, settings, floored, dead)
             self.modules.append(
                 ModuleReport(
-                    module=f"{prefix}.{name}",
+                    module=module,
                     rows=rows,
                     columns=columns,
                     loss=loss,
@@ -151,10 +166,48 @@ class Report:
                     source_layer=self.source_layers[layer] if self.source_layers else layer,
                 )
             )
+        self.judge()  # now that all Linears of the stack are counted
         loss, relative = _losses(figures, slice(None))
         sparsity = int(figures.zeros.sum()) / (total * columns)
         names = tuple(shapes)
         return StageDone(layer, names, loss, relative, sparsity, floored, dead, seconds)
+
+    def _fall_back(
+        self, module: str, columns: int, settings: Settings, floored: int, dead: int
+    ) -> None:
+        learns, aims = settings.statistic is not None, settings.aims
+        self.fallbacks.found += of_module(
+            module, columns, self.tokens, floored=floored, dead=dead, learns=learns, aims=aims
+        )
+
+    def fall_back(self, found: Fallback) -> None:
+        """Note it. NumericsError where it is degraded and the run strict."""
+        self.fallbacks.found.append(found)
+        self.judge()
+
+    def judge(self) -> None:
+        """NumericsError when the run is strict and something is degraded, whoever noted it."""
+        if self.strict:
+            self.fallbacks.refuse()
+
+    def note_training(self, layer: int, prefix: str, trained: dict[str, torch.Tensor]) -> None:
+        """What reconstruct() returned of a layer that was to be trained, on the host."""
+        found = {key: float(value) for key, value in trained.items()}
+        if not found:
+            what = "fewer than 8 calibration windows, or columns in activation order"
+            self.fall_back(Fallback(prefix, "untrained", 1, what, True))
+            return
+        self.trained[layer] = found
+        if not found["after"] < found["before"]:
+            what = "nothing better was found"
+            self.fall_back(Fallback(prefix, "untrained", 1, what, False))
+
+    def fall_back_on_kernels(self, device: torch.device) -> None:
+        """Count all modules as slow where the CPU kernels run below what the processor offers."""
+        self.machine = _machine(device)
+        what = lesser_isa() if device.type == "cpu" else None
+        if what is not None:
+            self.fall_back(Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False))
 
     @property
     def sparsity(self) -> float:
@@ -180,7 +233,7 @@ class Report:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
             for m in self.modules:
-                writer.writerow(_row(m))
+                writer.writerow(_row(m, self.fallbacks.of(m.module)))
         self.languages.write(folder)
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False)
         (folder / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -199,6 +252,7 @@ class Report:
                 "safetensors": safetensors.__version__,
                 "python": platform.python_version(),
             },
+            "machine": self.machine,
             "method": self.method,
             "quality": self.quality,
             "model_type": self.model_type,
@@ -206,6 +260,7 @@ class Report:
             "calibration": {
                 "tokens": self.tokens,
                 "window": self.window,
+                "tokenizer": self.languages.tokenizer,
                 "tokens_per_language": self.tokens_per_language,
                 "weights": self.languages.weights,
                 "languages": self.languages.summary(),
@@ -231,8 +286,40 @@ class Report:
                 "ends": self.ends,
             },
             "reconstruction": {str(layer): each for layer, each in self.trained.items()},
+            "fallbacks": self.fallbacks.summary(len(self.modules)),
             "notices": self.notices,
         }
+
+
+def dump_report(report: Report) -> dict[str, Any]:
+    """All fields of a report but where it goes, as plain values."""
+    found = _adapter().dump_python(report, mode="json")
+    del found["out"]
+    return found
+
+
+def restore_report(report: Report, told: dict[str, Any]) -> None:
+    """Give a report the fields that dump_report gave. Whether to be strict is this run's say."""
+    held = _adapter().validate_python({**told, "out": report.out})
+    for each in fields(report):
+        if each.name not in ("out", "strict"):
+            setattr(report, each.name, getattr(held, each.name))
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Report)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Names of the processor and, where it did the work, of the GPU."""
+    told = clock.machine()
+    found = {key: told[key] for key in ("cpu", "cores")}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:
@@ -247,7 +334,7 @@ def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:
     return float(loss.sum()), float(loss[known].sum()) / total if total > 0 else 0.0
 
 
-def _row(m: ModuleReport) -> list[Any]:
+def _row(m: ModuleReport, fallbacks: str) -> list[Any]:
     number = [None if v is None else f"{v:.6g}" for v in (m.loss, m.relative_loss)]
     shape = f"{m.rows}x{m.columns}"
     return [
@@ -260,6 +347,7 @@ def _row(m: ModuleReport) -> list[Any]:
         f"{m.bits_per_weight:.6f}",
         m.floored,
         m.dead,
+        fallbacks,
         m.method,
         m.pattern,
         m.source_layer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
@@ -51,6 +53,43 @@ class Store:
             if isinstance(part, _File):
                 part.path.unlink(missing_ok=True)
 
+    def blank(self, chunk: int, rows: torch.Tensor) -> None:
+        """Zero some rows (windows) of everything under keys that end with this chunk."""
+        for key in [key for key in self._items if key[-1] == chunk]:
+            value = self.get(key)
+            parts = value if isinstance(value, tuple) else (value,)
+            new = tuple(
+                part.index_fill(0, rows, 0) if isinstance(part, torch.Tensor) else part
+                for part in parts
+            )
+            self.put(key, new if isinstance(value, tuple) else new[0])
+
+    def facts(self, key: Hashable) -> tuple[list[int], str]:
+        """(shape, dtype) of the tensor under key, as plain values."""
+        value = self._items[key]
+        held = value.tensor if isinstance(value, _Away) else value
+        return list(held.shape), str(held.dtype).removeprefix("torch.")
+
+    def save(self, key: Hashable, path: Path) -> None:
+        """Have the file `path` hold the raw bytes of the tensor under key. One that waits in a file
+        of its own is not written again: the file gets a second name, where the disk has links.
+        """
+        value = self._items[key]
+        if isinstance(value, _File):
+            try:
+                os.link(value.path, path)
+            except OSError:
+                shutil.copyfile(value.path, path)
+        else:
+            _write(value.tensor if isinstance(value, _Away) else value, path)
+
+    def load(
+        self, key: Hashable, path: Path, shape: list[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Keep what save() has written of a tensor of this shape, on this device."""
+        raw = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        self.put(key, raw.view(dtype).view(shape).to(device))
+
     def clear(self) -> None:
         for key in list(self._items):
             self.drop(key)
@@ -65,7 +104,7 @@ class Store:
             return _Away(pinned.copy_(value, non_blocking=True), value.device)
         self._files += 1
         file = _File(self.folder / f"{self._files:08d}.bin", value.shape, value.dtype, value.device)
-        value.detach().to("cpu").contiguous().view(torch.uint8).numpy().tofile(file.path)
+        _write(value, file.path)
         return file
 
     def _in(self, value: Any) -> Any:
@@ -78,6 +117,11 @@ class Store:
         count = value.shape.numel()
         mapped = torch.from_file(str(value.path), shared=False, size=count, dtype=value.dtype)
         return mapped.view(value.shape).to(value.device)
+
+
+def _write(tensor: torch.Tensor, path: Path) -> None:
+    # Not numpy's tofile: of a full disk it tells no number.
+    path.write_bytes(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class _File:

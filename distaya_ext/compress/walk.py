@@ -122,6 +122,10 @@ class LayerWalk:
         for chunk in range(len(self.calls)):
             self._forget(chunk)
 
+    def blanked(self) -> None:
+        """What is kept of some windows was made zero: inputs seen before are no proof any more."""
+        self._seen.clear()
+
     def _forget(self, chunk: int) -> None:
         for name in [*self._stage_of, *self._inside]:
             self.tape.drop((name, chunk))

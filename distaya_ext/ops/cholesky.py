@@ -142,7 +142,8 @@ def cholesky_late(
     R = H if overwrite else H.clone(memory_format=torch.contiguous_format)
     info = torch.empty(4, dtype=torch.int64, device=H.device)
     mean = torch.empty(1, dtype=torch.float64, device=H.device)
-    work = torch.empty(_C.cholesky_work(H), dtype=torch.float32, device=H.device)
+    scratch = 0 if H.is_meta else _C.cholesky_work(H)
+    work = torch.empty(scratch, dtype=torch.float32, device=H.device)
     cholesky_(R, damp, floor, info, mean, work)
     return LateFactor(R, damp, info, mean, None if overwrite else H)
 

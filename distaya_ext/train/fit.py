@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -18,10 +17,12 @@ import torch
 from ..checkpoint.whole import quiet_transformers
 from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
+from ..resume.identity import difference
+from ..resume.lock import Lock
 from . import saved
 from .data import TrainingData
 from .events import Event, Notice, Resumed, Started, Stopped
-from .identity import difference, identity
+from .identity import identity
 from .loop import Diverged, Loop, precision
 from .objective import Objective
 from .spec import TrainSpec
@@ -87,8 +88,8 @@ def fit(
     On return the model holds the best parameters. A step's loss is the mean over all its labels,
     however it is split into micro-batches. The first SIGINT or SIGTERM ends the run after its step
     with a checkpoint. TrainingError when a loss or gradient is not finite: the model then holds the
-    best parameters so far. InputError when the folder holds another run or another process uses it,
-    UsageError when nothing learns or accelerate or matplotlib is missing.
+    best parameters so far. InputError when the folder holds another run, UsageError when another
+    process uses it, nothing learns, or accelerate or matplotlib is missing.
     """
     check_packages()
     if not len(training):
@@ -144,10 +145,10 @@ def _begin(loop: Loop) -> int | None:
         (loop.work / saved.METRICS).unlink(missing_ok=True)
     else:
         folder, state = found
-        if (reason := difference(state.get("run", {}), loop.identity)) is not None:
+        if (held := state.get("run", {})) != loop.identity:
             raise InputError(
-                f"{loop.work} holds step {state['step']} of another training: {reason}; remove "
-                "that folder to start anew"
+                f"{loop.work} holds step {state['step']} of another training: "
+                f"{difference(held, loop.identity)}; remove that folder to start anew"
             )
         loop.restore(folder, state)
         shutil.copyfile(folder / saved.METRICS, loop.work / saved.METRICS)
@@ -227,16 +228,13 @@ def _course(loop: Loop, resumed: int | None) -> Course:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Hold the folder's lock. InputError when another process does."""
-    handle = os.open(work / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold the folder's lock. UsageError when another process does."""
+    lock = Lock(work, ".lock")
+    lock.take()
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another process trains in {work}") from error
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ def identity(loop: Loop) -> dict[str, Any]:
         "precision": loop.precision,
         "objective": str(getattr(loop.objective, "identity", type(loop.objective).__name__)),
         "learning": {name: list(p.shape) for name, p in loop.parameters.items()},
-        "texts": [loop.training.digest(), held],
+        "texts": {"training": loop.training.digest(), "held_out": held},
         "weights": _sample(loop),
     }
 
@@ -39,23 +38,3 @@ def _sample(loop: Loop) -> str:
             found.update(f"{name}{list(tensor.shape)}".encode())
             found.update(some.view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """What differs between two runs, in words; None when nothing does."""
-    old, new = there.get("spec", {}), here["spec"]
-    for name in new:
-        if old.get(name) != new[name]:
-            return f"{name} was {old.get(name)} and is {new[name]}"
-    if there.get("learning") != here["learning"]:
-        old = there.get("learning", {})
-        return (
-            f"{len(old)} tensors learnt and {len(here['learning'])} would now, "
-            f"{sum(old.get(n) == s for n, s in here['learning'].items())} of the same name and "
-            "shape"
-        )
-    told = {"texts": "the texts differ", "weights": "the model's fixed weights differ"}
-    for name in ("precision", "objective", "texts", "weights"):
-        if there.get(name) != here[name]:
-            return told.get(name, f"{name} was {there.get(name)} and is {here[name]}")
-    return None

@@ -1,4 +1,7 @@
-"""What a step depends on, as small records that can be compared and told apart in a sentence."""
+"""What a run depends on, as small records that can be compared and told apart in a sentence.
+
+One place for all runs that can be gone on with: compress, chains, training.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,17 @@ from ..documents import open_texts
 
 _BLOCK = 1 << 22
 _MOST_HEADER = 100_000_000  # bytes; the format allows no more
+_SAMPLES, _SAMPLE = 256, 4096  # pieces of a shard, bytes of each
+MOST_TOLD = 12  # differences that a sentence lists
 
 
 def model_identity(folder: Path) -> dict[str, str]:
-    """File name -> size and hash: of a shard its header is hashed, of configuration and tokenizer
-    everything. Licences and readmes decide nothing.
+    """File name -> size and hash: of a shard its header and samples of its weights are hashed, of
+    configuration and tokenizer everything. Licences and readmes decide nothing.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found[path.name] = f"{path.stat().st_size} bytes, header {_header_hash(path)}"
+        found[path.name] = f"{path.stat().st_size} bytes, {_shard_hash(path)}"
     for name in check_companions(folder):
         if not name.startswith(("LICENSE", "NOTICE", "README")):
             path = folder / name
@@ -67,14 +72,31 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two records, in words: the first thing, and how many there are."""
+    """Everything that differs between two records, in words; of more than MOST_TOLD things the
+    first, and how many there are.
+    """
     was, now = dict(_flat(old)), dict(_flat(new))
-    changed = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    changed = [key for key in {**now, **was} if _get(was, key) != _get(now, key)]
     if not changed:
         return "nothing"
-    first = changed[0]
-    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    return f"{first} was {_short(was, first)} and is {_short(now, first)}{more}"
+    told = [f"{k} was {_short(was, k)} and is {_short(now, k)}" for k in changed[:MOST_TOLD]]
+    more = f" (and {len(changed) - MOST_TOLD} more)" if len(changed) > MOST_TOLD else ""
+    return "; ".join(told) + more
+
+
+def kernels(device: torch.device) -> dict[str, str]:
+    """What decides the last bits of a result: the device, the kernels chosen on it, torch."""
+    from ..ops import machine
+
+    found = {"device": device.type, "isa": machine.isa(), "torch": torch.__version__}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found["gpu"] = f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
+    return found
+
+
+def _get(values: Mapping[str, Any], key: str) -> tuple[Any, ...]:
+    return (values[key],) if key in values else ()
 
 
 def _short(values: Mapping[str, Any], key: str) -> str:
@@ -90,8 +112,16 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _header_hash(path: Path) -> str:
+def _shard_hash(path: Path) -> str:
+    """Of the header, and of pieces all over the weights: a model that was trained further has the
+    same header and other weights nearly everywhere, and reading all of it would take minutes.
+    """
     with open(path, "rb") as file:
         length = file.read(8)
         size = min(int.from_bytes(length, "little"), _MOST_HEADER)
-        return hashlib.sha256(length + file.read(size)).hexdigest()[:16]
+        made = hashlib.sha256(length + file.read(size))
+        start, end = 8 + size, path.stat().st_size
+        for i in range(_SAMPLES):
+            file.seek(start + max(0, end - start - _SAMPLE) * i // (_SAMPLES - 1))
+            made.update(file.read(_SAMPLE))
+    return made.hexdigest()[:16]
