@@ -120,7 +120,7 @@ def row(name: str, model: Path, recipe_name: str, work: Path) -> Row:
     from distaya_ext import Recipe, plan
 
     fields, tokens = CASES[name][recipe_name]
-    calibration = {"path": str(TEXTS), "tokens": max(tokens, 1), "window": 256}
+    calibration = {"path": str(TEXTS), "tokens": max(tokens, 256), "window": 256}
     recipe = Recipe(model=str(model), **fields, calibration=calibration)
     file, out = work / "recipe.yaml", work / "out"
     recipe.to_yaml(file)

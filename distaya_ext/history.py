@@ -172,13 +172,20 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        found = json.loads(line, parse_constant=_refuse)
+        found = json.loads(line, parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError):
         return None
     ours = isinstance(found, dict) and all(
         isinstance(found.get(key), str) for key in ("time", "command")
     )
     return found if ours else None
+
+
+def _whole(digits: str) -> int:
+    """A whole number that a float can hold, too."""
+    if len(digits) > 20:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _refuse(name: str) -> None:

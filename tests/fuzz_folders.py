@@ -1,15 +1,19 @@
 """Fuzz targets of what reads whole folders of ours again: verify, manifests, runs that go on."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 from pathlib import Path
 
 import fuzz_readers
-from fuzzing import Dice, Target, flipped, guarded, json_file, spliced
+from fuzzing import Dice, Target, as_json, flipped, guarded, json_file, spliced
 from speaking import save_model
 
 from distaya_ext import manifest
 from distaya_ext.chain.journal import WorkFolder, place
+from distaya_ext.cli.history import history as show
 from distaya_ext.recipe import Recipe
 from distaya_ext.resume import Work
 from distaya_ext.verify import verify
@@ -97,9 +101,30 @@ def _journal(folder: Path, dice: Dice) -> None:
             work.finished(step)
 
 
+_RUN = {
+    "time": "2030-01-01T00:00:00+00:00", "command": "eval", "version": "1", "model": "m@1",
+    "base": "b@2", "recipe": None, "texts": "t", "bytes": 1000, "bits_per_weight": 4.5,
+    "seconds": 2.0, "tokens_per_second": 9.0,
+    "languages": {"en": {"dnll": 0.1, "ppl_ratio": 1.1, "kl": 0.2, "dnll_interval": [0.0, 0.2]}},
+}  # fmt: skip
+
+
+def _history(folder: Path, dice: Dice) -> None:
+    lines = [json_file(_RUN, dice).replace(b"\n", b" ") for _ in range(1 + dice.below(3))]
+    (folder / "h.jsonl").write_bytes(b"\n".join([as_json(_RUN), *lines, b""]))
+    before = os.environ.get("DISTAYA_HISTORY", "")
+    os.environ["DISTAYA_HISTORY"] = str(folder / "h.jsonl")
+    try:
+        with guarded(folder), contextlib.redirect_stdout(io.StringIO()):
+            show(json=bool(dice.byte() % 2))
+    finally:
+        os.environ["DISTAYA_HISTORY"] = before
+
+
 TARGETS = [
     *fuzz_readers.TARGETS,
     Target("verify", _result, _verify, slow=8),
     Target("resume", _kept, _resume, slow=2),
+    Target("history", lambda folder: folder, _history, slow=4),
     Target("journal", _chain, _journal, slow=2),
 ]

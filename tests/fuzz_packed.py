@@ -19,13 +19,11 @@ _INT64 = [0, 1, -1, 8, 15, 16, 63, 64, 128, 1 << 16, 1 << 31, 1 << 32, 1 << 62, 
 def aligned(data: bytes) -> torch.Tensor:
     """uint8 [bytes] at an address that is a multiple of 64, as the kernels ask for.
 
-    Its storage ends where it ends, so that a sanitizer sees the first byte read beyond.
+    Its memory ends where it ends, so that a sanitizer sees the first byte read beyond.
     """
-    room = torch.empty(len(data) + 64, dtype=torch.uint8)
-    start = -room.data_ptr() % 64
-    if len(data):
-        room[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return room[start : start + len(data)]
+    own = torch.empty(len(data), dtype=torch.uint8)
+    assert own.data_ptr() % 64 == 0
+    return own.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8)) if data else own
 
 
 def _buffers(_: object) -> list[P.PackedWeight]:

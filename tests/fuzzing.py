@@ -74,6 +74,19 @@ ODD: list[Any] = [
     [], {}, [[]], [None], [0], [1, 2], ["x"], {"": 0}, {"x": {}}, [0] * 200, _deep(60),
 ]  # fmt: skip
 
+KEYS = [  # that mean something to transformers, PEFT, tokenizers or us
+    "auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "dtype",
+    "torch_dtype", "quantization_config", "compression_config", "rope_scaling", "rope_parameters",
+    "rope_theta", "layer_types", "sliding_window", "sliding_window_pattern", "head_dim", "metadata",
+    "tie_word_embeddings", "text_config", "sub_configs", "per_layer_config", "architectures",
+    "transformers_version", "use_kernels", "id2label", "num_labels", "output_attentions", "name",
+    "hidden_act", "hidden_activation", "final_logit_softcapping", "query_pre_attn_scalar", "bias",
+    "attention_bias", "mlp_bias", "use_qk_norm", "use_dora", "layers_pattern", "target_parameters",
+    "tokenizer_class", "added_tokens_decoder", "extra_special_tokens", "chat_template", "vocab",
+    "tokenizer_file", "model_max_length", "padding_side", "backend", "normalizer", "post_processor",
+    "pre_tokenizer", "decoder", "model", "type", "__metadata__", "weight_map", "config_groups",
+]  # fmt: skip
+
 
 def edited(document: Any, dice: Dice) -> Any:
     """A copy of a JSON document with up to six changes anywhere in it."""
@@ -102,7 +115,9 @@ def _change(place: Any, key: Any, dice: Dice, root: list) -> None:
     elif what == 6:
         place[key] = [place[key]]
     elif isinstance(place, dict):
-        place[dice.take(1 + dice.below(12)).decode("latin-1")] = copy.deepcopy(dice.choose(ODD))
+        any_name = dice.take(1 + dice.below(12)).decode("latin-1")
+        name = any_name if dice.byte() % 2 else dice.choose(KEYS)
+        place[name] = copy.deepcopy(dice.choose(ODD))
     elif place is not root:
         place.append(copy.deepcopy(dice.choose(ODD)))
 

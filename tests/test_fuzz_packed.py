@@ -59,6 +59,7 @@ def test_every_kind_is_reached_and_most_buffers_are_read(prepared):
         assert data.data_ptr() % 64 == 0 and torch.equal(data, packed.data)
 
 
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
 def test_planted_defects_are_found(prepared, monkeypatch):
     """Without the check of dtypes and shapes tensors that lie reach the decoders."""
     monkeypatch.setattr(ModuleScheme, "check", lambda *args: None)

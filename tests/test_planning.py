@@ -1,6 +1,7 @@
 """plan(): what it says of a run beside what the run then writes, and what it refuses."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,7 @@ def test_more_chunks_than_are_run_cost_what_the_third_added(source, monkeypatch)
     monkeypatch.setattr(phases, "_CHUNKS", 100)
     exact = plan(source, tiny.recipe(), tiny.windows(24)).memory.phases
     for name, size in exact.items():
-        assert whole[name] == pytest.approx(size, rel=0.01), name
+        assert whole[name] == pytest.approx(size, rel=0.06), name
 
 
 def test_spilled_activations_are_not_in_memory(source, monkeypatch):
@@ -177,17 +178,22 @@ def test_what_compress_refuses_is_refused_in_the_same_words(tmp_path, source):
         assert str(planned.value) == str(run.value) and type(planned.value) is type(run.value)
 
 
-def test_a_machine_that_is_too_small_is_told_with_what_would_fit(source, monkeypatch):
-    texts = tiny.windows(4000)
-    peak = plan(source, tiny.recipe(), texts).memory.peak
+def test_a_run_that_does_not_fit_is_told_with_what_would(source, monkeypatch):
     for module in (fits, budget):
-        monkeypatch.setattr(module, "physical_bytes", lambda: peak - 1)
+        monkeypatch.setattr(module, "physical_bytes", lambda: PROCESS + 1)
     with pytest.raises(ResourceError) as refused:
-        plan(source, tiny.recipe(), texts)
+        plan(source, tiny.recipe(), tiny.windows())
+    assert f"this machine has {PROCESS / 2**30:.2f} GiB" in str(refused.value)
+    monkeypatch.undo()
+    big = {"process": 600 << 20, "startup": 1.0}
+    monkeypatch.setattr(probe, "ask", lambda request: big)
+    few = {"rehearse": False, "max_ram": "600MiB"}
+    with pytest.raises(ResourceError) as refused:
+        plan(source, tiny.recipe(), tiny.windows(), **few)
     told = str(refused.value)
-    assert f"takes {peak / 2**30:.2f} GiB" in told and "this machine has" in told
-    assert "--max-ram" in told and "GiB is the least that suffices" in told
-    assert "calibration tokens fit instead of 96000" in told
+    assert "at its peak (" in told and "max_ram allows 0.59 GiB" in told
+    least = re.search(r"--max-ram ([0-9.]+GiB) is the least that suffices", told)
+    plan(source, tiny.recipe(), tiny.windows(), **{**few, "max_ram": least[1]})
 
 
 def test_the_limit_and_the_tokens_that_are_proposed_do_suffice(source, monkeypatch):

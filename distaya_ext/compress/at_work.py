@@ -156,7 +156,7 @@ class AtWork:
                 walk.release(stage)
             if twin is not None:
                 twin.release(stage)
-            trim()
+            self._rest()
         if twin is not None:
             twin.finish()
             if not self.checks.late:
@@ -167,6 +167,10 @@ class AtWork:
             for stack in held:
                 self._send(index, prefix, layer, stack, changed)
         return changed
+
+    def _rest(self) -> None:
+        """Between stages: what is free goes back."""
+        trim()
 
     def _trains(self, prefix: str, architecture: Architecture) -> bool:
         names = (f"{prefix}.{name}" for name in architecture.linears())

@@ -23,6 +23,7 @@ from ..checkpoint import Checkpoint
 from ..models import Stage
 from ..models.skeleton import build_skeleton
 from .at_work import AtWork, Replay, Stack
+from .blocks import THRESHOLD
 from .calibrate import Calibration
 from .capture import Ends, fill_layer
 from .ferry import Checks, Ferry
@@ -41,13 +42,16 @@ _ASKS = (_SCALAR, torch.ops.aten.equal.default)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors made inside the block that are still alive; phases: the most that were,
-    by name, each up to its mark().
+    """Memory of all tensors made inside the block that are still alive; phases: the most of it, by
+    name, each up to its mark().
+
+    A tensor of blocks.THRESHOLD bytes or more is mapped and goes when it dies. Smaller ones share a
+    heap that does not shrink before trim(): it counts with the most that it held since.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.mapped = self.heap = self.high = self.most = 0
         self.phases: dict[str, int] = {}
         self._held: dict[int, weakref.ref] = {}
 
@@ -70,18 +74,31 @@ class Live(TorchDispatchMode):
             return
         size = storage.nbytes()
 
+        large = size >= THRESHOLD
+
         def gone(_: Any) -> None:
             del self._held[key]
-            self.now -= size
+            self._change(-size, large)
 
         self._held[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.most = max(self.most, self.now)
+        self._change(size, large)
+
+    def _change(self, size: int, large: bool) -> None:
+        if large:
+            self.mapped += size
+        else:
+            self.heap += size
+            self.high = max(self.high, self.heap)
+        self.most = max(self.most, self.mapped + self.high)
+
+    def trim(self) -> None:
+        """As blocks.trim()."""
+        self.high = self.heap
 
     def mark(self, phase: str) -> None:
         """What went on since the last mark was `phase`."""
         self.phases[phase] = max(self.phases.get(phase, 0), self.most)
-        self.most = self.now
+        self.most = self.mapped + self.high
 
 
 class _AsOnTheCPU(TorchFunctionMode):
@@ -157,6 +174,9 @@ class _Work(AtWork):
         found = super()._solve(prefix, layer, names, *rest)
         self.live.mark(f"solving {names[0]}")
         return found
+
+    def _rest(self) -> None:
+        self.live.trim()
 
     def _send(
         self, index: int, prefix: str, layer: nn.Module, stack: Stack, changed: dict[str, Any]

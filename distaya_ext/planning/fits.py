@@ -32,13 +32,18 @@ def _what_fits(job: Job, found: Memory, there: int) -> str:
     if least is not None:
         spills = memory(job, Budget(job.checkpoint, least, job.needs), found.process).spilled
         how = " with activations on the disk" if spills else ""
-        ways.append(f"--max-ram {least / GIB:.2f}GiB is the least that suffices{how}")
+        ways.append(f"--max-ram {_round_up(least)}GiB is the least that suffices{how}")
     tokens = most_tokens(job, found.process, there)
     if tokens:
         ways.append(f"with that memory {tokens} calibration tokens fit instead of {job.tokens}")
     if not ways:
         ways.append("no limit and no number of tokens makes this model fit")
     return "; ".join(ways)
+
+
+def _round_up(size: int) -> str:
+    """GiB in two digits, not less."""
+    return f"{-(-size * 100 // GIB) / 100:.2f}"
 
 
 def least_limit(job: Job, process: int) -> int | None:
