@@ -67,6 +67,8 @@ def test_each_gate_on_both_sides_of_its_limit():
 def test_what_is_not_a_number_passes_no_gate(name):
     it = found(en=(math.nan, math.nan, 0.0), ja=(0.1, 0.1, 0.0))
     refused(GateError, lambda: it.gate(**{name: 9.0}), "nan")
+    last = found(en=(0.2, 0.1, 0.0), ja=(0.1, math.nan, 0.0))
+    refused(GateError, lambda: last.gate(max_kl=9.0), "KL of ja is nan")
 
 
 def test_a_gate_on_scripts_needs_a_measurement():

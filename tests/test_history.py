@@ -213,5 +213,8 @@ def test_a_fingerprint_sees_other_weights_of_one_shape(tmp_path):
     names = [remember.name_of(m) for m in models]
     prints = [name.rpartition("@")[2] for name in names]
     assert prints[0] == prints[1] != prints[2] and names[0].startswith("a@")
+    (models[1] / "adapter").mkdir()
+    (models[1] / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    assert remember.name_of(models[1]) != names[1]
     assert remember.name_of("owner/nobody-has-this") == "nobody-has-this@unknown"
     assert "/" not in "".join(names) and Path(names[0]).name == names[0]

@@ -17,6 +17,7 @@ from distaya_ext.errors import InputError, UsageError
 from distaya_ext.evaluate import load
 from distaya_ext.runtime.modules import Packed
 from distaya_ext.tasks import mcnemar, run_tasks
+from distaya_ext.tasks.result import rows_of
 from distaya_ext.tasks.run import wrap
 
 NANO = distaya_ext.__path__[0] + "/assets/nano-aya"
@@ -136,7 +137,39 @@ def test_without_the_extra(monkeypatch):
     refused(UsageError, lambda: run_tasks(NANO, ["pick"]), "pip install 'distaya-ext[tasks]'")
 
 
-def test_a_task_there_is_not(tmp_path):
+def test_models_are_paired_question_by_question():
+    def harness(acc, loss):
+        samples = [
+            {"doc_id": i, "filter": "none", "acc": a, "loss": x}
+            for i, (a, x) in enumerate(zip(acc, loss, strict=True))
+        ]
+        found = {"alias": "t", "acc,none": sum(acc) / 4, "acc_stderr,none": "N/A"}
+        found |= {"loss,none": sum(loss) / 4, "odd,none": 7.0}
+        return {"results": {"t": found}, "samples": {"t": samples}, "n-shot": {"t": 2}}
+
+    model = harness([1, 0, 0, 0], [1.0, 2.0, 3.0, 4.0])
+    base = harness([0, 1, 1, 0], [1.0, 1.0, 1.0, 1.0])
+    acc, loss, odd = rows_of(model, base)
+    assert (acc.lost, acc.won, acc.p) == (2, 1, 1.0)
+    assert (acc.value, acc.base, acc.delta, acc.shots) == (0.25, 0.5, -0.25, 2)
+    assert (loss.delta, loss.p, loss.questions) == (1.5, None, 4)
+    assert 0.0 <= loss.delta_interval[0] < 1.5 < loss.delta_interval[1] <= 3.0
+    assert odd.delta == 0.0 and odd.value_interval is odd.delta_interval is None
+    (alone, *_) = rows_of(model, None)
+    assert alone.base is None and alone.lost is None
+
+
+def test_a_task_there_is_not(tmp_path, monkeypatch):
+    import lm_eval.tasks
+
+    real = lm_eval.tasks.TaskManager  # reading all files of the harness takes seconds
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_defaults, include_path=None: real(
+            include_defaults=False, include_path=include_path
+        ),
+    )
     folder = write(tmp_path / "tasks", PICK)
     refused(UsageError, lambda: run_tasks(NANO, ["pik"], task_path=folder), "'pik'", "pick")
     refused(UsageError, lambda: run_tasks(NANO, [" "]), "name a task")
@@ -157,7 +190,7 @@ EVIL = PICK | {"doc_to_text": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}
         (PICK | {"include": "../../outside.yaml"}, "outside the task folder"),
         (PICK | {"include": "t0.yaml"}, "8 deep"),
         (PICK | {"task": ["a"]}, "task must be a name"),
-        (PICK | {"doc_to_text": "{{nothing}}"}, "cannot be run"),
+        (PICK | {"doc_to_text": "{{nothing}}"}, "'nothing' is undefined"),
         (PICK | {"test_split": "dev"}, "cannot be"),
         ("[1, 2]", "must be a mapping, not list"),
         ("{", "not plain YAML"),

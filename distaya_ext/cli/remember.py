@@ -94,7 +94,7 @@ def searched(found: Found, model: str, texts: Path) -> None:
         "command": "search",
         **_model(model, None),
         "texts": _texts(texts),
-        "setting": ", ".join(f"{k} {v}" for k, v in sorted(found.budget.items())),
+        "setting": f"{found.budget['bytes']} bytes of {found.budget['of']}",
         "seconds": found.cost["seconds"],
         "languages": {lang: {"kl": kl} for lang, kl in best.kl_per_language.items()},
     }
@@ -122,8 +122,7 @@ def name_of(model: str | Path) -> str:
         return f"{Path(str(model)).name}@unknown"
     local = Path(str(model))
     shown = local.resolve().name if local.exists() else local.name
-    names = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    return f"{shown}@{_gist(names)}"
+    return f"{shown}@{_gist([*_weights(folder), folder / 'config.json'])}"
 
 
 def _add(**record: Any) -> None:
@@ -143,11 +142,16 @@ def _model(model: str, base: str | None) -> dict[str, Any]:
     }  # fmt: skip
     if folder is None:
         return out
-    out["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    out["bytes"] = sum(path.stat().st_size for path in _weights(folder))
     if (folder / "recipe.yaml").is_file():
         out["recipe"] = _recipe(folder / "recipe.yaml")
     out["bits_per_weight"] = _bits(folder / "results.json")
     return out
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Files of weights, those of an adapter beside them too."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")])
 
 
 def _made_from(folder: Path | None) -> str | None:
