@@ -77,7 +77,8 @@ class _Timed(AtWork):
         if self.solves:
             return super()._solve(prefix, layer, names, *rest)
         settings = self.plan[f"{prefix}.{names[0]}"]
-        return Stack(names, settings, {}, None, {}, None, None, None, False)  # type: ignore[arg-type]
+        nothing: Any = None
+        return Stack(names, settings, {}, nothing, {}, None, None, None, False)
 
     def _send(self, *args: Any) -> None:
         if self.solves:
