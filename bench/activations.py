@@ -43,7 +43,8 @@ def table(tokens: int = 20000, window: int = 128) -> str:
             out = Path(folder) / str(index)
             compress(model, out, Recipe(model=str(model), calibration=spec, **fields))
             exact, rounded = (
-                evaluate(out, texts, against=model, exact=flag) for flag in (True, False)
+                evaluate(out, texts, against=model, exact=flag, continuations=0)
+                for flag in (True, False)
             )
             cost, more = exact.nll - exact.base_nll, rounded.nll - exact.nll
             lines.append(f"| {name} | {cost:+.4f} | {more:+.4f} |")

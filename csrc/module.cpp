@@ -1,10 +1,13 @@
 // The only file that includes pybind11: the table of contents of `distaya_ext._C`, in pipeline
 // order.
+#include <unistd.h>
+
 #include <optional>
 
 #include "cholesky/cholesky.h"
 #include "core/bind.h"
 #include "core/cpu.h"
+#include "core/planted.h"
 #include "core/probe.h"
 #include "dass/dass.h"
 #include "hessian/hessian.h"
@@ -36,13 +39,24 @@ using MaybeTensor = std::optional<Tensor>;
 using release_gil =
     py::call_guard<py::gil_scoped_release>;  // kernels are long; tensors stay borrowed
 
+// Lets Ctrl-C end a long kernel. Signals are the main thread's business; gettid() rather than a
+// stored identity, because the thread that forks is the child's main thread.
+void poll_signals() {
+  if (gettid() != getpid()) return;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 void bind_core(py::module_& m) {
+  cpu::set_poll(&poll_signals);
   m.attr("has_cuda") = has_cuda;
   m.attr("cuda_archs") = DISTAYA_CUDA_ARCHS;
   m.def("isa", [] { return cpu::name_of(cpu::isa()); }, "Instruction set the CPU kernels run on");
   m.def("best_isa", [] { return cpu::name_of(cpu::best_isa()); });
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(cpu::parse_isa(name)); }, "name"_a);
-  m.def("threads", [] { return omp_get_max_threads(); }, "Threads of the pool shared with torch");
+  m.def(
+      "threads", [] { return cpu::threads(); },
+      "Threads of the pool shared with torch; 1 in a forked child");
   m.def("peak", &probe::peak, "Measured one-thread FMA rates in Gflop/s", release_gil());
   m.def("read", &probe::read, "t"_a, "Xor of the 64-byte lines of t, by all threads",
         release_gil());
@@ -50,6 +64,9 @@ void bind_core(py::module_& m) {
         "Driver, runtime and devices as the CUDA runtime sees them");
   m.def("touch", &probe::touch, "a"_a, "b"_a, "c"_a, "d"_a,
         "Sum of sizes: measures the border's cost");
+#ifdef DISTAYA_SANITIZE
+  m.def("plant", &plant, "fault"_a, "Does something wrong on purpose", release_gil());
+#endif
 }
 
 }  // namespace

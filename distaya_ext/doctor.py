@@ -9,6 +9,7 @@ import torch
 
 import distaya_ext
 from distaya_ext.ops import machine, sqgemm
+from distaya_ext.runtime.paths import lesser_isa
 
 # What a room's CPU kernel multiplies with, by instruction set.
 _CPU_KERNELS = {
@@ -46,7 +47,7 @@ _CUDA_KERNELS = {
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Sections of name -> value: versions, cpu, gpu, kernels.
+    """Sections of name -> value: versions, cpu, gpu, kernels, slow paths.
 
     Where the kernels find a GPU of compute capability 9.0, a small product runs on it.
     """
@@ -55,6 +56,7 @@ def report() -> dict[str, dict[str, str]]:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "kernels": _kernels(),
+        "slow paths": _slow(),
     }
 
 
@@ -98,6 +100,12 @@ def _kernels() -> dict[str, str]:
     if usable and torch.cuda.is_available():
         out |= _warpgroups()
     return out
+
+
+def _slow() -> dict[str, str]:
+    """What would run slower than it could, for any model; of a loaded one runtime.slow_paths."""
+    lesser = lesser_isa()
+    return {"on cpu": "none" if lesser is None else f"every packed product: {lesser}"}
 
 
 def _warpgroups() -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError, UsageError
+from .errors import InputError, UsageError, one_line
 from .weighting import LANGUAGE
 
 MAX_LINE_BYTES = 100_000_000
@@ -27,19 +27,28 @@ class Documents:
 
     Every iteration reads the files anew and holds one line (or a few rows) at a time, so whoever
     stops early reads, and checks, no more than that. InputError names file and line of what cannot
-    be used.
+    be used. empty counts the objects and rows without text that the last iteration left out; blank
+    lines are no documents.
     """
 
     def __init__(self, paths: list[Path], parallel: bool = False):
         self.paths, self.parallel = paths, parallel
+        self.empty = 0
 
     def __iter__(self) -> Iterator[str]:
+        self.empty = 0
         for path in self.paths:
             found = False
-            for text in _documents(path, self.parallel):
+            for where, text in _documents(path, self.parallel):
                 if text.strip():
                     found = True
                     yield text
+                elif self.parallel:
+                    raise InputError(
+                        f"{where} holds no text, so it cannot be paired with other languages"
+                    )
+                else:
+                    self.empty += 1
             if not found:
                 raise InputError(f"{path} is empty: it holds no text")
 
@@ -87,7 +96,8 @@ def read_texts(folder: str | os.PathLike, *, parallel: bool = False) -> dict[str
     return texts
 
 
-def _documents(path: Path, parallel: bool) -> Iterator[str]:
+def _documents(path: Path, parallel: bool) -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of every document of a file."""
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
@@ -100,7 +110,8 @@ def _documents(path: Path, parallel: bool) -> Iterator[str]:
             raise InputError(
                 f"{path} line {blank} is blank, so its lines cannot be paired with other languages"
             )
-        yield line if path.suffix == ".txt" else _json_text(path, number, line)
+        where = f"{path} line {number}"
+        yield where, line if path.suffix == ".txt" else _json_text(path, number, line)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -114,36 +125,48 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     f"{path} line {number} is longer than {MAX_LINE_BYTES} bytes; is it text?"
                 )
             if b"\0" in raw:
-                at = offset + raw.index(b"\0")
                 raise InputError(
-                    f"{path} line {number} holds a NUL byte (at byte {at}); is it text?"
+                    f"{path} {_place(raw, raw.index(0), number, offset)} holds a NUL byte; "
+                    "is it text?"
                 )
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 # utf-8-sig counts from behind the mark it took off.
-                at = offset + error.start + 3 * raw.startswith(b"\xef\xbb\xbf") * (number == 1)
+                at = error.start + 3 * raw.startswith(b"\xef\xbb\xbf") * (number == 1)
                 raise InputError(
-                    f"{path} line {number} is not UTF-8: byte 0x{raw[at - offset]:02x} at byte "
-                    f"{at} of the file"
+                    f"{path} {_place(raw, at, number, offset)} is not UTF-8: 0x{raw[at]:02x}"
                 ) from None
             offset += len(raw)
             yield number, line.rstrip("\r\n")
+
+
+def _place(raw: bytes, at: int, number: int, offset: int) -> str:
+    """Where byte `at` of a line stands: line, character of the line, byte of the file."""
+    column = len(raw[:at].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")) + 1
+    return f"line {number}, column {column} (byte {offset + at} of the file)"
 
 
 def _json_text(path: Path, number: int, line: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise InputError(f"{path} line {number} is not a JSON object: {reason}") from None
+        raise InputError(f"{path} line {number}{json_reason(error)}") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{path} line {number} is not a JSON object with a string "text"')
     return _clean(text, f"{path} line {number}")
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def json_reason(error: Exception) -> str:
+    """What follows "FILE line N" where json.loads refused the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" is not a JSON object: {error.msg} at column {error.colno}"
+    deep = isinstance(error, RecursionError)
+    return f" is not a JSON object: {'nested too deeply' if deep else one_line(error, 100)}"
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, str]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -163,7 +186,7 @@ def _parquet(path: Path) -> Iterator[str]:
                 row += 1
                 if text is None:
                     raise InputError(f"{path} row {row} has no text")
-                yield _clean(text, f"{path} row {row}")
+                yield f"{path} row {row}", _clean(text, f"{path} row {row}")
     except UnicodeDecodeError:
         raise InputError(f"{path} holds text that is not UTF-8 near row {row + 1}") from None
     except (pa.ArrowException, OSError) as error:

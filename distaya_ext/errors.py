@@ -1,10 +1,19 @@
 """The errors a user can cause, each tied to the exit code the command line returns for it."""
 
+_MOST = 16_000  # characters of a sentence; that of a hundred missing shards is shorter
+
 
 class DistayaError(ValueError):
-    """Base of errors written for the user: one sentence, with the numbers in it."""
+    """Base of errors written for the user: one sentence, with the numbers in it.
+
+    Names out of strangers' files stand in such sentences. What does not print (line ends, escape
+    sequences of terminals, marks that turn the direction of writing) is shown as its escape.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: object = ""):
+        super().__init__(printable(str(sentence)))
 
 
 class UsageError(DistayaError):
@@ -35,6 +44,17 @@ class GateError(DistayaError):
     """The result was produced but failed a quality gate the user asked for (exit code 6)."""
 
     exit_code = 6
+
+
+def printable(text: str) -> str:
+    """Text that is safe to show in a terminal, in one line."""
+    if len(text) > _MOST:
+        text = f"{text[:_MOST]} ... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def one_line(error: Exception, most: int = 300) -> str:

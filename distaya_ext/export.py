@@ -27,6 +27,7 @@ from .compress.budget import check_disk
 from .errors import InputError, UsageError
 from .finished import complete
 from .formats import ModuleScheme, bits, compressed, gptq
+from .resume.identity import model_identity
 
 TARGETS = ("dense", "pack-quantized", "gptq")
 _SHARD = 1 << 30
@@ -84,7 +85,7 @@ def export(
         copy_companions(checkpoint.folder, staging.model)
         write_config(checkpoint.folder, staging.model, _config(checkpoint, schemes, to))
         _write_recipe(checkpoint.folder, staging.model, to)
-        complete(staging.model)
+        complete(staging.model, "export", {"model": model_identity(checkpoint.folder)})
         staging.publish()
     size = writer.total_bytes
     return Exported(Path(out), to, len(checkpoint.stored), size, len(shards), notices)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from .errors import UsageError
+from .evaluate.continuations import CONTINUATIONS, NEW_TOKENS
+from .evaluate.gate import check_limits, check_possible
 from .influence.spec import DropSpec, parse_drop
 from .recipe_fields import PACKED_BITS
 from .recipe_parts import Strict
@@ -55,17 +57,18 @@ class HealSpec(TrainSpec):
 class EvaluateSpec(Strict):
     """How the result is measured against the model before, per language.
 
-    path, tokens, window and per_line are those of evaluate(). With max_worst_ppl_ratio or max_gap
-    the run ends in GateError (exit code 6) when the worst language lost more than that, see
-    Evaluation.gate; the result is kept.
+    path, tokens, window, per_line, continuations and new_tokens are those of evaluate(). With
+    gate: {max_worst_ppl_ratio: 1.15} the run ends in GateError (exit code 6) when a limit is
+    broken, see evaluate.gate.GATES; the result is kept.
     """
 
     path: Annotated[str, Field(min_length=1)]
     tokens: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     window: Annotated[int, Field(ge=2, le=1 << 20)] = 256
     per_line: bool = False
-    max_worst_ppl_ratio: Annotated[float, Field(gt=0.0)] | None = None
-    max_gap: Annotated[float, Field(ge=0.0)] | None = None
+    continuations: Annotated[int, Field(ge=0, le=4096)] = CONTINUATIONS
+    new_tokens: Annotated[int, Field(ge=1, le=4096)] = NEW_TOKENS
+    gate: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _windows(self) -> EvaluateSpec:
@@ -73,6 +76,11 @@ class EvaluateSpec(Strict):
             raise ValueError(
                 f"tokens ({self.tokens}) cuts windows and has no meaning with per_line"
             )
+        try:
+            check_limits(self.gate)
+            check_possible(self.gate, base=True, continuations=self.continuations > 0)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

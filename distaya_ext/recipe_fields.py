@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from .errors import UsageError
+from .patterns import fault
 
 GROUPS = (0, 32, 64, 128)
 METHODS = ("sparsegpt", "wanda", "magnitude", "ria", "dass", "gptq", "rtn", "dense")
@@ -16,6 +17,7 @@ SWEEPING = ("sparsegpt", "gptq")
 PACKED_BITS = (3, 4, 8)  # bits that a kernel reads; other grids are written as dense weights
 STANDARD_BITS = (4, 8)  # of them, those that pack-quantized is written with
 
+_LONGEST_PATTERN = 1 << 16  # characters: search writes patterns that name many modules
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 
 
@@ -82,10 +84,9 @@ def known_group(value: int) -> int:
 
 
 def regular(pattern: str, what: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{what} {pattern!r} is not a regular expression ({error})") from None
+    """The pattern; ValueError for one that is none, or that could run for ever."""
+    if found := fault(pattern, _LONGEST_PATTERN):
+        raise ValueError(f"{what} {pattern[:80]!r} {found}")
     return pattern
 
 

@@ -23,16 +23,26 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
             raw = file.read(MAX_YAML_BYTES + 1)
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {path} is not UTF-8 at byte {error.start}") from None
+        line, column = _line_and_column(raw[: error.start].decode("utf-8"))
+        raise UsageError(
+            f"recipe {path} is not UTF-8 at line {line}, column {column} (byte {error.start})"
+        ) from None
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
     if len(raw) > MAX_YAML_BYTES:
         raise UsageError(f"recipe {path} is larger than {MAX_YAML_BYTES} bytes, which no recipe is")
+    return read_text_fields(text, path)
+
+
+def read_text_fields(text: str, path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a text; path names it in errors."""
     try:
         _check_shape(text, path)
         fields = yaml.load(text, Loader=_Loader)
+    except UsageError:
+        raise
     except yaml.YAMLError as error:
-        raise UsageError(f"recipe {path} is not plain YAML{_place(error)}") from None
+        raise UsageError(f"recipe {path} is not plain YAML{_place(error, text)}") from None
     except ValueError as error:  # a date that is none, a number of thousands of digits
         raise UsageError(f"recipe {path} holds a value that is none: {error}") from None
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
@@ -57,9 +67,21 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_shape(text: str, path: str | os.PathLike) -> None:
-    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth)."""
+    """Stop at the first sign of a document built to exhaust the parser (quadratic in depth, copies
+    by << that double), and at tags, whose constructors take what they are given on trust.
+    """
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if getattr(event, "tag", None) is not None:
+            raise UsageError(
+                f"recipe {path} is not plain YAML{_at(event.start_mark)}: the tag "
+                f"{event.tag[:60]!r}, which no recipe needs"
+            )
+        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.implicit[0]:
+            raise UsageError(
+                f"recipe {path} is not plain YAML{_at(event.start_mark)}: << copies a mapping, "
+                "which no recipe needs"
+            )
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
             event, yaml.CollectionEndEvent
@@ -74,9 +96,22 @@ def _check_shape(text: str, path: str | os.PathLike) -> None:
             )
 
 
-def _place(error: yaml.YAMLError) -> str:
+def _place(error: yaml.YAMLError, text: str) -> str:
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not understood"
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not understood"
-    return (
-        f" at line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f": {problem}"
-    )
+    if mark is not None:
+        return f"{_at(mark)}: {problem}"
+    position = getattr(error, "position", None)  # of a character that YAML does not allow
+    if not isinstance(position, int):
+        return f": {problem}"
+    line, column = _line_and_column(text[:position])
+    return f" at line {line}, column {column}: {problem}"
+
+
+def _at(mark: yaml.Mark) -> str:
+    return f" at line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _line_and_column(before: str) -> tuple[int, int]:
+    """Where the text goes on behind `before`, both from 1."""
+    return before.count("\n") + 1, len(before) - before.rfind("\n")

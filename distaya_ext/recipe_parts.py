@@ -21,15 +21,35 @@ from .weighting import Quotas, Weights
 
 _RECORDS = ("calibration", "dass", "heal", "evaluate", "loss")  # fields that are records again
 
+_BY_LANGUAGE = ("weights", "quotas")
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def __init__(self, /, **fields: Any):
+        _check_keys(fields)
         try:
             super().__init__(**fields)
         except ValidationError as error:
             raise UsageError(_sentence(type(self), error)) from None
+
+
+def _check_keys(value: Any, where: str = "") -> None:
+    """UsageError for a key that is no text (YAML reads yes, 1 and ~ as none); pydantic falls over
+    them. Languages have a sentence of their own for that, see weighting.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UsageError(
+                    f"{where or 'the recipe'} has the key {str(key)[:80]}, which is no text"
+                )
+            if key not in _BY_LANGUAGE:
+                _check_keys(inner, f"{where}.{key}".strip("."))
+    elif isinstance(value, (list, tuple)):
+        for at, inner in enumerate(value):
+            _check_keys(inner, f"{where}[{at}]")
 
 
 class Rule(Strict):

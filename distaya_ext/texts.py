@@ -27,8 +27,9 @@ class Windows:
     tokens_per_language counts the tokens in the windows, fertility is tokens per character and
     bytes_per_token the UTF-8 bytes a token stands for, both over the text that was tokenised.
     limited_by names the language whose text ran out first when fewer windows than asked for were
-    cut; duplicates counts the documents that repeat an earlier one, where there are any; left_out
-    names the languages that quotas leave without a window.
+    cut; duplicates counts the documents that repeat an earlier one, empty those without text and
+    one_token those of a single token (of the ones that were tokenised), each where there are any;
+    left_out names the languages that quotas leave without a window.
     """
 
     ids: torch.Tensor
@@ -39,6 +40,8 @@ class Windows:
     limited_by: str | None = None
     duplicates: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    empty: dict[str, int] = field(default_factory=dict)
+    one_token: dict[str, int] = field(default_factory=dict)
 
     @property
     def per_language(self) -> int:
@@ -73,7 +76,7 @@ def windows(
     wanted = planned(list(texts), tokens, window, quotas)
     bos = tokenizer.bos_token_id
     body = window - (bos is not None)
-    texts = {lang: texts[lang] for lang, n in wanted.items() if n != 0}
+    read = texts = {lang: texts[lang] for lang, n in wanted.items() if n != 0}
     if quotas is None:
         texts = {lang: list(documents) for lang, documents in texts.items()}
     streams = {
@@ -107,6 +110,8 @@ def windows(
         limited_by=limited_by,
         duplicates={lang: n for lang, stream in streams.items() if (n := stream.duplicates)},
         left_out=[lang for lang, n in wanted.items() if n == 0],
+        empty={lang: n for lang, found in read.items() if (n := getattr(found, "empty", 0))},
+        one_token={lang: n for lang, stream in streams.items() if (n := stream.one_token)},
     )
 
 
@@ -217,7 +222,7 @@ class _Stream:
         streamed: bool,
     ):
         self.lang = lang
-        self.tokens = self.characters = self.bytes = self.duplicates = 0
+        self.tokens = self.characters = self.bytes = self.duplicates = self.one_token = 0
         mark = separator(tokenizer)
         parts: list[np.ndarray] = []
         length = 0
@@ -228,6 +233,7 @@ class _Stream:
         for batch in batches:
             for ids in encode(tokenizer, batch):
                 self.tokens += len(ids)
+                self.one_token += len(ids) == 1
                 length += len(mark) + len(ids)
                 parts.append(np.asarray(mark + ids, dtype=np.int64))
             self.characters += sum(map(len, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,24 @@ _VOCABULARIES = (
     ("tokenizer.model",),
     ("vocab.json", "merges.txt"),
 )
+VOCABULARY_FILES = tuple(name for names in _VOCABULARIES for name in names)
+
+
+# Everything that decides which tokens a text becomes.
+_DECIDES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+
+
+def fingerprint(folder: Path) -> str:
+    """BLAKE2b-128 of the tokenizer's files, their names included, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in _DECIDES:
+        if (folder / name).is_file():
+            held = (folder / name).read_bytes()
+            digest.update(f"{name} {len(held)}\n".encode() + held)
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path, rows: int) -> Any:

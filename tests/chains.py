@@ -46,7 +46,8 @@ def recipe(model: Path, calib: Path, **fields) -> Recipe:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Of every file but those that tell times."""
-    timed = ("results.json", "steps.json", "layers.csv", "evaluation.json", "training.json")
+    timed = ("results.json", "steps.json", "layers.csv", "evaluation.json", "training.json",
+             "manifest.json", "report.html", "README.md")  # fmt: skip
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

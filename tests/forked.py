@@ -29,6 +29,10 @@ class Forks:
             text=True, cwd=folder, env=environment,
         )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def begin(self, **order) -> None:
         order = {k: str(v) if isinstance(v, Path) else v for k, v in order.items()}
         order["answer"] = str(self.folder / "answer")

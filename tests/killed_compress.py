@@ -9,12 +9,11 @@ which fork needs, and asserts that.
     after                 seconds until it is killed
     op                    its durable operation (see count_operations) at which it is killed
     share                 what keep.SHARE is, None: as it is
-    room                  bytes that the disk seems to have before ENOSPC is met
+    unchecked             nobody looks beforehand whether the disk has room
     signal, layer         a signal sent to the run, by itself, when this layer is done
     wait                  a file: written when the first layer is kept; the run waits till it goes
 """
 
-import errno
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ import tiny
 import torch
 
 from distaya_ext.cli import app
-from distaya_ext.compress import compress, events, keep
+from distaya_ext.compress import compress, driver, events, keep
 from distaya_ext.errors import notes
 from distaya_ext.resume import work
 
@@ -89,6 +88,8 @@ def run(order: dict) -> dict:
     """One compression in this process."""
     if order.get("share") is not None:
         keep.SHARE = order["share"]
+    if order.get("unchecked"):
+        driver.check_disk = lambda folder, needed: None
     counted = count_operations(order.get("op"))
     told: dict = {"resumed": [], "notices": []}
 
@@ -166,5 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert errno.ENOSPC
     main()

@@ -31,12 +31,9 @@ from damage import (
     write,
 )
 from speaking import save_model, save_texts
-from typer.testing import CliRunner
+from strangers import INPUT, USAGE, both_refuse, compress, distaya, evaluate, one_sentence
 
-from distaya_ext.cli.app import app
 from distaya_ext.compress import budget
-
-USAGE, INPUT = 2, 3
 
 
 @pytest.fixture(scope="module")
@@ -50,39 +47,6 @@ def healthy(tmp_path_factory):
 @pytest.fixture
 def place(healthy, tmp_path):
     return shutil.copytree(healthy, tmp_path / "place")
-
-
-def distaya(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def compress(place, *more):
-    """A small run; flags in `more` win, since the last one counts."""
-    return distaya(
-        "compress", place / "model", "--out", place / "out", "--sparsity", "0.5", "--calib",
-        place / "texts", "--tokens", 480, "--window", 16, *more,
-    )  # fmt: skip
-
-
-def evaluate(place, *more):
-    return distaya("eval", place / "model", "--texts", place / "texts", "--window", 16, *more)
-
-
-def one_sentence(result, code, *words):
-    """The exit code, and a single line after Error: that holds the words."""
-    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == "" and "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.stderr.rstrip().endswith(line)  # the sentence is not broken into lines
-    for word in words:
-        assert word in line, line
-
-
-def both_refuse(place, code, *words):
-    before = sorted(path.name for path in place.iterdir())
-    one_sentence(compress(place), code, *words)
-    one_sentence(evaluate(place), code, *words)
-    assert sorted(path.name for path in place.iterdir()) == before
 
 
 I64 = b'{"x":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'

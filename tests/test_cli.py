@@ -155,13 +155,17 @@ def test_eval_gate(compressed, model, texts):
     found = json.loads(distaya(*base).stdout)
     worst, gap = found["languages"][0], found["gap"]
     passed = distaya(
-        *base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 1.01, "--max-gap", gap + 0.01
+        *base,
+        "--gate",
+        f"max_worst_ppl_ratio={worst['ppl_ratio'] * 1.01}",
+        "--gate",
+        f"max_gap={gap + 0.01}",
     )
     assert passed.exit_code == 0
-    failed = distaya(*base, "--max-worst-ppl-ratio", worst["ppl_ratio"] * 0.99)
+    failed = distaya(*base, "--gate", f"max_worst_ppl_ratio={worst['ppl_ratio'] * 0.99}")
     assert failed.exit_code == 6 and json.loads(failed.stdout)["gap"] == gap
     assert f"the worst language {worst['language']}" in failed.stderr
-    refused(2, "eval", model, "--texts", texts, "--max-gap", 1, words=["--against"])
+    refused(2, "eval", model, "--texts", texts, "--gate", "max_gap=1", words=["--against"])
 
 
 def test_eval_of_one_model(model, texts):
@@ -364,7 +368,9 @@ def test_as_a_program_and_interrupted(model, texts, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_in_the_middle_nothing_is_left(model, tmp_path, number, code):
-    """Neither at the output, nor beside it, nor the folders above it that were made for it."""
+    """Neither at the output, nor beside it, nor the folders above it that were made for it; when a
+    layer was done before the signal came, that is kept, and said.
+    """
     texts = save_texts(tmp_path / "texts", repeat=3000)
     flags = ["--sparsity", "0.5", "--calib", texts, "--tokens", 120_000, "--window", 16]
     run = _start("compress", model, "--out", tmp_path / "deep" / "out", *flags)
@@ -376,7 +382,11 @@ def test_stopped_in_the_middle_nothing_is_left(model, tmp_path, number, code):
     out, err = run.communicate(timeout=60)
     assert run.returncode == code, err
     assert out == "" and "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    left = [path.name for path in (tmp_path / "deep").glob("*")]
+    if "kept in .out.compress" in err:
+        assert left == [".out.compress"] and not list(tmp_path.glob("deep/.out.compress/scratch"))
+    else:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
 
 
 def test_calibration_that_is_not_used_is_told(model, texts, tmp_path):

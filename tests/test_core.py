@@ -125,7 +125,7 @@ def test_peaks_are_measured(isa):
 
 def test_doctor_reports_every_section():
     report = doctor.report()
-    assert set(report) == {"versions", "cpu", "gpu", "kernels"}
+    assert set(report) == {"versions", "cpu", "gpu", "kernels", "slow paths"}
     assert report["cpu"]["instruction set"].startswith(machine.isa())
     assert all(value for section in report.values() for value in section.values())
 

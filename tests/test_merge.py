@@ -152,6 +152,7 @@ CONFIGS = {
     "another method": ({"peft_type": "IA3"}, "is 'IA3'; only LORA"),
     "rank 0": ({"r": 0}, "has rank 0; it must be 1 or more"),
     "alpha": ({"lora_alpha": -1}, "lora_alpha -1; it must be above 0"),
+    "alpha that no float holds": ({"lora_alpha": 10**400}, "above 0 and below 1e"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "began with 'pissa', which changed the weights"),
     "biases": ({"bias": "all"}, "trains biases"),
     "experts": ({"target_parameters": ["w"]}, "uses target_parameters"),

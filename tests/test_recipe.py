@@ -50,8 +50,9 @@ def steps_beside(draw, **fields):
             loss=st.fixed_dictionaries({"kl": st.floats(0.1, 9.0)}),
         ))  # fmt: skip
     evaluations = st.builds(
-        EvaluateSpec, path=st.text(min_size=1), max_gap=st.none() | st.floats(0.0, 9.0),
-        per_line=st.booleans(),
+        EvaluateSpec, path=st.text(min_size=1), per_line=st.booleans(),
+        gate=st.fixed_dictionaries({}, optional={"max_gap": st.floats(0.0, 9.0)}),
+        continuations=st.integers(0, 9),
     )  # fmt: skip
     return found | {"evaluate": draw(st.none() | evaluations)}
 

@@ -75,7 +75,10 @@ PRUNED, PACKED = {"nm": "2:4"}, {"nm": "2:4", "bits": 4}
         (PRUNED | {"evaluate": {}}, ["evaluate: it lacks 'path'"]),
         (PRUNED | {"evaluate": {"path": "t", "tokns": 9}}, ["evaluate: ", "'tokns'", "'tokens'"]),
         (PRUNED | {"evaluate": {"path": "t", "tokens": 9, "per_line": True}}, ["tokens (9)"]),
-        (PRUNED | {"evaluate": {"path": "t", "max_worst_ppl_ratio": 0}}, ["evaluate: max_worst"]),
+        (
+            PRUNED | {"evaluate": {"path": "t", "gate": {"max_worst_ppl_ratio": 0}}},
+            ["evaluate: gate max_worst"],
+        ),
         (PRUNED | {"evaluate": 5}, ["evaluate 5"]),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distaya_ext.compress import Calibration, compress
+from distaya_ext.compress.reconstruct import Course
 from distaya_ext.errors import InputError, NumericsError
 
 HOT = 5  # the one token whose embedding is beyond float32's squares
@@ -146,3 +147,11 @@ def test_spilled_activations_are_left_out_too(tmp_path, monkeypatch):
     assert report.spilled and any("activations wait on disk" in n for n in report.notices)
     ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_batches_hold_no_window_that_is_left_out():
+    course = Course(None, 2, None, None, [8, 8], None, left_out=(3, 15))
+    for held in (True, False):
+        rows = {8 * chunk + int(row) for chunk, part in course.places(held, 0) for row in part}
+        every = {n for n in range(16) if (n % 8 == 7) is held}
+        assert rows == every - {3, 15}

@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("students")
     speaking.save_model(root / "teacher", seed=1)
     for name, vocab, tokenizer in (("alike", 300, speaking.tokenizer()), ("abc", 40, letters())):
-        sizes = tiny._SIZES | {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24}
+        sizes = tiny.SIZES | {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24}
         tiny.make(root / name, LlamaConfig(num_hidden_layers=1, **sizes))
         tokenizer.save_pretrained(root / name)
     return root

@@ -24,7 +24,7 @@ from distaya_ext.recipe import Recipe
 
 VOCAB = 97
 WINDOW = 24  # longer than the sliding windows below
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -37,24 +37,24 @@ _SIZES: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "cohere": CohereConfig(num_hidden_layers=2, logit_scale=0.25, **_SIZES),
-    "cohere-qk-norm": CohereConfig(num_hidden_layers=2, use_qk_norm=True, **_SIZES),
+    "cohere": CohereConfig(num_hidden_layers=2, logit_scale=0.25, **SIZES),
+    "cohere-qk-norm": CohereConfig(num_hidden_layers=2, use_qk_norm=True, **SIZES),
     # four layers: three slide with RoPE, the fourth sees everything without RoPE
-    "cohere2": Cohere2Config(num_hidden_layers=4, sliding_window=8, head_dim=16, **_SIZES),
-    "llama": LlamaConfig(num_hidden_layers=3, **_SIZES),
-    "llama-bias": LlamaConfig(num_hidden_layers=2, attention_bias=True, mlp_bias=True, **_SIZES),
-    "mistral": MistralConfig(num_hidden_layers=2, sliding_window=8, **_SIZES),
-    "gemma": GemmaConfig(num_hidden_layers=2, head_dim=32, **_SIZES),
-    "gemma2": Gemma2Config(num_hidden_layers=2, head_dim=32, sliding_window=8, **_SIZES),
+    "cohere2": Cohere2Config(num_hidden_layers=4, sliding_window=8, head_dim=16, **SIZES),
+    "llama": LlamaConfig(num_hidden_layers=3, **SIZES),
+    "llama-bias": LlamaConfig(num_hidden_layers=2, attention_bias=True, mlp_bias=True, **SIZES),
+    "mistral": MistralConfig(num_hidden_layers=2, sliding_window=8, **SIZES),
+    "gemma": GemmaConfig(num_hidden_layers=2, head_dim=32, **SIZES),
+    "gemma2": Gemma2Config(num_hidden_layers=2, head_dim=32, sliding_window=8, **SIZES),
     "gemma3_text": Gemma3TextConfig(
         num_hidden_layers=3,
         head_dim=32,
         sliding_window=8,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        **_SIZES,
+        **SIZES,
     ),
-    "qwen2": Qwen2Config(num_hidden_layers=2, **_SIZES),
-    "qwen3": Qwen3Config(num_hidden_layers=2, head_dim=16, **_SIZES),
+    "qwen2": Qwen2Config(num_hidden_layers=2, **SIZES),
+    "qwen3": Qwen3Config(num_hidden_layers=2, head_dim=16, **SIZES),
 }
 
 

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/cpu.h"
 #include "core/dlpack.h"
 #include "core/tensor.h"
 
@@ -65,6 +66,14 @@ inline Dtype dtype_from(dlpack::DataType t) {
        " bits");
 }
 
+// CUDA does not survive fork(): what was a device in the parent is none in the child.
+inline void refuse_after_fork() {
+  static const int before = cpu::forks();  // when the first tensor on a GPU crossed
+  check(before == cpu::forks(),
+        "a tensor is on cuda in a process that was forked after CUDA was used, where CUDA cannot "
+        "work; start it with multiprocessing's 'spawn' method");
+}
+
 // Fills `out` from a torch.Tensor; throws Error (ValueError) for one that must not be borrowed.
 inline void borrow(PyObject* object, Tensor& out) {
   const Border& border = Border::get();
@@ -89,9 +98,13 @@ inline void borrow(PyObject* object, Tensor& out) {
   check(t.data || out.numel() == 0, "a tensor of ", out.numel(),
         " elements has no data (fake tensor?)");
   out.data = static_cast<char*>(t.data) + t.byte_offset;
+  check(out.numel() == 0 || reinterpret_cast<uintptr_t>(out.data) % size_of(out.dtype) == 0,
+        "a tensor (", out, ") is not aligned to ", size_of(out.dtype),
+        " bytes; pass tensor.clone()");
 #ifdef DISTAYA_CUDA_SIM
   cuda_sim::admit(out);
 #endif
+  if (out.on_cuda) refuse_after_fork();
 
   PyObject* grad = PyObject_GetAttr(object, border.requires_grad);
   const bool tracked = grad == Py_True;

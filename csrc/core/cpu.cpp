@@ -1,8 +1,11 @@
 #include "core/cpu.h"
 
+#include <omp.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <atomic>
+#include <chrono>
 
 #include "core/check.h"
 
@@ -32,7 +35,32 @@ std::atomic<int>& current() {
   return value;
 }
 
+std::atomic<int> generation{0};
+std::atomic<Poll> interrupt{nullptr};
+
+// Runs in the child, before anything else does.
+void count_fork() { generation.fetch_add(1, std::memory_order_relaxed); }
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, count_fork);
+
 }  // namespace
+
+int forks() { return generation.load(std::memory_order_relaxed); }
+
+int threads() { return forks() > 0 ? 1 : omp_get_max_threads(); }
+
+void set_poll(Poll poll) { interrupt.store(poll, std::memory_order_relaxed); }
+
+void check_interrupt() {
+  using Clock = std::chrono::steady_clock;
+  const Poll ask = interrupt.load(std::memory_order_relaxed);
+  if (!ask) return;
+  thread_local Clock::time_point next{};
+  const Clock::time_point now = Clock::now();
+  if (now < next) return;
+  next = now + std::chrono::milliseconds(50);
+  ask();
+}
 
 const char* name_of(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
@@ -57,6 +85,11 @@ void set_isa(Isa wanted) {
 }
 
 void* allocate(size_t bytes) {
+#ifdef DISTAYA_SANITIZE
+  void* exact = nullptr;  // no padding, which would hide what reaches over the end
+  if (posix_memalign(&exact, 64, bytes) != 0) throw std::bad_alloc();
+  return exact;
+#else
   constexpr size_t kHuge = size_t{2} << 20;
   const size_t alignment = bytes >= kHuge ? kHuge : 64;
   const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
@@ -64,6 +97,7 @@ void* allocate(size_t bytes) {
   if (!p) throw std::bad_alloc();
   if (alignment == kHuge) madvise(p, rounded, MADV_HUGEPAGE);  // a hint; failure costs only speed
   return p;
+#endif
 }
 
 }  // namespace distaya::cpu

@@ -38,6 +38,18 @@ constexpr const char* name_of(Dtype d) {
   }
 }
 
+constexpr int64_t size_of(Dtype d) {
+  switch (d) {
+    case Dtype::f64:
+    case Dtype::i64: return 8;
+    case Dtype::f32:
+    case Dtype::i32: return 4;
+    case Dtype::f16:
+    case Dtype::bf16: return 2;
+    default: return 1;
+  }
+}
+
 template <class T>
 inline constexpr Dtype dtype_of = Dtype::f32;
 template <>

@@ -95,6 +95,7 @@ void gemm(const Gemm& g) {
     const int64_t n = std::min(kNC, g.n - j0);
     for (int64_t p0 = 0; p0 < g.k; p0 += kKC) {
       const int64_t k = std::min(kKC, g.k - p0);
+      cpu::check_interrupt();
       cpu::parallel_for((n + kNR - 1) / kNR, [&](int64_t t) {
         const int64_t j = j0 + t * kNR;
         const float* from = g.B + p0 * g.b_row + j * g.b_col;

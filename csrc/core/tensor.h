@@ -59,8 +59,6 @@ struct Tensor {
   template <class T>
   T* as(const char* name) const {
     check(dtype == dtype_of<T>, name, " must be ", name_of(dtype_of<T>), " but is ", *this);
-    check(reinterpret_cast<uintptr_t>(data) % sizeof(T) == 0, name, " is not aligned to ",
-          sizeof(T), " bytes");
     return static_cast<T*>(data);
   }
 };

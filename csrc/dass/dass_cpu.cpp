@@ -180,11 +180,13 @@ void exchange(const dass::Balance& p, int64_t* a, int64_t* b) {
 
 template <int M>
 void balance(const dass::Balance& p) {
-  for (int64_t round = 0; round < p.rounds; ++round)
+  for (int64_t round = 0; round < p.rounds; ++round) {
+    cpu::check_interrupt();
     cpu::parallel_for((p.groups + 1) / 2, [&](int64_t k) {
       const dass::Pair pair = dass::pair_of(p.groups, round, k);
       if (pair.b < p.groups) exchange<M>(p, p.order + pair.a * M, p.order + pair.b * M);
     });
+  }
 }
 
 }  // namespace

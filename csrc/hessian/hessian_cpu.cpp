@@ -20,6 +20,7 @@ using cpu::Tokens;
 static_assert(kNR % kMR == 0);
 constexpr int64_t kBlock = 4 * kNR;           // H is walked in kBlock x kBlock squares, kept in L2
 constexpr int64_t kPanel = 8 * kNR;           // columns packed by one task
+constexpr int64_t kSquares = 32;              // of them per thread before Ctrl-C is looked for
 constexpr int64_t kPackedBytes = 64LL << 20;  // scratch: more runs at once reread H less often
 
 constexpr int64_t steps_of(int64_t tokens, bool pairs) { return pairs ? (tokens + 1) / 2 : tokens; }
@@ -181,7 +182,8 @@ void multiply(const Hessian& p, const Tokens& tokens) {
       const int64_t i0 = (panel - of_x) * kPanel;
       pack<pairs, T>(Y, p.K, tokens, run, i0, std::min(left, i0 + kPanel), A + start[r] * left);
     });
-    cpu::parallel_for(p.Y ? rows * columns : columns * (columns + 1) / 2, [&](int64_t k) {
+    const int64_t squares = p.Y ? rows * columns : columns * (columns + 1) / 2;
+    cpu::parallel_for_interruptible(squares, kSquares * cpu::threads(), [&](int64_t k) {
       int64_t row = p.Y ? k / columns : 0;
       if (p.Y) k %= columns;
       while (!p.Y && k >= columns - row) k -= columns - row++;  // row by row of the upper triangle

@@ -220,6 +220,7 @@ void diverge(const Divergence& p, const Space& space, const Part& part) {
       dispatch<float, f16, bf16>(p.bias_dtype, "bias", [&]<class T>() {
         widen(static_cast<const T*>(p.bias) + j, b.n, space.bias.get());
       });
+    cpu::check_interrupt();
     multiply_block(p, space, part, b);
     sum_block(p, space, part, b);
   }

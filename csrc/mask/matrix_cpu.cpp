@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 1 << 16;  // scores per task
 template <class Body>
 std::vector<int64_t> histogram(const mask::KeepK& p, const Body& body) {
   const int64_t size = p.rows * p.cols, chunks = (size + kChunk - 1) / kChunk;
-  const int64_t parts = std::min<int64_t>(omp_get_max_threads(), chunks);
+  const int64_t parts = std::min<int64_t>(cpu::threads(), chunks);
   std::vector<int64_t> bins(static_cast<size_t>(parts * kBins));
   cpu::parallel_for(parts, [&](int64_t part) {
     int64_t* mine = bins.data() + part * kBins;

@@ -186,6 +186,7 @@ struct Sweep {
     Block& b = *block;
     const int64_t width = block_columns(p);
     for (b.i1 = 0; b.i1 < p.cols; b.i1 += width) {
+      cpu::check_interrupt();
       b.cols = std::min(width, p.cols - b.i1);
       b.tiles = (b.cols + kMR - 1) / kMR;
       b.P = P.get();

@@ -198,7 +198,7 @@ class _Chain:
                 for name, step in zip(self.prints, done, strict=True)
             ]
             steps.write_json(staging.model / JOURNAL, {"version": __version__, "steps": told})
-            complete(staging.model)
+            complete(staging.model, "compress", self.inputs[list(self.inputs)[-1]])
             sync_all(staging.model)
             staging.publish()
 

@@ -144,10 +144,12 @@ def measure(task: Task, models: dict[str, Path], folder: Path, scratch: Path) ->
             device=task.device,
             offline=task.offline,
             on_progress=task.on_progress,
+            continuations=spec.continuations,
+            new_tokens=spec.new_tokens,
         )
         found[name] = {**result.to_dict(), "model": name}
     try:  # of the last one, which is what is written
-        result.gate(max_worst_ppl_ratio=spec.max_worst_ppl_ratio, max_gap=spec.max_gap)
+        result.gate(**spec.gate)
     except GateError as error:
         gate = str(error)
     scratch.mkdir()

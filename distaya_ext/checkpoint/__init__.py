@@ -1,7 +1,7 @@
 """Checkpoints: a strict reader and a writer that never leaves half a model behind."""
 
 from .folder import locate
-from .reader import Checkpoint, Entry, check_finite, open_checkpoint
+from .reader import Checkpoint, Entry, aligned, check_finite, open_checkpoint
 from .writer import (
     MARKER,
     ShardWriter,
@@ -23,6 +23,7 @@ __all__ = [
     "ShardWriter",
     "Staging",
     "check_companions",
+    "aligned",
     "check_finite",
     "check_output",
     "copy_companions",

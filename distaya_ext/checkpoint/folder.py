@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..models import describe
 
 # What is fetched from a hub: weights, configuration, tokenizer, licence. Never code, never pickles.
@@ -23,6 +24,10 @@ _FETCH = [
 ]
 _SKIP = ["*/*", "consolidated*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MOST_JSON = 64 << 20  # bytes; the index of a model of a trillion weights has a tenth of it
+_MOST_NAME = 255  # bytes that a file system takes
+_ATTENTION = ("attn_implementation", "experts_implementation", "_implementation_internal")
+_KNOWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 # transformers takes null for these and falls only in the first forward.
 _NUMBERS = ("layer_norm_eps", "rms_norm_eps", "logit_scale")
 # LoRA that belongs to the model and stays beside its quantised weights, as PEFT writes it.
@@ -93,8 +98,16 @@ def contained(folder: Path, name: str) -> Path:
         raise InputError(
             f"file name {name!r} in the model leads out of its folder; only plain names are read"
         )
+    if len(os.fsencode(name)) > _MOST_NAME:
+        raise InputError(
+            f"file name {name[:60]!r}... in the model has {len(name)} characters; no file has such "
+            "a name"
+        )
     root = folder.resolve()
-    target = (folder / name).resolve()
+    try:
+        target = (folder / name).resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise InputError(f"{name} is a link that leads nowhere: {one_line(error)}") from None
     above = [p.parent for p in (root, root.parent) if p.parent.name == "snapshots"]
     cache_blobs = above[0].parent / "blobs" if above else None
     if target.parent != root and target.parent != cache_blobs:
@@ -111,6 +124,10 @@ def read_json(folder: Path, name: str) -> dict:
     path = contained(folder, name)
     if not path.is_file():
         raise InputError(f"the model folder {folder.name} has no {name}")
+    if (size := path.stat().st_size) > _MOST_JSON:
+        raise InputError(
+            f"{name} of {folder.name} has {size} bytes; more than {_MOST_JSON} no such file has"
+        )
     try:
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
@@ -138,11 +155,7 @@ def read_config(folder: Path, *, packed: bool = False) -> dict:
     if not any(folder.iterdir()):
         raise InputError(f"the model folder {folder.name} is empty")
     config = read_json(folder, "config.json")
-    if "auto_map" in config:
-        raise InputError(
-            "config.json asks for code of its own (auto_map); remote code is never run, "
-            "use a checkpoint whose model_type transformers knows"
-        )
+    _check_code(folder, config)
     describe(config)
     for name in _NUMBERS:
         if not isinstance(config.get(name, 0.0), (int, float)):
@@ -154,6 +167,34 @@ def read_config(folder: Path, *, packed: bool = False) -> dict:
             f"the model is already quantised ({method}); start from its bf16 or fp32 weights"
         )
     return config
+
+
+def _check_code(folder: Path, config: dict) -> None:
+    """Refuse what makes transformers fetch code, or weights that nobody has looked at.
+
+    Under attn_implementation: owner/name it downloads and loads a compiled kernel; an adapter whose
+    config lies in the folder it attaches to whatever it loads.
+    """
+    files = {"config.json": config}
+    if (folder / "tokenizer_config.json").is_file():
+        files["tokenizer_config.json"] = read_json(folder, "tokenizer_config.json")
+    for name, held in files.items():
+        if "auto_map" in held:
+            raise InputError(
+                f"{name} asks for code of its own (auto_map); remote code is never run, "
+                "use a checkpoint whose model_type transformers knows"
+            )
+    for key, value in config.items():
+        if key.endswith(_ATTENTION) and value not in _KNOWN_ATTENTION:
+            raise InputError(
+                f"config.json asks for {key} {str(value)[:80]!r}, which may be code from "
+                f"elsewhere; none but {', '.join(_KNOWN_ATTENTION[1:])} is read, take the line out"
+            )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{folder.name} has {ADAPTER_CONFIG} beside its config.json, so that other readers "
+            "attach LoRA to it unasked; move the adapter to its own folder and distaya merge it"
+        )
 
 
 def read_index(folder: Path) -> dict[str, Path]:

@@ -106,7 +106,8 @@ class Checkpoint:
     def read(
         self, names: Iterable[str], device: str | torch.device = "cpu"
     ) -> dict[str, torch.Tensor]:
-        """Tensors by name, in their stored dtype. On the CPU they are views of the mapped file.
+        """Tensors by name, in their stored dtype. On the CPU they are views of the mapped file, but
+        for those that begin between two of its elements, which no kernel takes: copies.
 
         The first read of a tensor tests it; NaN or infinity raises InputError with its name and
         row.
@@ -120,7 +121,9 @@ class Checkpoint:
                     entry = self.entries[name]
                     if entry.path == path:
                         held = entry.name or name
-                        tensors[name] = self._checked(held, file.get_tensor(held)).to(device)
+                        tensors[name] = self._checked(held, aligned(file.get_tensor(held))).to(
+                            device
+                        )
         return {name: tensors[name] for name in names}
 
     def grid(self, module: str) -> Grid:
@@ -136,6 +139,11 @@ class Checkpoint:
             check_finite(name, tensor)
             self._finite.add(name)
         return tensor
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a mapped file, or its copy where it begins between two of its elements."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -246,14 +254,31 @@ def _dtype(raw: dict, entries: dict[str, Entry], architecture: Architecture) -> 
 def _headers(folder: Path, weight_map: dict[str, Path]) -> dict[str, Entry]:
     paths = sorted(set(weight_map.values())) or [contained(folder, "model.safetensors")]
     entries: dict[str, Entry] = {}
-    for path in paths:
-        for name, entry in read_header(path).items():
+    for path, header in zip(paths, _read_headers(paths), strict=True):
+        for name, entry in header.items():
             if weight_map and weight_map.get(name) != path:
                 raise InputError(f"{path.name} holds {name}, which the index does not place there")
             entries[name] = entry
     if absent := [name for name in weight_map if name not in entries]:
         raise InputError(f"the index promises {some(absent)}, absent from the shards it names")
     return entries
+
+
+def _read_headers(paths: list[Path]) -> list[dict[str, Entry]]:
+    """read_header of every shard; all that are damaged are told at once."""
+    found, damaged = [], []
+    for path in paths:
+        try:
+            found.append(read_header(path))
+        except InputError as error:
+            damaged.append(error)
+    if len(damaged) == 1:
+        raise damaged[0]
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} of {len(paths)} shards are damaged: {'; '.join(map(str, damaged))}"
+        )
+    return found
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -285,6 +310,6 @@ def _expected_bytes(path: Path) -> int | None:
         return 8 + length
     try:
         spans = [v["data_offsets"][1] for k, v in json.loads(text).items() if k != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return 8 + length + max(spans, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
-    return 8 + length + max(spans, default=0)

@@ -28,7 +28,12 @@ def load_whole(folder: Path, dtype: torch.dtype, config: Any = None) -> nn.Modul
     with quiet_transformers(), _with_metadata(folder) as readable:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                readable, dtype=dtype, use_safetensors=True, local_files_only=True, **extra
+                readable,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **extra,
             )
         except DistayaError:  # our own loader runs inside; its sentence is the user's
             raise

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from ..durable import as_os_error
 from ..errors import InputError
+from ..manifest import refresh
+from . import readme
 from .folder import contained, read_json
 
 MARKER = "# distaya_ext recipe"  # first line of the recipe.yaml of every folder we wrote
@@ -148,6 +150,7 @@ class Staging:
     def __init__(self, out: Path, *, overwrite: bool = False, source: Path | None = None):
         check_output(out, overwrite=overwrite, source=source)
         self.out = Path(os.path.abspath(out))  # also for "."; links in the way stay as they are
+        self.overwrite, self._finished = overwrite, False
         self._made: list[Path] = []
 
     def __enter__(self) -> Staging:
@@ -162,15 +165,22 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not self._finished:
+            shutil.rmtree(self.root, ignore_errors=True)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # holds the result, or what somebody else put there
                 folder.rmdir()
 
     def publish(self) -> None:
         """Put the finished folder in the place of `out`; an older result is kept until that
-        succeeded.
+        succeeded. What somebody else put there while the run was at work is not touched: InputError
+        says where the result is.
         """
+        try:
+            check_output(self.out, overwrite=self.overwrite)
+        except InputError as error:
+            self._finished = True
+            raise InputError(f"{error}; the finished model is kept in {self.model}") from None
         put_in_place(self.model, self.out, self.root / "replaced")
 
 
@@ -179,7 +189,8 @@ def put_in_place(model: Path, out: Path, aside: Path) -> None:
     fails; a README that was edited there is kept.
     """
     if out.exists():
-        _keep_edited_readme(out, model)
+        readme.keep_edited(out, model)
+        refresh(model, readme.CARD)
         os.replace(out, aside)
     try:
         os.replace(model, out)
@@ -209,24 +220,19 @@ def check_output(out: Path, *, overwrite: bool, source: Path | None = None) -> N
         raise InputError(
             f"the output folder {out} is not empty; choose another, or --overwrite an older result"
         )
-    if not _is_ours(out):
+    if not is_ours(out):
         raise InputError(
             f"the output folder {out} was not written by distaya; it is not overwritten"
         )
 
 
-def _is_ours(out: Path) -> bool:
+def is_ours(out: Path) -> bool:
+    """Whether we wrote the folder: its recipe.yaml begins with our mark."""
     recipe = out / "recipe.yaml"
-    if not recipe.is_file():
+    if recipe.is_symlink() or not recipe.is_file():
         return False
     with open(recipe, "rb") as file:
         return file.read(len(MARKER)) == MARKER.encode()
-
-
-def _keep_edited_readme(old: Path, new: Path) -> None:
-    kept, fresh = old / "README.md", new / "README.md"
-    if kept.is_file() and (not fresh.is_file() or kept.read_bytes() != fresh.read_bytes()):
-        shutil.copyfile(kept, fresh)
 
 
 def check_companions(source: Path) -> list[str]:
@@ -241,8 +247,11 @@ def check_companions(source: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy config, tokenizer, licence and readme files unchanged; returns their names."""
-    names = check_companions(source)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    """Copy config, tokenizer, licence and readme files unchanged; returns their names. The source's
+    own model card becomes README.source.md, since the folder gets one of its own.
+    """
+    copies = {name: readme.carried_as(source, name) for name in check_companions(source)}
+    for name, carried in copies.items():
+        if carried is not None:
+            shutil.copyfile(source / name, target / carried)
+    return sorted(carried for carried in copies.values() if carried is not None)

@@ -28,12 +28,15 @@ from .eval import evaluate
 from .export import export
 from .finetune import finetune
 from .generate import generate
+from .history import history
 from .inspect import inspect
 from .layers import layers
 from .merge import merge
 from .plan import plan
+from .report import report
 from .search import search
 from .students import shrink, students
+from .verify import verify
 
 INTERRUPTED = 130
 
@@ -123,6 +126,7 @@ app.command("layers")(layers)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 app.command("distill")(distill)
 app.command("heal")(heal)
 app.command("finetune")(finetune)
@@ -130,8 +134,10 @@ app.command("students")(students)
 app.command("shrink")(shrink)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.command("history")(history)
 app.add_typer(bench.app, name="bench")
 
 

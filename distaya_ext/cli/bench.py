@@ -133,29 +133,54 @@ def model(
     exact: Annotated[
         bool, typer.Option("--exact", help="Full-precision activations on the CPU too.")
     ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option("--report", help="Keep the result in MODEL's folder and its report."),
+    ] = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    strict: options.StrictKernels = False,
     offline: options.Offline = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Tokens per second of prefill and decode, and resident bytes, beside the dense model."""
+    if keep:
+        from ..report import check_stores
+
+        check_stores(path)
     from ..checkpoint.whole import quiet_transformers
     from ..measure import model as source
     from ..measure import report
-    from .output import console, print_json
+    from .output import console, kernels_told, print_json
     from .progress import Reporter
+    from .remember import benched
 
     setting = source.Setting(prompt, new, runs, threads, device, dtype, exact, offline)
-    with Reporter(quiet) as reporter, quiet_transformers():
+    with Reporter(quiet) as reporter, quiet_transformers(), kernels_told(strict):
         result = source.measure(path, against, setting, note=reporter.say)
+    benched(result, path, against, setting)
+    if keep:
+        _store(path, report.model_json(result))
     if json:
         print_json(report.model_json(result))
         return
     out = console()
     out.print(report.model_table(result))
     _tell_contended(out, sum(row.contended for row in result.rows), len(result.rows))
+
+
+def _store(path: str, value: dict[str, Any]) -> None:
+    from pathlib import Path
+
+    from ..report import REPORT, store
+    from .output import console
+    from .report import run_before, tell
+
+    value = value | {"before": run_before("bench model")}
+    kept = store(Path(path).expanduser(), "speed", value)
+    tell(console(err=True), kept.with_name(REPORT))
 
 
 def _line(row: Any) -> str:

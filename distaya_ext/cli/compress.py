@@ -117,6 +117,7 @@ def compress(
     learns = check_flags(whole, group)
     from ..compress import compress as run
     from .output import print_json
+    from .remember import compressed
     from .training import TrainReporter
 
     by_score = not isinstance(whole.drop_layers, list)
@@ -139,8 +140,11 @@ def compress(
             left = len(report.source_layers)
             reporter.say(f"{len(report.dropped_layers)} layers left out, {left} written")
         reporter.say(written(report.summary(), report.seconds))
+    summary = report.summary()
+    held_out = None if whole.evaluate is None else whole.evaluate.path
+    compressed(out, whole.model, summary, (whole.calibration.path, held_out))
     if json:
-        print_json({"out": str(out), **report.summary()})
+        print_json({"out": str(out), **summary})
     else:
         show_evaluations(report)
         typer.echo(str(out))

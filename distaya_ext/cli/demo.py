@@ -29,6 +29,7 @@ SPOKEN = ("en", "es", "ja")  # languages a continuation is shown in
 _WINDOW = 128  # the bundled texts are short; shorter windows waste less of them
 _PROMPT_SHARE = 0.5
 _NEW_TOKENS = 24
+_SPEED = (64, 16)  # tokens of a prompt, and decoded after it: enough for a table, in a second
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def demo(
     start = time.perf_counter()
     from .output import console, print_json, size
     from .progress import Reporter
+    from .report import tell
 
     folder = Path(tempfile.mkdtemp(prefix="distaya-demo-")) if out is None else out
     trials = TRIALS[:1] if quick else TRIALS
@@ -67,6 +69,7 @@ def demo(
         reporter = stack.enter_context(Reporter(quiet))
         made = [_compress(assets, folder, *trial, reporter, overwrite) for trial in trials]
         found, spoken = _measure(assets, made, reporter)
+        pages = _report(assets, made, found, reporter)
         before = sum(f.stat().st_size for f in (assets / "nano-aya").glob("*.safetensors"))
     seconds = time.perf_counter() - start
     if json:
@@ -88,6 +91,8 @@ def demo(
             f"compressed in {trial.seconds:.1f} s, written to {trial.folder}",
             markup=False,
         )
+    for page in pages:
+        tell(show, page)
     show.print(
         f"All figures were measured in this run, {seconds:.0f} s in all.\n{_limits()}", markup=False
     )
@@ -132,6 +137,8 @@ def _measure(
 ) -> tuple[list[Evaluation], list[tuple[str, str, dict[str, str]]]]:
     """Evaluations on parallel sentences, and continuations of all models."""
     from ..evaluate import cut_lines, evaluate_loaded, load
+    from ..evaluate.continuations import beginnings
+    from ..evaluate.run import with_continuations
     from ..texts import read_texts
 
     texts = read_texts(assets / "texts" / "evaluation", parallel=True)
@@ -139,8 +146,40 @@ def _measure(
     models = [load(trial.folder) for trial in made]
     samples = cut_lines(texts, dense.tokenizer, longest=dense.model.config.max_position_embeddings)
     found = evaluate_loaded(models, samples, base=dense, on_progress=reporter.on_progress)
+    prompts = beginnings(texts, dense, 1, _NEW_TOKENS)
+    found = [
+        with_continuations(one, model, prompts, base=dense, new_tokens=_NEW_TOKENS)
+        for one, model in zip(found, models, strict=True)
+    ]
     named = {"before": dense} | {t.label: m for t, m in zip(made, models, strict=True)}
     return found, [_speak(lang, texts[lang][0], named) for lang in SPOKEN if lang in texts]
+
+
+def _report(
+    assets: Path, made: list[Trial], found: list[Evaluation], reporter: Reporter
+) -> list[Path]:
+    """What was found goes into the folders, with their speed beside the model before; the pages."""
+    from ..checkpoint.whole import quiet_transformers
+    from ..device import find_device
+    from ..measure import model as source
+    from ..measure.report import model_json
+    from ..report import REPORT, store
+    from ..runtime import load
+
+    reporter.say("speed of the models, beside the one before")
+    with quiet_transformers():
+        models = {trial.label: load(trial.folder) for trial in made}
+        dense = models["nano-aya"] = load(assets / "nano-aya")
+        most = dense.config.max_position_embeddings // 2
+        prompt, new = (min(most, count) for count in _SPEED)
+        rows = source.compare(models, source.Setting(prompt, new)).rows
+    for trial, evaluation, row in zip(made, found, rows, strict=False):
+        told = {**evaluation.to_dict(), "model": trial.label, "base": "nano-aya"}
+        pair = source.ModelResult([row, rows[-1]])
+        store(trial.folder, "evaluation", {"steps": {"evaluate": told}, "gate": None})
+        speed = source.with_ceiling(pair, find_device("cpu"))
+        store(trial.folder, "speed", model_json(speed))
+    return [trial.folder / REPORT for trial in made]
 
 
 def _speak(lang: str, sentence: str, models: dict[str, Loaded]) -> tuple[str, str, dict[str, str]]:
@@ -210,6 +249,8 @@ def _as_dict(
     spoken: list[tuple[str, str, dict[str, str]]],
     seconds: float,
 ) -> dict[str, Any]:
+    from ..report import REPORT
+
     return {
         "trials": [
             {
@@ -218,6 +259,7 @@ def _as_dict(
                 "sparsity": trial.sparsity,
                 "bytes": trial.nbytes,
                 "seconds": round(trial.seconds, 3),
+                "report": str(trial.folder / REPORT),
                 "evaluation": evaluation.to_dict(),
             }
             for trial, evaluation in zip(made, found, strict=True)

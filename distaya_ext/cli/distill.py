@@ -88,7 +88,7 @@ def distill(
     defined are chosen and said aloud. A run that was stopped goes on when the same command is given
     again.
     """
-    _run(teacher, student, {}, dict(locals()))
+    _run("distill", teacher, student, {}, dict(locals()))
 
 
 def heal(
@@ -135,14 +135,21 @@ def heal(
     """
     from ..train.healing import HEALING
 
-    _run(against, compressed, HEALING, dict(locals()))
+    _run("heal", against, compressed, HEALING, dict(locals()))
 
 
-def _run(teacher: str, student: str, defaults: Mapping[str, Any], flags: dict[str, Any]) -> None:
+def _run(
+    command: str,
+    teacher: str,
+    student: str,
+    defaults: Mapping[str, Any],
+    flags: dict[str, Any],
+) -> None:
     """Distil as the flags of the command say, over the spec's file, over the defaults."""
     asked, where = _asked(defaults, flags)
     from ..train.distill import distill as run
     from .output import print_json
+    from .remember import trained
 
     out = flags["out"]
     with training.TrainReporter(flags["quiet"]) as reporter:
@@ -160,6 +167,7 @@ def _run(teacher: str, student: str, defaults: Mapping[str, Any], flags: dict[st
         training.told(reporter, found)
         for line in _gained(found.record):
             reporter.say(line)
+    trained(found, command, teacher, where)
     if flags["json"]:
         print_json({"out": str(out), **found.record, "written": found.merged.summary()})
     else:

@@ -29,17 +29,19 @@ def generate(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     exact: options.Exact = False,
+    strict: options.StrictKernels = False,
     offline: options.Offline = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Go on with PROMPT, greedily or (with --seed) by drawing."""
     from ..evaluate import load
-    from .output import print_json
+    from .output import kernels_told, print_json
 
     results = []
     for name in [model] if against is None else [model, against]:
-        loaded = load(name, dtype=dtype, device=device, offline=offline, exact=exact)
+        with kernels_told(strict):
+            loaded = load(name, dtype=dtype, device=device, offline=offline, exact=exact)
         found = _timed(
             loaded, prompt, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature
         )
@@ -100,7 +102,7 @@ def go_on(
     """The continuation alone, timed by `watch`. torch's global random state is left as it was."""
     import torch
 
-    from ..checkpoint.whole import quiet_transformers
+    from ..evaluate.continuations import write
     from ..tokenizer import encode
 
     try:
@@ -120,17 +122,12 @@ def go_on(
         )
     if seed is not None and not temperature > 0:
         raise UsageError(f"temperature must be above 0 to draw tokens, not {temperature:g}")
-    row = torch.tensor([ids], device=next(loaded.model.parameters()).device)
-    drawing = {} if seed is None else {"temperature": temperature, "top_k": 0, "top_p": 0.95}
-    with quiet_transformers(), torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed or 0)
-        out = loaded.model.generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=max_new_tokens,
-            do_sample=seed is not None,
-            pad_token_id=loaded.tokenizer.pad_token_id or 0,
-            streamer=watch,
-            **drawing,
-        )
-    return loaded.tokenizer.decode(out[0, row.shape[1] :], skip_special_tokens=True)
+    (new,) = write(
+        loaded,
+        torch.tensor([ids]),
+        max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        streamer=watch,
+    )
+    return loaded.tokenizer.decode(new, skip_special_tokens=True)

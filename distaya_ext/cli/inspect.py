@@ -159,6 +159,7 @@ def grid(W: torch.Tensor) -> tuple[int, int] | None:
 
 def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
     """The facts about the whole model."""
+    from ..compress.fallbacks import Fallbacks
     from .output import size
 
     config = checkpoint.config
@@ -196,6 +197,8 @@ def summary(checkpoint: Checkpoint, linears: list[Linear]) -> dict[str, Any]:
         }
     if checkpoint.adapter is not None:
         facts["adapter"] = _adapter(checkpoint)
+    if told := Fallbacks.told(checkpoint.folder):
+        facts["fallbacks"] = told
     return facts
 
 

@@ -23,6 +23,9 @@ Exact = Annotated[
         help="Packed weights: full-precision activations on the CPU too, slower; 8-bit without it.",
     ),
 ]
+StrictKernels = Annotated[
+    bool, typer.Option("--strict", help="Exit 4 where packed modules run on a slow kernel.")
+]
 Texts = Annotated[
     Path,
     typer.Option(help="Folder of <lang>.txt, <lang>.jsonl or <lang>.parquet.", show_default=False),

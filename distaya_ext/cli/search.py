@@ -79,6 +79,7 @@ def search(
     from ..search import search as run
     from .output import console, print_json
     from .progress import Reporter
+    from .remember import searched
 
     spec = {"tokens": tokens, "window": window, "seed": seed}
     asked = Options(
@@ -110,6 +111,7 @@ def search(
         reporter.say(summary(found))
     if out is not None:
         found.recipe.to_yaml(out)
+    searched(found, model, calib)
     if json:
         print_json({**found.to_dict(), "out": None if out is None else str(out)})
         return

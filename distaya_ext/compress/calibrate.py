@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..documents import open_texts, read_texts
+from ..documents import open_texts
 from ..errors import InputError, UsageError
 from ..recipe import Recipe
-from ..texts import check_window
+from ..texts import check_window, counts
 from ..texts import windows as token_windows
-from ..tokenizer import check_rows, load_tokenizer
+from ..tokenizer import check_rows, fingerprint, load_tokenizer
 from .ferry import Checks
 
 # Tokens run at once; fixed, so that results do not depend on the memory given. A GPU needs more of
@@ -41,10 +41,22 @@ class Calibration:
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     chunk_tokens: int | None = None  # None: CHUNK_TOKENS
+    empty: dict[str, int] = field(default_factory=dict)
+    one_token: dict[str, int] = field(default_factory=dict)
+    tokenizer: str | None = None  # fingerprint of the one that cut the texts
 
     @property
     def tokens(self) -> int:
         return self.ids.numel()
+
+    def odd_documents(self) -> list[str]:
+        """What is to be told of documents that cannot teach much, with counts per language."""
+        told = {
+            "documents that repeat an earlier one": self.duplicates,
+            "documents without any text, left out": self.empty,
+            "documents of a single token": self.one_token,
+        }
+        return [f"{what}: {counts(found, int)}" for what, found in told.items() if found]
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Consecutive windows, chunk_tokens tokens (at least one window) at a time."""
@@ -93,6 +105,9 @@ def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Cali
         getattr(windows, "duplicates", {}),
         getattr(windows, "bytes_per_token", {}),
         getattr(windows, "left_out", []),
+        empty=getattr(windows, "empty", {}),
+        one_token=getattr(windows, "one_token", {}),
+        tokenizer=fingerprint(checkpoint.folder) if windows is not texts else None,
     )
 
 
@@ -100,7 +115,7 @@ def _cut(folder: Path, recipe: Recipe, checkpoint: Checkpoint) -> Any:
     wanted = recipe.calibration
     check_window(wanted.window, checkpoint.config)
     return token_windows(
-        read_texts(folder) if wanted.quotas is None else open_texts(folder),
+        open_texts(folder),
         load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size),
         tokens=wanted.tokens,
         window=wanted.window,

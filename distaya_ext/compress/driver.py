@@ -27,7 +27,6 @@ from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
 from ..resume import Work
 from ..resume import place as work_place
-from ..texts import counts
 from . import events, glu
 from .at_work import Replay
 from .blocks import give_back
@@ -88,13 +87,15 @@ def compress(
             run.calibration = load_calibration(texts, recipe, checkpoint)
             if place.type == "cuda":
                 run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        done = held.begin(identity(checkpoint, recipe, run.calibration, place), restart=restart)
+        run.made_of = identity(checkpoint, recipe, run.calibration, place)
+        done = held.begin(run.made_of, restart=restart)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
             held.remove()
             run.report.judge()
             return run.report
         check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+        held.overwrite = overwrite
         return run.go(held)
 
 
@@ -127,6 +128,7 @@ class _Run:
         self.budget = Budget(self.checkpoint, recipe.max_ram_bytes, self.needs)
         self.calibration: Calibration | None = None
         self.replay: Replay | None = None
+        self.made_of: dict[str, Any] = {}  # what decides the weights, see identity.py
         self.away = False  # activations wait in the host's memory, not on the device
         self.packing = Packing(recipe, plan, self.checkpoint)
         self.plan = self.packing.plan
@@ -198,7 +200,7 @@ class _Run:
         self.report.seconds = keeper.seconds
         self.report.fall_back_on_kernels(self.device)
         self.report.write(work.model)
-        complete(work.model)
+        complete(work.model, "compress", self.made_of)
         work.publish({"report": dump_report(self.report)})
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
@@ -224,9 +226,8 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        if calibration.duplicates:
-            each = counts(calibration.duplicates, int)
-            self._notice(f"documents that repeat an earlier one: {each}")
+        for message in calibration.odd_documents():
+            self._notice(message)
         if calibration.limited_by is not None:
             self._notice(
                 f"the texts in {calibration.limited_by} ran out before the tokens asked for"

@@ -7,9 +7,11 @@ the same. Nothing here touches a tensor.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import NumericsError
@@ -71,6 +73,16 @@ class Fallbacks:
     def read(cls, summary: Mapping[str, Any]) -> Fallbacks:
         """Those of a results.json that summary() went into."""
         return cls([Fallback(**each) for each in summary.get("modules", [])])
+
+    @staticmethod
+    def told(folder: Path) -> str | None:
+        """In words, what results.json of a folder says of the run that made it; None: nothing."""
+        try:
+            held = json.loads((folder / "results.json").read_text(encoding="utf-8"))["fallbacks"]
+            kinds = ", ".join(f"{kind} in {count}" for kind, count in held["kinds"].items())
+            return f"{held['degraded']} of {held['of']} modules degraded; {kinds or 'none'}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
 
     def refuse(self) -> None:
         """NumericsError when something is degraded: what a strict run does."""

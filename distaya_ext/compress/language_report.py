@@ -25,6 +25,7 @@ class LanguageReport:
     shares: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
     rows: list[tuple[Any, ...]] = field(default_factory=list)
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, calibration: Calibration, weights: str | Mapping[str, float]) -> LanguageReport:
@@ -36,10 +37,13 @@ class LanguageReport:
                 "tokens": count * calibration.ids.shape[1],
                 "fertility": calibration.fertility.get(lang),
                 "bytes_per_token": calibration.bytes_per_token.get(lang),
+                "duplicate_documents": calibration.duplicates.get(lang, 0),
+                "empty_documents": calibration.empty.get(lang, 0),
+                "one_token_documents": calibration.one_token.get(lang, 0),
             }
             for lang, count in windows.items()
         }
-        return cls(weights, facts)
+        return cls(weights, facts, tokenizer=calibration.tokenizer)
 
     def add(self, layer: int, languages: list[str], account: Account) -> LanguagesDone:
         """Note a layer's account, whose tensors are on the host; the event that tells of it."""
@@ -70,8 +74,9 @@ class LanguageReport:
                 writer.writerow([*names, *("" if x is None else f"{x:.6g}" for x in numbers)])
 
     def summary(self) -> dict[str, Any]:
-        """Per language: windows, tokens, fertility (tokens per character), bytes per token, and by
-        layer its share in the statistics and the relative squared error of the hidden states.
+        """Per language: windows, tokens, fertility (tokens per character), bytes per token, how
+        many documents repeat another, are empty or a single token, and by layer its share in the
+        statistics and the relative squared error of the hidden states.
         """
         return {
             lang: {

@@ -13,7 +13,8 @@ from typing import Any
 import safetensors
 import torch
 
-from ..ops import machine
+from ..measure import clock
+from ..runtime.paths import lesser_isa
 from .events import StageDone
 from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
@@ -109,6 +110,7 @@ class Report:
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
     left_out: list[int] = field(default_factory=list)
     strict: bool = False
+    machine: dict[str, Any] = field(default_factory=dict)  # what the run ran on
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
         """Note what the embedding or the head takes on disk."""
@@ -202,9 +204,9 @@ class Report:
 
     def fall_back_on_kernels(self, device: torch.device) -> None:
         """Count all modules as slow where the CPU kernels run below what the processor offers."""
-        runs, best = machine.isa(), machine.best_isa()
-        if device.type == "cpu" and (runs != best or runs == machine.ISAS[0]):
-            what = f"{runs} kernels on a processor that has {best}"
+        self.machine = _machine(device)
+        what = lesser_isa() if device.type == "cpu" else None
+        if what is not None:
             self.fall_back(Fallback(EVERYWHERE, "slow_kernel", len(self.modules), what, False))
 
     @property
@@ -250,6 +252,7 @@ class Report:
                 "safetensors": safetensors.__version__,
                 "python": platform.python_version(),
             },
+            "machine": self.machine,
             "method": self.method,
             "quality": self.quality,
             "model_type": self.model_type,
@@ -257,6 +260,7 @@ class Report:
             "calibration": {
                 "tokens": self.tokens,
                 "window": self.window,
+                "tokenizer": self.languages.tokenizer,
                 "tokens_per_language": self.tokens_per_language,
                 "weights": self.languages.weights,
                 "languages": self.languages.summary(),
@@ -307,6 +311,15 @@ def _adapter() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Report)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Names of the processor and, where it did the work, of the GPU."""
+    told = clock.machine()
+    found = {key: told[key] for key in ("cpu", "cores")}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def _losses(figures: Figures, rows: slice) -> tuple[float | None, float | None]:

@@ -16,6 +16,7 @@ from ..device import find_device
 from ..dtypes import parse_dtype
 from ..errors import InputError
 from ..runtime.load import load_opened
+from ..runtime.paths import tell
 from ..tokenizer import load_tokenizer
 
 # Below this many bytes of weights a copy in float32 is cheap and takes rounding out of the
@@ -63,7 +64,9 @@ def load(
     network = load_opened(checkpoint, chosen, exact=exact)
     for name, weight in network.named_parameters():
         check_finite(name, weight.data)
-    return Loaded(str(model), network.to(place), tokenizer)
+    network = network.to(place)
+    tell(network)
+    return Loaded(str(model), network, tokenizer)
 
 
 def _dense_bytes(checkpoint: Checkpoint) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,15 @@ import torch
 from ..errors import InputError
 from ..texts import check_window, read_texts
 from ..tokenizer import check_rows
+from .continuations import (
+    CONTINUATIONS,
+    NEW_TOKENS,
+    Prompt,
+    beginnings,
+    side_by_side,
+    speak,
+    wrong_script,
+)
 from .load import Loaded, check_same_vocabulary, load
 from .result import Evaluation, LanguageResult
 from .samples import Samples, cut_lines, cut_windows
@@ -39,14 +49,18 @@ def evaluate(
     on_progress: OnProgress | None = None,
     offline: bool = False,
     exact: bool = False,
+    continuations: int = CONTINUATIONS,
+    new_tokens: int = NEW_TOKENS,
 ) -> Evaluation:
     """Score a model per language on a TEXTS folder (or texts already read), paired with a base if
     given.
 
     Windows of `window` consecutive tokens are scored; with per_line each line is a sample and the
-    texts must be parallel. tokens caps the total over languages (windows only). Model and base are
-    both in memory; exact gives packed ones full-precision activations on the CPU too. Raises
-    InputError and UsageError in one sentence.
+    texts must be parallel. tokens caps the total over languages (windows only). Both also go on
+    greedily with the beginnings of `continuations` texts of each language (0: none), `new_tokens`
+    each, which is where wrong scripts show. Model and base are both in memory; exact gives packed
+    ones full-precision activations on the CPU too. Raises InputError and UsageError in one
+    sentence.
     """
     if not isinstance(texts, Mapping):
         texts = read_texts(texts, parallel=per_line)
@@ -60,10 +74,73 @@ def evaluate(
     else:
         check_window(window, loaded.model.config)
         samples = cut_windows(texts, loaded.tokenizer, window=window, tokens=tokens)
+    prompts = beginnings(texts, loaded, continuations, new_tokens) if continuations else []
     (found,) = evaluate_loaded(
         [loaded], samples, base=base, window=None if per_line else window, on_progress=on_progress
     )
-    return found
+    if not prompts:
+        return found
+    return with_continuations(
+        found, loaded, prompts, base=base, new_tokens=new_tokens, on_progress=on_progress
+    )
+
+
+def with_continuations(
+    found: Evaluation,
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    *,
+    base: Loaded | None = None,
+    new_tokens: int = NEW_TOKENS,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """An evaluation with what model and base write after the prompts, and in which scripts."""
+    start = time.perf_counter()
+    total, done = len(prompts) * (2 if base is not None else 1), 0
+
+    def advance(count: int, language: str) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total, language)
+
+    before = None if base is None else speak(base, prompts, new_tokens, advance)
+    after = speak(loaded, prompts, new_tokens, advance)
+    rows, unknown = [], []
+    for row in found.languages:
+        script = wrong_script(row.language, after, before)
+        if script is None:
+            unknown.append(row.language)
+            rows.append(row)
+            continue
+        rows.append(
+            replace(
+                row,
+                continuations=script.prompts,
+                wrong_script=script.share,
+                base_wrong_script=script.base,
+                wrong_script_delta=script.delta,
+                wrong_script_interval=script.interval,
+            )
+        )
+    seconds = time.perf_counter() - start
+    notes = list(found.notes)
+    if unknown:
+        notes.append(
+            f"wrong scripts were not measured for {', '.join(unknown)}: it is not known which "
+            "scripts are right"
+        )
+    most = max((row.continuations or 0 for row in rows), default=0)
+    return replace(
+        found,
+        languages=rows,
+        seconds=found.seconds + seconds,
+        notes=notes,
+        samples=side_by_side(after, before),
+        written={
+            "per_language": most, "new_tokens": new_tokens, "seconds": round(seconds, 3)
+        },
+    )  # fmt: skip
 
 
 def evaluate_loaded(

@@ -30,3 +30,32 @@ def interval(
         ratios[start:stop] = sums[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def difference_interval(
+    sums: np.ndarray,
+    weights: np.ndarray,
+    base_sums: np.ndarray,
+    base_weights: np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float] | None:
+    """Paired bootstrap interval of sum(sums)/sum(weights) - sum(base_sums)/sum(base_weights).
+
+    All float64 [samples]; the same samples are drawn for both, as interval() does. Draws in which
+    either side weighs nothing are left out; None for fewer than two samples, and where nothing is
+    left.
+    """
+    n = len(sums)
+    if n < 2:
+        return None
+    drawn = np.random.default_rng(SEED).integers(0, n, size=(resamples, n))
+    parts = [column[drawn].sum(axis=1) for column in (sums, weights, base_sums, base_weights)]
+    known = (parts[1] > 0) & (parts[3] > 0)
+    if not known.any():
+        return None
+    own, own_weight, base, base_weight = (part[known] for part in parts)
+    found = own / own_weight - base / base_weight
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

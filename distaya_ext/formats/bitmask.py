@@ -38,7 +38,7 @@ def decode(
     scheme: ModuleScheme, tensors: Mapping[str, Tensor], rows: int, cols: int, name: str
 ) -> Grid:
     """See ModuleScheme.decode."""
-    every = _EIGHT[tensors["weight_mask"].long()].view(torch.bool).view(rows, -1)
+    every = _EIGHT[tensors["weight_mask"].contiguous().long()].view(torch.bool).view(rows, -1)
     if bool(every[:, cols:].any()):
         row = int(every[:, cols:].any(dim=1).nonzero()[0])
         raise InputError(f"{name}.weight_mask keeps columns past {cols} in row {row}")

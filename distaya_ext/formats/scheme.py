@@ -9,15 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InputError
+from ..patterns import fault
 from .grid import Grid
 from .module import ModuleScheme
 
 __all__ = ["Grid", "ModuleScheme", "Rule", "Scheme", "read_scheme"]
 
 _LONGEST_PATTERN = 500
-_MOST_REPEATS = 5  # unbounded repetitions in a pattern; each multiplies the time of a miss
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
-_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\})")
 
 
 @dataclass(frozen=True)
@@ -106,18 +104,8 @@ def check_pattern(target: str, where: str) -> str:
     if not target.startswith("re:"):
         return target
     pattern = target[3:]
-    slow = _REPEATED_GROUP.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS
-    if slow or len(pattern) > _LONGEST_PATTERN:
-        raise InputError(
-            f"the pattern {pattern[:60]!r} of {where} repeats a group, has more than "
-            f"{_MOST_REPEATS} repetitions or is longer than {_LONGEST_PATTERN} characters"
-        )
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(
-            f"the pattern {pattern[:60]!r} of {where} is not a regular expression ({error})"
-        ) from None
+    if found := fault(pattern, _LONGEST_PATTERN):
+        raise InputError(f"the pattern {pattern[:60]!r} of {where} {found}")
     return target
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import find_device
 from ..errors import InputError, UsageError
-from . import clock
+from . import clock, limits
 from .clock import Contender
 from .decode import StaticDecode, fits
 
@@ -51,7 +52,14 @@ class ModelRow:
 
 @dataclass
 class ModelResult:
+    """read: GB/s that the same threads read from memory in the same run, the ceiling of decoding;
+    None where it was not measured. in_cache: the first model fits into the last cache, which lifts
+    that ceiling.
+    """
+
     rows: list[ModelRow] = field(default_factory=list)
+    read: float | None = None
+    in_cache: bool = False
 
     @property
     def ratios(self) -> dict[str, float] | None:
@@ -94,7 +102,7 @@ def measure(
 
         note("no --against: the dense model beside it is the same one, its weights made dense")
         models["the same, dense"] = to_dense(load(path, **options))
-    return compare(models, s)
+    return with_ceiling(compare(models, s), find_device(s.device))
 
 
 def compare(models: dict[str, Any], s: Setting) -> ModelResult:
@@ -134,6 +142,19 @@ def compare(models: dict[str, Any], s: Setting) -> ModelResult:
             )
         )
     return ModelResult(rows)
+
+
+def with_ceiling(result: ModelResult, device: torch.device) -> ModelResult:
+    """The result with the rate of reading memory, where the first model does not fit into the cache
+    and there is room for what is read.
+    """
+    cache, row = limits.cache_bytes(device), result.rows[0]
+    result.in_cache = row.nbytes <= cache
+    wanted = max(256 << 20, 5 * cache)  # what Machine reads
+    if not result.in_cache and 2 * wanted < limits.free_bytes(device):
+        with clock.threads_kept():
+            result.read = limits.Machine(device, wanted).at(row.threads).read
+    return result
 
 
 def graph_rate(model: Any, ids: Tensor, s: Setting) -> float | None:

@@ -160,6 +160,8 @@ def model_json(result: ModelResult) -> dict[str, Any]:
         "version": VERSION,
         "bench": "model",
         "machine": clock.machine(),
+        "read": result.read,
+        "in_cache": result.in_cache,
         "ratios": result.ratios,
         "contended": sum(row.contended for row in result.rows),
         "rows": [asdict(row) for row in result.rows],

@@ -33,7 +33,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -
             config.layer_types = list(config.layer_types[:layers])
     hook = register_module_parameter_registration_hook(_to_meta)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (
         ValueError,
         TypeError,
@@ -42,6 +42,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -
         RuntimeError,
         ArithmeticError,
         AssertionError,
+        ImportError,
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,11 +1,16 @@
 """What the compiled module knows about this machine: ISA, threads, CUDA, measured peaks."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch  # before _C: its OpenMP runtime must be the one we share
 
 from distaya_ext import _C
+
+# A pool of threads does not survive fork(): a child that asked it for work would wait forever. Our
+# kernels see to themselves (core/cpu.h); torch and MKL, which our ops use, must be told.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -35,7 +40,10 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def threads() -> int:
-    """Threads of the OpenMP pool the kernels use; it is torch's (``torch.set_num_threads``)."""
+    """Threads of the OpenMP pool the kernels use; it is torch's (``torch.set_num_threads``).
+
+    1 in a forked child, whatever torch is set to: the pool stayed with the parent.
+    """
     return _C.threads()
 
 

@@ -81,6 +81,12 @@ def wgmma_check(device: torch.device, rows: int = 320, cols: int = 1152) -> Wgmm
         return _compare(device, rows, cols)
 
 
+def wgmma_failed(device: torch.device) -> bool:
+    """Whether the check was made on the device and found that its warpgroup products are wrong."""
+    check = _checks.get(device)
+    return check is not None and not check.ok
+
+
 def _compare(device: torch.device, rows: int, cols: int) -> WgmmaCheck:
     rng = torch.Generator().manual_seed(0)
     for kind in ("int4", "int4-2:4"):

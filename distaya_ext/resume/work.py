@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import put_in_place
+from ..checkpoint import check_output, put_in_place
 from ..durable import describe, put, sync, sync_all
 from ..errors import InputError, UsageError, add_note
 from .identity import difference
@@ -52,6 +52,7 @@ class Work:
         self.out = Path(os.path.abspath(out))
         self.root = folder or place(self.out)
         self.model, self.scratch = self.root / "model", self.root / "scratch"
+        self.overwrite = False  # whether an older output may be replaced
         self.kept = ""  # what the journal holds, in words, once this run may go on with it
         self._replaced = self.root / "replaced"
         self._inputs: Mapping[str, Any] | None = None
@@ -119,7 +120,7 @@ class Work:
         if not same:
             self.anew()
         for folder in (self.scratch, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         self.scratch.mkdir()
         if self._worth_keeping:
             self.kept = "what an earlier run has done"
@@ -159,9 +160,9 @@ class Work:
         """Whether files are what their record says of them."""
         for name, told in files.items():
             path = self.root / name
-            if path.is_symlink() or not path.is_file() or path.stat().st_size != told["size"]:
+            if path.parent != self.root or path.is_symlink() or not path.is_file():
                 return False
-            if describe(path) != told:
+            if path.stat().st_size != told["size"] or describe(path) != told:
                 return False
         return True
 
@@ -186,8 +187,10 @@ class Work:
     def publish(self, told: Mapping[str, Any]) -> None:
         """Put model/ in the place of the output, an older one is replaced; remove the work folder.
 
-        told: what a later run is to know of this one if it is killed in between.
+        told: what a later run is to know of this one if it is killed in between. InputError, and
+        everything is kept, when somebody put something else there while the run was at work.
         """
+        check_output(self.out, overwrite=self.overwrite)
         sync_all(self.model)
         self.commit({"kind": _PUBLISH, "proof": describe(self.model / _PROOF), **told})
         _remove(self._replaced)
@@ -219,12 +222,23 @@ class Work:
         if root.is_symlink() or (root.exists() and not root.is_dir()):
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
         inside = list(root.iterdir()) if root.exists() else []
+        if inside and _made_by_another(root):
+            raise InputError(
+                f"{root} is in the way: another user made it where everyone may write, and what it "
+                "says is not believed"
+            )
         link = next((path for path in inside if path.is_symlink()), None)
         if link is not None:
             raise InputError(f"{link} is in the way: a run of ours makes no links")
         names = {path.name for path in inside}
         if names - {LOCK, self.scratch.name} and JOURNAL not in names:
             raise InputError(f"{root} is in the way: it is no folder of a run of ours")
+
+
+def _made_by_another(root: Path) -> bool:
+    """Whether somebody else could have made a folder, and did."""
+    everyone = root.parent.stat().st_mode & 0o022
+    return bool(everyone) and root.lstat().st_uid != os.geteuid()
 
 
 def _remove(path: Path) -> None:

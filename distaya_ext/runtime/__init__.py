@@ -9,6 +9,7 @@ Nothing here imports transformers until it is called.
 from .glu import PackedGLU, fuse
 from .load import load
 from .modules import PackedEmbedding, PackedHead, PackedLinear
+from .paths import SlowKernelWarning, SlowPath, slow_paths
 from .register import register_when_imported
 from .swap import dense_bytes, resident_bytes, set_exact, trainable, use_kernels
 
@@ -17,12 +18,15 @@ __all__ = [
     "PackedGLU",
     "PackedHead",
     "PackedLinear",
+    "SlowKernelWarning",
+    "SlowPath",
     "dense_bytes",
     "fuse",
     "load",
     "register_when_imported",
     "resident_bytes",
     "set_exact",
+    "slow_paths",
     "trainable",
     "use_kernels",
 ]

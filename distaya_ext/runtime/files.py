@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint import Entry, check_finite
+from ..checkpoint import Entry, aligned, check_finite
 from .modules import Packed
 
 
@@ -33,7 +33,7 @@ def read(entries: Mapping[str, Entry], names: Iterable[str]) -> dict[str, Tensor
         # Opened anew each time: a mapping that stays open keeps every page it touched resident.
         with safe_open(path, framework="pt") as file:
             for name in held:
-                found[name] = tensor = file.get_tensor(name)
+                found[name] = tensor = aligned(file.get_tensor(name))
                 if tensor.is_floating_point():
                     check_finite(name, tensor)
     return found

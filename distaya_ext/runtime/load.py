@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.whole import load_whole
 from ..device import find_device
 from ..dtypes import parse_dtype
+from .paths import tell
 from .register import METHOD, HandedOver, register
 from .swap import set_exact
 
@@ -35,12 +36,16 @@ def load(
     LoRA that the folder holds in adapter/, as healing leaves it beside quantised weights, is
     attached with PEFT.
 
+    SlowKernelWarning where modules run slower than they could, see paths.slow_paths.
+
     InputError and UsageError in one sentence. Remote code is never run, pickles are never read.
     """
     chosen = parse_dtype(dtype)
     checkpoint = open_checkpoint(path, offline=offline, packed=True)
     place = find_device(device, kernels=checkpoint.scheme is not None)
-    return load_opened(checkpoint, chosen or checkpoint.dtype, exact=exact).to(place)
+    model = load_opened(checkpoint, chosen or checkpoint.dtype, exact=exact).to(place)
+    tell(model)
+    return model
 
 
 def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False) -> Any:

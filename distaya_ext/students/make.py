@@ -28,6 +28,7 @@ from ..device import find_device
 from ..errors import InputError, UsageError
 from ..finished import complete
 from ..models.skeleton import build_skeleton
+from ..resume.identity import model_identity
 from ..texts import check_window, read_texts, windows
 from ..tokenizer import check_rows, load_tokenizer
 from .importance import (
@@ -180,7 +181,7 @@ def make_student(
             seconds=time.perf_counter() - start,
         )
         _note(made, staging.model)
-        complete(staging.model)
+        complete(staging.model, "shrink", {"model": model_identity(checkpoint.folder)})
         staging.publish()
     return made
 

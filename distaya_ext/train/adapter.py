@@ -38,6 +38,7 @@ _HARMLESS = {
     "eva_config", "corda_config", "lora_ga_config", "exclude_modules", "layers_to_transform",
     "layers_pattern", "runtime_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
+_MOST_ALPHA = 1e30
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base's weights
 
 
@@ -143,8 +144,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 def _check_alpha(alpha: Any) -> None:
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not math.isfinite(alpha) or alpha <= 0:
-        raise InputError(f"the adapter has lora_alpha {str(alpha)[:40]}; it must be above 0")
+    if not number or not 0 < alpha < _MOST_ALPHA:  # also false of NaN
+        raise InputError(
+            f"the adapter has lora_alpha {str(alpha)[:40]}; it must be above 0 and below "
+            f"{_MOST_ALPHA:g}"
+        )
 
 
 def _load(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

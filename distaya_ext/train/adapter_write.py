@@ -35,7 +35,7 @@ def write_adapter(learned: Learned, out: str | Path, *, overwrite: bool = False)
         put_adapter(staging.model, learned.low_rank, learned.tensors, masked=learned.masked)
         marker = f"{MARKER}: none, this is an adapter\n"
         (staging.model / "recipe.yaml").write_text(marker, encoding="utf-8")
-        complete(staging.model)
+        complete(staging.model, "training")
         staging.publish()
     return Path(out)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..documents import SUFFIXES, read_lines
+from ..documents import SUFFIXES, json_reason, read_lines
 from ..errors import InputError
 from ..weighting import LANGUAGE
 
@@ -114,8 +114,7 @@ def _messages(line: str, where: str) -> list[dict[str, str]]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise InputError(f"{where} is not a JSON object: {reason}") from None
+        raise InputError(f"{where}{json_reason(error)}") from None
     found = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(found, list) or not found:
         raise InputError(f'{where} is not an object with a list of "messages"')

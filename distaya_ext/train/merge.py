@@ -33,6 +33,7 @@ from ..checkpoint.folder import ADAPTER
 from ..compress.budget import check_disk
 from ..errors import InputError
 from ..finished import complete
+from ..resume.identity import model_identity
 from .adapter import linear_shapes, read_adapter
 from .adapter_write import put_adapter
 from .learned import Learned, LowRank, is_pruned, rounded
@@ -150,7 +151,11 @@ def write_trained(
         (staging.model / "merge.json").write_text(text, encoding="utf-8")
         if extra is not None:
             extra(staging.model, found)
-        complete(staging.model)
+        complete(
+            staging.model,
+            "merge" if extra is None else "training",
+            {"model": model_identity(source.folder)},
+        )
         staging.publish()
     return found
 
