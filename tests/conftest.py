@@ -1,6 +1,7 @@
 """Shared by all tests: GPU tests run only where a GPU is; every instruction set can be chosen."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -87,3 +88,20 @@ def simulator():
     from cuda_sim.simulator import obtain
 
     return obtain()
+
+
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory):
+    """A folder with a small model and texts, nothing wrong with either; only to be copied."""
+    from speaking import save_model, save_texts
+
+    root = tmp_path_factory.mktemp("healthy")
+    save_model(root / "model", seed=1)
+    save_texts(root / "texts", repeat=8)
+    return root
+
+
+@pytest.fixture
+def place(healthy, tmp_path):
+    """A copy of it for one test to damage."""
+    return shutil.copytree(healthy, tmp_path / "place")

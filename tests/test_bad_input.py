@@ -30,24 +30,9 @@ from damage import (
     truncate,
     write,
 )
-from speaking import save_model, save_texts
 from strangers import INPUT, USAGE, both_refuse, compress, distaya, evaluate, one_sentence
 
 from distaya_ext.compress import budget
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("healthy")
-    save_model(root / "model", seed=1)
-    save_texts(root / "texts", repeat=8)
-    return root
-
-
-@pytest.fixture
-def place(healthy, tmp_path):
-    return shutil.copytree(healthy, tmp_path / "place")
-
 
 I64 = b'{"x":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}'
 ALIEN = b'{"x":{"dtype":"Q7","shape":[1],"data_offsets":[0,8]}}'

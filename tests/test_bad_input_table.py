@@ -34,7 +34,7 @@ from damage import (
     write,
 )
 from safetensors.torch import load_file
-from speaking import SENTENCES, save_model, save_texts
+from speaking import SENTENCES
 from strangers import INPUT, USAGE, both_refuse, compress, contents, distaya, evaluate, one_sentence
 from transformers import LlamaConfig
 
@@ -42,19 +42,6 @@ import distaya_ext
 
 PACKAGE = Path(distaya_ext.__file__).parent
 SHARD = "model-00002-of-00003.safetensors"
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("healthy")
-    save_model(root / "model", seed=1)
-    save_texts(root / "texts", repeat=8)
-    return root
-
-
-@pytest.fixture
-def place(healthy, tmp_path):
-    return shutil.copytree(healthy, tmp_path / "place")
 
 
 # ---- names that lead out of the folder ----

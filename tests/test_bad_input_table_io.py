@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from damage import write
-from speaking import SENTENCES, save_model, save_texts
+from speaking import SENTENCES
 from strangers import INPUT, USAGE, both_refuse, compress, contents, distaya, one_sentence
 
 import distaya_ext
@@ -20,19 +20,6 @@ from distaya_ext.export import export
 from distaya_ext.recipe import Recipe
 
 PACKAGE = Path(distaya_ext.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("healthy")
-    save_model(root / "model", seed=1)
-    save_texts(root / "texts", repeat=8)
-    return root
-
-
-@pytest.fixture
-def place(healthy, tmp_path):
-    return shutil.copytree(healthy, tmp_path / "place")
 
 
 # ---- hostile text ----

@@ -27,19 +27,6 @@ from distaya_ext.quant import Quant
 RESOURCE, NUMERICS = 5, 4
 
 
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("healthy")
-    save_model(root / "model", seed=1)
-    save_texts(root / "texts", repeat=8)
-    return root
-
-
-@pytest.fixture
-def place(healthy, tmp_path):
-    return shutil.copytree(healthy, tmp_path / "place")
-
-
 # ---- numbers ----
 
 
