@@ -8,8 +8,9 @@ import re
 import pytest
 
 from distaya_ext import durable
+from distaya_ext.chain.journal import WorkFolder
 from distaya_ext.errors import InputError, UsageError
-from distaya_ext.resume import Journal, Lock, Work, difference
+from distaya_ext.resume import Held, Journal, Lock, Work, difference
 from distaya_ext.resume.identity import MOST_TOLD
 
 
@@ -189,3 +190,28 @@ def test_every_difference_is_told():
     )
     many = {f"k{number}": number for number in range(MOST_TOLD + 5)}
     assert difference({**many, "z": 0}, {"z": 0}).endswith("is not there (and 5 more)")
+
+
+@pytest.mark.parametrize("door", [Work, WorkFolder, lambda out: Held(out.parent / ".out.compress")])
+@pytest.mark.parametrize("kind", ["another user's", "a link", "a file"])
+def test_a_work_folder_that_is_not_ours_is_refused_at_every_door(tmp_path, monkeypatch, door, kind):
+    for name in (".out.compress", ".out.chain"):
+        place = tmp_path / name
+        if kind == "a file":
+            place.write_text("mine")
+            continue
+        real = tmp_path / f"elsewhere{name}"
+        real.mkdir()
+        (real / "note").write_text("mine")
+        place.symlink_to(real) if kind == "a link" else real.rename(place)
+    if kind == "another user's":
+        tmp_path.chmod(0o777)
+        who = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: who + 1)
+    with pytest.raises(
+        InputError, match="another user" if "user" in kind else "no folder of a run"
+    ):
+        held = door(tmp_path / "out")
+        (held.enter if isinstance(held, Held) else held.__enter__)()
+    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept and set(kept) == {"mine"}

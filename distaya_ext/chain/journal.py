@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 
 from ..durable import sync, sync_all, write_whole
 from ..errors import InputError
-from ..resume.lock import Lock
+from ..resume.held import Held
 
 JOURNAL = "steps.json"
 _LOCK = "lock"
@@ -43,21 +42,15 @@ class WorkFolder:
     def __init__(self, out: Path, *, restart: bool = False):
         self.path, self.restart = place(out), restart
         self.steps: dict[str, Done] = {}
-        self._made: list[Path] = []
-        self._lock = Lock(self.path, _LOCK)
+        self._held = Held(self.path, _LOCK)
 
     def __enter__(self) -> WorkFolder:
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise InputError(f"{self.path} is in the way: it is no folder of a run of ours")
-        for folder in reversed([p for p in (self.path, *self.path.parents) if not p.exists()]):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-        self._lock.take()
+        self._held.enter()
         try:
             self.steps = {} if self.restart else self._read()
             self.tidy()
         except BaseException:
-            self._lock.release()
+            self._held.leave()
             raise
         return self
 
@@ -65,10 +58,7 @@ class WorkFolder:
         """Let go of it. Nothing that could be gone on with: the folder disappears, too."""
         if self.path.exists() and not self.worth_keeping:
             self.remove()
-        self._lock.release()
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # holds the result, or what was kept
-                folder.rmdir()
+        self._held.leave()
 
     @property
     def worth_keeping(self) -> bool:

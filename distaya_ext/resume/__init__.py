@@ -1,11 +1,13 @@
 """Going on where a run was stopped: a journal beside the output, a lock, and what must be equal."""
 
+from .held import Held, refuse_foreign
 from .identity import difference, fingerprint, kernels, model_identity, texts_identity
 from .journal import Journal
 from .lock import Lock
 from .work import Work, place
 
 __all__ = [
+    "Held",
     "Journal",
     "Lock",
     "Work",
@@ -14,5 +16,6 @@ __all__ = [
     "kernels",
     "model_identity",
     "place",
+    "refuse_foreign",
     "texts_identity",
 ]

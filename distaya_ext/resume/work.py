@@ -24,9 +24,9 @@ from typing import Any
 from ..checkpoint import check_output, put_in_place
 from ..durable import describe, put, sync, sync_all
 from ..errors import InputError, UsageError, add_note
+from .held import Held
 from .identity import difference
 from .journal import Journal
-from .lock import Lock
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 _BEGIN, _PUBLISH = "begin", "publish"
@@ -56,24 +56,19 @@ class Work:
         self.kept = ""  # what the journal holds, in words, once this run may go on with it
         self._replaced = self.root / "replaced"
         self._inputs: Mapping[str, Any] | None = None
-        self._made: list[Path] = []
-        self._lock = Lock(self.root, LOCK)
+        self._held = Held(self.root, LOCK)
 
     def __enter__(self) -> Work:
-        self._refuse_foreign()
-        for folder in reversed([p for p in (self.root, *self.root.parents) if not p.exists()]):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-        self._lock.take()
+        self._held.enter()
         try:
-            self._refuse_foreign()
+            self._refuse_others()
             self.journal = Journal(self.root / JOURNAL)
             if self.journal.damaged and not self.journal.records:
                 raise InputError(f"{self.journal.damaged} in {self.root}; remove that folder")
             if self._replaced.exists() and not self.out.exists():  # killed between two renames
                 os.replace(self._replaced, self.out)
         except BaseException:
-            self._lock.release()
+            self._held.leave()
             raise
         return self
 
@@ -88,10 +83,7 @@ class Work:
                     shutil.rmtree(folder, ignore_errors=True)
             else:
                 self.remove()
-        self._lock.release()
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # holds the result, or what was kept
-                folder.rmdir()
+        self._held.leave()
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -217,28 +209,15 @@ class Work:
         with contextlib.suppress(OSError):  # another run has begun in it
             self.root.rmdir()
 
-    def _refuse_foreign(self) -> None:
-        root = self.root
-        if root.is_symlink() or (root.exists() and not root.is_dir()):
-            raise InputError(f"{root} is in the way: it is no folder of a run of ours")
-        inside = list(root.iterdir()) if root.exists() else []
-        if inside and _made_by_another(root):
-            raise InputError(
-                f"{root} is in the way: another user made it where everyone may write, and what it "
-                "says is not believed"
-            )
+    def _refuse_others(self) -> None:
+        """InputError for what no run of ours leaves in such a folder."""
+        inside = list(self.root.iterdir())
         link = next((path for path in inside if path.is_symlink()), None)
         if link is not None:
             raise InputError(f"{link} is in the way: a run of ours makes no links")
         names = {path.name for path in inside}
         if names - {LOCK, self.scratch.name} and JOURNAL not in names:
-            raise InputError(f"{root} is in the way: it is no folder of a run of ours")
-
-
-def _made_by_another(root: Path) -> bool:
-    """Whether somebody else could have made a folder, and did."""
-    everyone = root.parent.stat().st_mode & 0o022
-    return bool(everyone) and root.lstat().st_uid != os.geteuid()
+            raise InputError(f"{self.root} is in the way: it is no folder of a run of ours")
 
 
 def _remove(path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 from ..checkpoint.whole import quiet_transformers
 from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
+from ..resume.held import Held
 from ..resume.identity import difference
-from ..resume.lock import Lock
 from . import saved
 from .data import TrainingData
 from .events import Event, Notice, Resumed, Started, Stopped
@@ -97,7 +97,6 @@ def fit(
     if held_out is not None and not len(held_out):
         raise InputError("there are 0 held-out windows; pass None to do without")
     work = Path(work)
-    work.mkdir(parents=True, exist_ok=True)
     with _alone(work), _as_it_was(model, spec), quiet_transformers():
         loop = Loop(model, training, held_out, objective, spec, work, on_event)
         loop.identity = identity(loop)
@@ -229,12 +228,12 @@ def _course(loop: Loop, resumed: int | None) -> Course:
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Hold the folder's lock. UsageError when another process does."""
-    lock = Lock(work, ".lock")
-    lock.take()
+    held = Held(work, ".lock")
+    held.enter()
     try:
         yield
     finally:
-        lock.release()
+        held.leave()
 
 
 @contextmanager
