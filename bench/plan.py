@@ -1,15 +1,17 @@
 """What `distaya plan` predicts beside what `distaya compress` then takes: peak memory, bytes, time.
 
-    python -m bench.plan --out bench/results/plan.json [--only nano-aya] [--work FOLDER]
+    python bench/plan.py [--out bench/results/plan.json] [--only nano-aya] [--readme]
 
 Two random Cohere models of different size, made here, and the bundled nano-aya, several recipes
 each. Peak memory is VmHWM of a fresh process that runs the command, file pages it mapped included.
+--readme also writes the table in README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(__file__).resolve().parents[1] / "distaya_ext" / "assets"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+from bench import harness  # noqa: E402
+
+if __name__ == "__main__":
+    harness.passive()
+
+ASSETS = ROOT / "distaya_ext" / "assets"
 NANO = ASSETS / "nano-aya"
 TEXTS = ASSETS / "texts" / "calibration"
 
@@ -38,10 +47,12 @@ CASES: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     },
     "random-1024": {
         "default": (_DEFAULT, 5888),
+        "plain": (_PLAIN, 5888),
         "plain, 1 GiB": ({**_PLAIN, "max_ram": "1GiB"}, 17664),
         "rtn, embedding in 8 bits": (_RTN, 0),
     },
     "random-2048": {
+        "default": (_DEFAULT, 5888),
         "plain": (_PLAIN, 5888),
         "rtn, embedding in 8 bits": (_RTN, 0),
     },
@@ -105,9 +116,11 @@ def measure(model: Path, recipe: Path, out: Path) -> tuple[int, float]:
     """Peak resident bytes and seconds of `distaya compress` in a process of its own."""
     command = ["compress", str(model), "--recipe", str(recipe), "--out", str(out), "--quiet"]
     start = time.perf_counter()
+    quiet = {**os.environ, "DISTAYA_HISTORY": "off"}  # a measurement is no part of a history
     run = subprocess.run(
-        [sys.executable, "-c", _RUN, *command], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", _RUN, *command],
+        capture_output=True, text=True, check=False, env=quiet,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     if run.returncode:
         raise SystemExit(f"distaya {' '.join(command)} failed: {run.stderr.strip()[-500:]}")
@@ -134,10 +147,26 @@ def row(name: str, model: Path, recipe_name: str, work: Path) -> Row:
     )  # fmt: skip
 
 
+def table(rows: list[Row]) -> str:
+    """The Markdown table."""
+    lines = [
+        "| model | recipe | calibration tokens | predicted | measured | ratio | decided by |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for each in rows:
+        sizes = " | ".join(f"{n / 2**20:.0f} MiB" for n in (each.predicted, each.measured))
+        lines.append(
+            f"| {each.model} | {each.recipe} | {each.tokens} | {sizes} | {each.ratio:.2f} | "
+            f"{each.decided_by} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", action="append", choices=list(CASES))
+    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="distaya-") as folder:
@@ -157,6 +186,8 @@ def main() -> None:
                 if args.out is not None:  # after every row: a run takes minutes
                     found = {"rows": [each.to_dict() for each in rows], "made": MADE}
                     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.readme:
+        harness.write_table(ROOT / "README.md", "plan", table(rows))
     worst = max(rows, key=lambda each: abs(each.ratio - 1))
     print(f"furthest from what was measured: {worst.ratio:.3f} ({worst.model}, {worst.recipe})")
 

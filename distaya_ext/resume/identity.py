@@ -19,7 +19,7 @@ from ..documents import open_texts
 _BLOCK = 1 << 22
 _MOST_HEADER = 100_000_000  # bytes; the format allows no more
 _SAMPLES, _SAMPLE = 256, 4096  # pieces of a shard, bytes of each
-MOST_TOLD = 12  # differences that a sentence lists
+MOST_TOLD = 5  # differences told one by one
 
 
 def model_identity(folder: Path) -> dict[str, str]:
