@@ -28,6 +28,11 @@ def gpu_ready() -> bool:
     return torch.cuda.is_available() and machine.cuda_status()["status"] == "ok"
 
 
+def pytest_report_header() -> str | None:
+    """Says it also where processes of pytest-xdist collect, whose counts nobody prints."""
+    return None if gpu_ready() else "no GPU: tests marked cuda are deselected"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect (and count as deselected) GPU tests on a machine without a GPU.
 
