@@ -185,6 +185,7 @@ def main() -> None:
                 )
                 if args.out is not None:  # after every row: a run takes minutes
                     found = {"rows": [each.to_dict() for each in rows], "made": MADE}
+                    found["machine"] = harness.machine()
                     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.readme:
         harness.write_table(ROOT / "README.md", "plan", table(rows))
