@@ -107,7 +107,8 @@ def test_stopped_and_given_again(small, tmp_path):
         finetune(small, out, TEXTS, spec(), on_event=stop)
     assert told[-1] == events.Stopped("SIGINT after step 2 of 3; the same call goes on from there")
     assert not out.exists() and work_folder(out).is_dir()
-    with pytest.raises(InputError, match=r"rank was 4 and is 8;.*; remove that folder to start anew"):
+    words = r"rank was 4 and is 8;.*; remove that folder to start anew"
+    with pytest.raises(InputError, match=words):
         finetune(small, out, TEXTS, spec(rank=8))
     assert finetune(small, out, TEXTS, spec()).course.resumed_from == 2
     before, after = tensors(whole), tensors(out)
