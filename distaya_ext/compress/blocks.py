@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any
+
+from ..checkpoint import Checkpoint
 
 # glibc's parameter M_MMAP_THRESHOLD: blocks from this size on are mapped, each by itself, and
 # unmapped when they are freed. Left alone glibc raises it up to 32 MiB as blocks are freed, keeps
-# them in its heap, and what lives long there keeps holes open: measured on layers of width 1024
-# that was 120 to 250 MiB of 1000, another number in every run. Mapping anew costs time: at width
-# 2048 2 % with 8 MiB, where that leaves 130 MiB of holes at width 1024; at width 256 15 % with
-# 4 MiB and 40 % with 2 MiB.
+# them in its heap, and what lives long there keeps holes open: 1055 to 1098 MiB instead of 926 at
+# width 1024, another number in every run. Mapping anew costs time: there a fifth with 4 MiB and
+# less than a tenth with 16 MiB, which leaves 963 MiB.
 _M_MMAP_THRESHOLD = -3
-THRESHOLD = 4 << 20
+_USUAL, _CAREFUL = 16 << 20, 8 << 20
+_LARGE = 8 << 20  # bytes of a matrix in fp32: below it the holes are small, too, and time is lost
 
 
-def give_back() -> bool:
-    """From now on this process keeps no freed block of THRESHOLD bytes or more. False where the C
-    library is not glibc and nothing changed.
+class _Way:
+    """Of this process: whether freed memory goes back."""
+
+    frugal = False
+
+
+def threshold(checkpoint: Checkpoint, *, careful: bool) -> int | None:
+    """The least size of a block that goes back as soon as it is freed. None: glibc decides, since
+    the model is too small for holes worth the time, or another C library does.
+
+    careful: the memory is limited, or layers are trained, which makes many blocks of middling size.
     """
-    return _library() is not None and bool(_library().mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
+    entries = checkpoint.entries
+    largest = max(math.prod(entries[f"{name}.weight"].shape) for name in checkpoint.linears())
+    if _library() is None or (4 * largest < _LARGE and not careful):
+        return None
+    return _CAREFUL if careful else _USUAL
+
+
+def give_back(checkpoint: Checkpoint, *, careful: bool) -> None:
+    """From now on this process keeps no freed block of threshold() bytes or more."""
+    size = threshold(checkpoint, careful=careful)
+    if size is not None and _library().mallopt(_M_MMAP_THRESHOLD, size):
+        _Way.frugal = True
 
 
 def trim() -> None:
-    """Give back the holes between smaller blocks; between stages, where others will be wanted."""
-    if _library() is not None:
+    """Give back the holes between smaller blocks, too; between stages, where others will be
+    wanted. Nothing happens where give_back() did nothing.
+    """
+    if _Way.frugal:
         _library().malloc_trim(0)
 
 

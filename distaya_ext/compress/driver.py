@@ -71,7 +71,6 @@ def compress(
 
     work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
     """
-    give_back()
     place = find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
     if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
@@ -82,6 +81,7 @@ def compress(
     check_companions(checkpoint.folder)
     run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
     run.report.strict = strict
+    give_back(checkpoint, careful=run.needs.trains or recipe.max_ram is not None)
     with Work(Path(out), work) as held:
         if settings.statistic is not None:
             run.calibration = load_calibration(texts, recipe, checkpoint)

@@ -23,7 +23,7 @@ from ..checkpoint import Checkpoint
 from ..models import Stage
 from ..models.skeleton import build_skeleton
 from .at_work import AtWork, Replay, Stack
-from .blocks import THRESHOLD
+from .blocks import threshold
 from .calibrate import Calibration
 from .capture import Ends, fill_layer
 from .ferry import Checks, Ferry
@@ -45,12 +45,14 @@ class Live(TorchDispatchMode):
     """Memory of all tensors made inside the block that are still alive; phases: the most of it, by
     name, each up to its mark().
 
-    A tensor of blocks.THRESHOLD bytes or more is mapped and goes when it dies. Smaller ones share a
-    heap that does not shrink before trim(): it counts with the most that it held since.
+    A tensor of `threshold` bytes or more (None: none, see blocks.threshold) is mapped and goes when
+    it dies. Other ones share a heap that does not shrink before trim(), and never where threshold
+    is None: it counts with the most that it held since.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threshold: int | None) -> None:
         super().__init__()
+        self.threshold = threshold
         self.mapped = self.heap = self.high = self.most = 0
         self.phases: dict[str, int] = {}
         self._held: dict[int, weakref.ref] = {}
@@ -74,7 +76,7 @@ class Live(TorchDispatchMode):
             return
         size = storage.nbytes()
 
-        large = size >= THRESHOLD
+        large = self.threshold is not None and size >= self.threshold
 
         def gone(_: Any) -> None:
             del self._held[key]
@@ -93,7 +95,8 @@ class Live(TorchDispatchMode):
 
     def trim(self) -> None:
         """As blocks.trim()."""
-        self.high = self.heap
+        if self.threshold is not None:
+            self.high = self.heap
 
     def mark(self, phase: str) -> None:
         """What went on since the last mark was `phase`."""
@@ -217,10 +220,13 @@ def rehearse(
     twin: bool = False,
     spilled: bool = False,
     weights: Any = "equal",
+    careful: bool = False,
 ) -> Rehearsed:
-    """Layer `index` with all tokens of the calibration (None: the method looks at none)."""
+    """Layer `index` with all tokens of the calibration (None: the method looks at none). careful:
+    see blocks.threshold.
+    """
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
-    live = Live()
+    live = Live(threshold(checkpoint, careful=careful))
     with live, _AsOnTheCPU():
         replay = None
         if calibration is not None:

@@ -46,6 +46,7 @@ class Memory:
 class Job:
     """What is to be run: the checkpoint without the layers that go, and how its Linears are solved.
     calibration None: the methods look at no tokens. weights: of languages, as recipes say it.
+    limited: the recipe has a max_ram.
     """
 
     checkpoint: Checkpoint
@@ -54,6 +55,7 @@ class Job:
     needs: Needs
     calibration: Calibration | None
     weights: Any = "equal"
+    limited: bool = False
 
     @property
     def tokens(self) -> int:
@@ -111,6 +113,7 @@ def _one_layer(job: Job, index: int, spilled: bool) -> dict[str, int]:
         return dry.rehearse(
             job.checkpoint, job.plan, job.packing, index, job.calibration,
             twin=job.needs.twin, spilled=spilled, weights=job.weights,
+            careful=job.limited or job.needs.trains,
         ).phases  # fmt: skip
 
     if job.calibration is None:

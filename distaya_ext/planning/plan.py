@@ -207,7 +207,8 @@ def _job(recipe: Recipe, source: Checkpoint, texts: Any, place: torch.device) ->
             calibration = replace(calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
     packing = Packing(recipe, plan, checkpoint)
     needs = needs_of(recipe, plan, checkpoint)
-    return Job(checkpoint, packing.plan, packing, needs, calibration, recipe.calibration.weights)
+    weights, limited = recipe.calibration.weights, recipe.max_ram is not None
+    return Job(checkpoint, packing.plan, packing, needs, calibration, weights, limited)
 
 
 def _device(job: Job, recipe: Recipe, place: torch.device) -> tuple[int | None, bool]:

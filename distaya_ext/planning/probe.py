@@ -54,9 +54,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from distaya_ext.compress.calibrate import load_calibration
     from distaya_ext.recipe import Recipe
 
-    give_back()
     recipe = Recipe(**request["recipe"])
     checkpoint = open_checkpoint(request["model"], offline=request["offline"])
+    careful = recipe.effort == "high" or recipe.max_ram is not None
+    give_back(checkpoint, careful=careful)
     calibration = None
     if request["texts"] is not None:
         calibration = load_calibration(request["texts"], recipe, checkpoint)
