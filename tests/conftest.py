@@ -17,9 +17,20 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ["DISTAYA_HISTORY"] = "off"  # what tests do is no part of anybody's history
 
 
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Away from the sources, also for fixtures that many tests share: `python -c` would pick them
+    up, unbuilt as they are.
+    """
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def away_from_the_source(tmp_path, monkeypatch) -> None:
-    """Run every test in its own folder: `python -c` there cannot pick up the unbuilt sources."""
+    """Run every test in its own folder."""
     monkeypatch.chdir(tmp_path)
 
 
