@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint
 # less than a tenth with 16 MiB, which leaves 963 MiB.
 _M_MMAP_THRESHOLD = -3
 _USUAL, _CAREFUL = 16 << 20, 8 << 20
-_LARGE = 8 << 20  # bytes of a matrix in fp32: below it the holes are small, too, and time is lost
+_LARGE = 8 << 20  # bytes of a matrix in fp32: where none is as large, blocks of 16 MiB are rare
 
 
 class _Way:
@@ -26,16 +26,15 @@ class _Way:
 
 
 def threshold(checkpoint: Checkpoint, *, careful: bool) -> int | None:
-    """The least size of a block that goes back as soon as it is freed. None: glibc decides, since
-    the model is too small for holes worth the time, or another C library does.
+    """The least size of a block that goes back as soon as it is freed; None without glibc.
 
     careful: the memory is limited, or layers are trained, which makes many blocks of middling size.
     """
+    if _library() is None:
+        return None
     entries = checkpoint.entries
     largest = max(math.prod(entries[f"{name}.weight"].shape) for name in checkpoint.linears())
-    if _library() is None or (4 * largest < _LARGE and not careful):
-        return None
-    return _CAREFUL if careful else _USUAL
+    return _CAREFUL if careful or 4 * largest < _LARGE else _USUAL
 
 
 def give_back(checkpoint: Checkpoint, *, careful: bool) -> None:
