@@ -18,6 +18,7 @@ from typing import Any
 
 from .durable import describe, write_whole
 from .errors import InputError
+from .versions import versions
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -35,7 +36,7 @@ def write(folder: Path, by: str | None = None, inputs: Mapping[str, Any] | None 
     value = {
         "format": FORMAT,
         "created_by": by or before.get("created_by"),
-        "versions": _versions(),
+        "versions": versions(),
         "kernels": _kernels(),
         "input": before.get("input") if inputs is None else _told(inputs),
         "files": {name: describe(folder / name) for name in names(folder)},
@@ -106,24 +107,6 @@ def _told(inputs: Mapping[str, Any]) -> dict[str, Any]:
     from .resume import fingerprint
 
     return {"fingerprint": fingerprint(inputs), **inputs}
-
-
-def _versions() -> dict[str, str]:
-    import platform
-
-    import safetensors
-    import torch
-    import transformers
-
-    from . import __version__
-
-    return {
-        "distaya_ext": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _kernels() -> dict[str, Any]:

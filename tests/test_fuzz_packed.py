@@ -6,9 +6,8 @@ Nothing here needs a file or a model, so that the sanitizer builds of the kernel
 import fuzz_packed
 import pytest
 import torch
-from fuzzing import Dice, found_within, kept
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from fuzz_checks import examine, prepared_once, replay
+from fuzzing import Dice, found_within
 
 from distaya_ext.formats import ModuleScheme
 
@@ -18,35 +17,17 @@ TARGETS = {target.name: target for target in fuzz_packed.TARGETS}
 
 @pytest.fixture(scope="module")
 def prepared():
-    made = {}
-
-    def prepare(name):
-        if name not in made:
-            made[name] = TARGETS[name].prepare(None)
-        return made[name]
-
-    return prepare
+    return prepared_once(TARGETS, lambda name: None)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_our_errors_come_out(prepared, name):
-    target = prepared(name)
-    check = settings(
-        max_examples=EXAMPLES // target.slow,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    check(given(st.binary(max_size=64))(target.run))()
+    examine(prepared(name), EXAMPLES, 64)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_corpus_still_holds(prepared, name):
-    inputs = kept(name)
-    assert inputs
-    for data in inputs:
-        prepared(name).run(data)
+    replay(prepared(name))
 
 
 def test_every_kind_is_reached_and_most_buffers_are_read(prepared):

@@ -8,8 +8,9 @@ import time
 
 import fuzz_folders
 import pytest
-from fuzzing import Broken, Dice, edited, found_within, guarded, kept, spliced
-from hypothesis import HealthCheck, given, settings
+from fuzz_checks import examine, prepared_once, replay
+from fuzzing import Broken, Dice, edited, found_within, guarded, spliced
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distaya_ext.documents as documents
@@ -23,36 +24,17 @@ TARGETS = {target.name: target for target in fuzz_folders.TARGETS}
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    made = {}
-
-    def prepare(name):
-        if name not in made:
-            made[name] = TARGETS[name].prepare(tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return prepare
+    return prepared_once(TARGETS, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_our_errors_come_out(prepared, name):
-    target = prepared(name)
-    check = settings(
-        max_examples=EXAMPLES // target.slow,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    check(given(st.binary(max_size=100))(target.run))()
+    examine(prepared(name), EXAMPLES, 100)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_corpus_still_holds(prepared, name):
-    """Inputs that reached every line coverage found, and those that found a defect."""
-    inputs = kept(name)
-    assert inputs
-    for data in inputs:
-        prepared(name).run(data)
+    replay(prepared(name))
 
 
 def careless(path):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from ..measure import clock
 from ..runtime.paths import lesser_isa
+from ..versions import versions
 from .events import StageDone
 from .fallbacks import EVERYWHERE, Fallback, Fallbacks, of_module
 from .language_report import LanguageReport
@@ -240,18 +239,8 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """The content of results.json."""
-        import transformers
-
-        from .. import __version__
-
         return {
-            "versions": {
-                "distaya_ext": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "machine": self.machine,
             "method": self.method,
             "quality": self.quality,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from markupsafe import Markup
@@ -15,10 +14,8 @@ from ..durable import write_whole
 from ..errors import DistayaError
 from . import view_languages, view_more, view_run, view_verdict
 from .facts import Facts
+from .page import environment
 from .words import clean
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 # What of the source's front matter is still true of what was made from it.
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model", "pipeline_tag")
@@ -65,25 +62,7 @@ def render(facts: Facts) -> str:
         "source_card": (facts.folder / SOURCE).is_file(),
         "licences": sorted(p.name for p in facts.folder.glob("LICEN[CS]E*")),
     }
-    return _environment().get_template("card.md.j2").render(told)
-
-
-@functools.cache
-def _environment() -> Environment:
-    """As the page's, but what is filled in is escaped for Markdown."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from .page import TEMPLATES
-
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=False,
-        finalize=markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    return environment(markdown, html=False).get_template("card.md.j2").render(told)
 
 
 def markdown(value: Any) -> Any:

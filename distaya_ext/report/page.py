@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,16 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 @functools.cache
-def environment() -> Environment:
-    """The templates: everything in them is escaped, and a name that is missing is an error."""
+def environment(show: Callable[[Any], Any], *, html: bool) -> Environment:
+    """The templates: what is filled in is what show() makes of it, escaped where they are HTML, and
+    a name that is missing is an error.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
         loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=True,
-        finalize=_readable,
+        autoescape=html,
+        finalize=show,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -41,7 +44,7 @@ def _readable(value: Any) -> Any:
 
 def render(facts: Facts) -> str:
     """The whole page, the same text for the same facts."""
-    return environment().get_template("report.html.j2").render(context(facts))
+    return environment(_readable, html=True).get_template("report.html.j2").render(context(facts))
 
 
 def context(facts: Facts) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..checkpoint.writer import check_output
 from ..errors import DistayaError
+from ..versions import versions
 from .data import TrainingData
 from .events import Event
 from .fit import Course, fit
@@ -84,7 +83,7 @@ def train_and_publish(
             "texts": _told(training, held_out),
             "course": course.to_dict(),
             **(found() if found is not None else {}),
-            "versions": _versions(),
+            "versions": versions("accelerate"),
         }
 
         def add(model: Path, _: Merged) -> None:
@@ -113,18 +112,4 @@ def _told(training: TrainingData, held_out: TrainingData | None) -> dict[str, An
         "tokens_per_language": training.tokens_per_language,
         "sha256": training.digest(),
         "notes": training.notes,
-    }
-
-
-def _versions() -> dict[str, str]:
-    import accelerate
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "distaya_ext": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
     }
