@@ -11,9 +11,9 @@ from ..checkpoint import Checkpoint
 
 # glibc's parameter M_MMAP_THRESHOLD: blocks from this size on are mapped, each by itself, and
 # unmapped when they are freed. Left alone glibc raises it up to 32 MiB as blocks are freed, keeps
-# them in its heap, and what lives long there keeps holes open: 1055 to 1098 MiB instead of 926 at
-# width 1024, another number in every run. Mapping anew costs time: there a fifth with 4 MiB and
-# less than a tenth with 16 MiB, which leaves 963 MiB.
+# them in its heap, and what lives long there keeps holes open, others in every run. Mapping anew
+# costs time, the more the smaller the blocks: these two keep bench/plan.py within a few per cent of
+# the peak at a small part of the time.
 _M_MMAP_THRESHOLD = -3
 _USUAL, _CAREFUL = 16 << 20, 8 << 20
 _LARGE = 8 << 20  # bytes of a matrix in fp32: where none is as large, blocks of 16 MiB are rare
