@@ -14,7 +14,7 @@ from ..errors import DistayaError
 from ..recipe import Recipe
 from .clock import Rehearsal
 
-# The runs of bench/results/plan.json took 1.07 to 1.54 times the estimate: what happens between
+# The runs of bench/results/plan.json took 1.03 to 1.61 times the estimate: what happens between
 # layers is not in it.
 LEAST, MOST = 0.9, 1.7
 _LEARNING = 4  # forwards that a step of healing takes: the student's, its gradient (2), the teacher
