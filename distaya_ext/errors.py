@@ -40,6 +40,12 @@ class ResourceError(DistayaError):
     exit_code = 5
 
 
+class LostError(DistayaError):
+    """Another process of the same run has ended or does not answer (exit code 7)."""
+
+    exit_code = 7
+
+
 class GateError(DistayaError):
     """The result was produced but failed a quality gate the user asked for (exit code 6)."""
 

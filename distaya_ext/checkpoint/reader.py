@@ -126,6 +126,15 @@ class Checkpoint:
                         )
         return {name: tensors[name] for name in names}
 
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor, in its stored dtype; NaN or infinity in them raises InputError."""
+        entry = self.entries[name]
+        with safe_open(entry.path, framework="pt") as file:
+            part = aligned(file.get_slice(entry.name or name)[rows.start : rows.stop])
+        if part.is_floating_point():
+            check_finite(entry.name or name, part, rows.start, entry.shape[0])
+        return part
+
     def grid(self, module: str) -> Grid:
         """Codes, scales and zeros of a quantised module (a key of `stored`), checked."""
         held = self.stored[module]
@@ -146,8 +155,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """InputError naming the tensor and its first row that holds NaN or infinity."""
+def check_finite(name: str, tensor: torch.Tensor, first: int = 0, count: int | None = None) -> None:
+    """InputError naming the tensor and its first row that holds NaN or infinity.
+
+    first, count: which row of so many the tensor begins with, where it is a part of one.
+    """
     if all_finite(tensor):
         return
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
@@ -155,10 +167,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     for start in range(0, rows.shape[0], step):
         finite = torch.isfinite(rows[start : start + step]).all(dim=1)
         if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise InputError(
-                f"weight {name} holds NaN or infinity, first in row {row} of {len(rows)}"
-            )
+            row = first + start + int((~finite).nonzero()[0])
+            whole = len(rows) if count is None else count
+            raise InputError(f"weight {name} holds NaN or infinity, first in row {row} of {whole}")
 
 
 def open_checkpoint(

@@ -1,0 +1,22 @@
+"""Several processes at one run, started by torchrun: torch.distributed, gloo on CPUs and NCCL on
+GPUs.
+
+team() is all that the rest of the package asks: who takes part, which share is this process's own,
+and the few ways in which processes tell each other something. Without torchrun it is a team of one.
+"""
+
+from .join import joined, world_size
+from .reading import read_shared
+from .sums import Parts, PartSums, Sum
+from .team import Team, team
+
+__all__ = [
+    "PartSums",
+    "Parts",
+    "Sum",
+    "Team",
+    "joined",
+    "read_shared",
+    "team",
+    "world_size",
+]
