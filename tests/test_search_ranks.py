@@ -185,6 +185,34 @@ def test_more_ranks_than_variants_and_than_windows(tmp_path: Path) -> None:
     _same(run_ranks(5, _searched, *arguments), one, 5)
 
 
+# ---- the model ----
+
+
+def _loaded(folder: Path, dtype: torch.dtype) -> tuple[dict[str, bytes], bytes]:
+    """All weights and buffers, and what the model says of some windows."""
+    model = whole.load(open_checkpoint(folder), dtype).requires_grad_(False)
+    held = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
+    with torch.no_grad():
+        said = model(input_ids=_windows(2).ids).logits
+    kept = {name: t.contiguous().view(-1).view(torch.uint8).numpy() for name, t in held.items()}
+    return {name: t.tobytes() for name, t in kept.items()}, said.float().numpy().tobytes()
+
+
+def _all_loaded(folders: list[Path]) -> list[tuple[dict[str, bytes], bytes]]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [_loaded(folder, dtype) for folder in folders for dtype in dtypes]
+
+
+def test_ranks_load_the_model_that_one_process_loads(tmp_path: Path) -> None:
+    folders = [make(tmp_path / name, FAMILIES[name]) for name in FAMILIES]
+    one = run_ranks(1, _all_loaded, folders)[0]
+    for found in run_ranks(2, _all_loaded, folders):
+        for ours, theirs in zip(found, one, strict=True):
+            assert ours[0].keys() == theirs[0].keys()
+            assert [n for n in ours[0] if ours[0][n] != theirs[0][n]] == []
+            assert ours[1] == theirs[1]
+
+
 # ---- the command ----
 
 

@@ -124,16 +124,24 @@ class Memory:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, costs: Costs, sets: Sets, limit: str | None, place: torch.device
+    checkpoint: Checkpoint,
+    costs: Costs,
+    sets: Sets,
+    limit: str | None,
+    place: torch.device,
+    parts: int = 1,
 ) -> Memory:
     """What fits where, which no other rank has to know. ResourceError when the model itself has no
     room beside its work. limit: of each process; without one those of a host share its memory.
+    parts: of the Hessians that this rank sums.
     """
     us = team()
     itemsize = run_dtype(checkpoint).itemsize
     model = sum(e.nbytes // e.dtype.itemsize for e in checkpoint.entries.values()) * itemsize
     window = 12 * sets.hessian.shape[1] * checkpoint.config.vocab_size
     least = model + working_bytes(checkpoint) + max(3 * CHUNK_BYTES, window)
+    if parts > 1:  # sums of those before the one at work, see ranks.sums
+        least += (parts - 1).bit_length() * _moments_bytes(checkpoint, costs)
     have = parse_size(limit) if limit is not None else physical_bytes() // us.local_world
     if place.type == "cuda":
         _check(least, torch.cuda.mem_get_info(place)[0], f"on {place}")
@@ -146,6 +154,13 @@ def plan_memory(
     # A rank keeps its share of all variants, and what the candidates that decide are made of.
     kept = len(packed) if us.alone else len(packed) / us.world + 1
     return Memory(waiting > room // 2, kept * weights * 9 // 8 > room // 4)
+
+
+def _moments_bytes(checkpoint: Checkpoint, costs: Costs) -> int:
+    """The Hessians of all stages of a layer."""
+    architecture = checkpoint.architecture
+    first = [f"{architecture.layers}.0.{stage.names[0]}" for stage in architecture.stages]
+    return 4 * sum(costs.shape(name)[1] ** 2 for name in first)
 
 
 def _check(needed: int, have: int, where: str) -> None:

@@ -122,10 +122,13 @@ class _Task:
         """Cut the texts, load the model, and note what the dense one says of the windows."""
         sets = cut(texts, self.options, self.checkpoint)
         self._tell_few(sets)
-        memory = plan_memory(self.checkpoint, self.costs, sets, self.options.max_ram, place)
+        parts = Parts.dealt(self.options.calibration.parts or team().world)
+        memory = plan_memory(
+            self.checkpoint, self.costs, sets, self.options.max_ram, place, len(parts.own)
+        )
         self.whole = Whole(self.checkpoint, place)
         spill = folder if memory.spills else None
-        self.hessian, self.streams = sets.hessian, Store(spill)
+        self.hessian, self.parts, self.streams = sets.hessian, parts, Store(spill)
         self.decide = Windows(self.whole, *sets.decide, spill)
         self.report = Windows(self.whole, *sets.report, spill)
         if self.options.embed_bits:
@@ -138,7 +141,6 @@ class _Task:
 
     def measure(self, on_progress: OnProgress) -> Sensitivities:
         """The walk: all variants and their KLs. It serves any number of budgets."""
-        parts = self.options.calibration.parts or team().world
         walk = Walk(
             self.whole,
             self.costs,
@@ -147,7 +149,7 @@ class _Task:
             self.decide,
             self.variants,
             self.streams,
-            parts=Parts.dealt(parts),
+            parts=self.parts,
             drop=self.options.drop,
             seconds=self.seconds,
             on_progress=on_progress,
