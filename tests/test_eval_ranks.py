@@ -1,7 +1,6 @@
 """Evaluation by several ranks: the same figures, bit by bit, as by one process."""
 
-import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 
 import numpy as np
@@ -79,12 +78,7 @@ def _one_batch(model, base, count):
     """Fewer batches than ranks: one window in one language."""
     loaded, other = load(model), load(base)
     samples = cut_windows({"ja": SENTENCES["ja"]}, tokenizer(), window=8)
-    samples = [
-        copy.replace(s, rows=s.rows[:count])
-        if hasattr(copy, "replace")
-        else type(s)(s.language, s.rows[:count], s.bytes_per_token)
-        for s in samples
-    ]
+    samples = [replace(s, rows=s.rows[:count]) for s in samples]
     both = evaluate_loaded([loaded, other], samples, window=8)
     return [_figures(one)[0] for one in [*both, *evaluate_loaded([other], samples, base=loaded)]]
 

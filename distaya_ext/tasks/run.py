@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DistayaError, InputError, UsageError, one_line
 from ..evaluate.load import Loaded, load
+from ..ranks import team
 from .local import lay_over, leans_on_harness, nearby, read_folder
 from .result import TaskResults, rows_of
 
@@ -45,6 +46,11 @@ def run_tasks(
     UsageError without the harness and for a task that there is not, InputError for data or a model
     that cannot be used.
     """
+    if not team().alone:
+        raise UsageError(
+            f"tasks of lm-evaluation-harness run in one process, not in {team().world}; start "
+            "distaya without torchrun"
+        )
     start = time.perf_counter()
     harness = _harness()
     names = [name.strip() for name in tasks if name.strip()]
