@@ -1,5 +1,9 @@
 """Evaluation by several ranks: the same figures, bit by bit, as by one process."""
 
+import contextlib
+import io
+import json
+import os
 from dataclasses import asdict, replace
 from importlib import import_module
 
@@ -8,9 +12,12 @@ import pytest
 from ranked import Ranks, run_ranks
 from speaking import SENTENCES, save_model, save_texts, tokenizer
 
+from distaya_ext.errors import DistayaError, UsageError
 from distaya_ext.evaluate import cut_windows, evaluate, evaluate_loaded, load
 from distaya_ext.evaluate.dealt import deal
-from distaya_ext.ranks import team
+from distaya_ext.ranks import Team, team
+from distaya_ext.ranks.team import acting
+from distaya_ext.tasks.run import run_tasks
 
 _ROOM = 4 * 300 * 40  # tokens 40 at once: several batches, the last one smaller
 
@@ -135,3 +142,36 @@ def test_work_is_dealt_out_evenly_and_all_of_it():
             loads = [sum(costs[job] for job in jobs) for jobs in dealt]
             assert max(loads) - min(loads) <= max(costs, default=0)
             assert dealt[0] or not count
+
+
+def _commanded(model, base, texts, history, **more):
+    """`distaya eval` as each rank runs it: what it prints, and how it ends."""
+    from distaya_ext.cli.eval import evaluate as command
+
+    os.environ["DISTAYA_HISTORY"] = str(history)
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        try:
+            command(str(model), texts, str(base), window=16, continuations=0, json=True, **more)
+        except DistayaError as error:
+            return printed.getvalue(), told.getvalue(), error.exit_code, str(error)
+    return printed.getvalue(), told.getvalue(), 0, ""
+
+
+def test_the_command_speaks_and_writes_once_and_ends_alike(folders, tmp_path):
+    arguments = (*folders[:3], tmp_path / "history.jsonl")
+    first, *others = run_ranks(2, _gated, *arguments)
+    assert json.loads(first[0])["languages"] and "tokens " in first[1]
+    assert first[2] == 6 and "quality gate failed" in first[3]
+    assert [one[:2] for one in others] == [("", "")]
+    assert [one[2:] for one in others] == [first[2:]]
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+
+
+def _gated(*arguments):
+    return _commanded(*arguments, gate=["max_kl=1e-9"])
+
+
+def test_tasks_of_the_harness_are_refused(folders):
+    with acting(Team(1, 2)), pytest.raises(UsageError, match="run in one process, not in 2"):
+        run_tasks(folders[0], ["xcopa_et"])

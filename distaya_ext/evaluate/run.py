@@ -65,10 +65,10 @@ def evaluate(
     """
     if team().first and not isinstance(texts, Mapping):
         texts = read_texts(texts, parallel=per_line)
-    loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
-    base = None
+    how = {"dtype": dtype, "device": device, "offline": offline, "exact": exact}
+    loaded, base = load(model, **how, together=True), None
     if against is not None:
-        base = load(against, dtype=dtype, device=device, offline=offline, exact=exact)
+        base = load(against, **how, together=True)
         check_same_vocabulary(loaded, base)
     if not per_line:
         check_window(window, loaded.model.config)

@@ -43,8 +43,8 @@ def run_tasks(
     limit      questions of each task at most, num_fewshot examples before each (None: the task's)
 
     Models are loaded by evaluate.load, so packed ones run packed; no remote code is ever run.
-    UsageError without the harness and for a task that there is not, InputError for data or a model
-    that cannot be used.
+    UsageError without the harness, for a task that there is not and under ranks, InputError for
+    data or a model that cannot be used.
     """
     if not team().alone:
         raise UsageError(
