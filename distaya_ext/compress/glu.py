@@ -21,9 +21,11 @@ from ..ops import dass
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.hessian import column_sq_
+from ..ranks import Sum
 from ..recipe import DassSpec, Recipe
 from ..runtime.glu import activation
 from .ferry import Checks
+from .rows import Rows
 from .settings import Settings
 from .solve import Statistic
 
@@ -145,6 +147,15 @@ class GatedMLP:
         self._chosen_by_sweep = swept
         self.sweeps_twice = swept and self.dense > 0  # first for what is kept
 
+    def sums(self, stage: Stage) -> list[Sum]:
+        """What see() adds to."""
+        return [Sum(self._moments), Sum(self._squares)] if GATE in stage.names else []
+
+    def count(self, stage: Stage, tokens: int) -> None:
+        """So many tokens were seen, by all processes together."""
+        if GATE in stage.names:
+            self.tokens = tokens
+
     def see(self, stage: Stage, x: torch.Tensor) -> None:
         """Tokens x [..., columns] on their way into gate and up (of other stages: nothing)."""
         if GATE not in stage.names:
@@ -220,14 +231,17 @@ class GatedMLP:
         """
         live = self.neurons - self.dense
         parts = [W if name == DOWN else W[:live] for name, W in zip(names, weights, strict=True)]
-        chosen = obs_op.obs(
-            torch.cat(parts),
+        rows = Rows(sum(map(len, parts)))
+        found = obs_op.obs(
+            rows.part(torch.cat(parts)),
             statistic.matrix(),
             sparsity=self.settings.sparsity,
             nm=self.settings.nm,
             damp=self.settings.damp,
             later=lambda factor: None,  # the sweep that follows has the same one judged
-        ).mask.split([len(part) for part in parts])
+            among=rows.among,
+        )
+        chosen = rows.whole(found.mask).split([len(part) for part in parts])
         masks = [torch.ones_like(W, dtype=torch.bool) for W in weights]
         for name, mask, choice in zip(names, masks, chosen, strict=True):
             if name == DOWN:

@@ -15,10 +15,12 @@ from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_, symmetrize_
+from ..ranks import Sum
 from .aim import Aim
 from .bias import Means
 from .ferry import Checks
-from .refine import pattern, refined, rounding
+from .refine import pattern, refined, rounding, visits
+from .rows import Rows
 from .settings import Settings
 
 _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
@@ -72,8 +74,25 @@ class Statistic:
         else:
             column_sq_(self._squares, x, weights)
         if weights is not None:
-            more = weights.sum(dtype=torch.float64)
-            self._weight = more if self._weight is None else self._weight + more
+            self.sums(weighted=True)
+            self._weight += weights.sum(dtype=torch.float64)
+
+    def sums(self, *, weighted: bool) -> list[Sum]:
+        """All that add() adds to; weighted: whether it will be given weights."""
+        if weighted and self._weight is None:
+            self._weight = torch.zeros((), dtype=torch.float64, device=self._squares.device)
+        found = [] if self._weight is None else [Sum(self._weight)]
+        hessian = self._hessian
+        found.append(Sum(self._squares) if hessian is None else Sum(hessian.H, upper=True))
+        if self.aim is not None:
+            found += self.aim.sums(weighted=weighted)
+        return found if self.means is None else found + self.means.sums()
+
+    def count(self, tokens: int) -> None:
+        """So many tokens were added, by all processes together."""
+        self.tokens = tokens
+        if self.aim is not None:
+            self.aim.tokens = tokens
 
     def matrix(self) -> torch.Tensor:
         """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
@@ -89,26 +108,28 @@ class Statistic:
         return H
 
     def _finish(self, hessian: Hessian) -> torch.Tensor:
-        if self._weight is None:
-            return hessian.finish()
-        H = hessian.H.div_(self._weight)  # as finish(), which would wait for the weights
+        # As finish(), which would wait for the weights, and knows of this process's tokens alone.
+        H = hessian.H.div_(self.tokens if self._weight is None else self._weight)
         symmetrize_(H)
         return H
 
-    def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
-        """The weights to compress towards, fp32: W itself where nothing is aimed at."""
+    def wanted(
+        self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor, rows: slice
+    ) -> torch.Tensor:
+        """The weights to compress towards, fp32: W itself where nothing is aimed at. W: these rows
+        of the matrix.
+        """
         if self.aim is None:
             return W.float()
-        return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
+        return self.aim.weights(W, H, factor.R, rows=rows, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
         """Weighted root mean square of each input column, fp32 [columns]; of a Hessian before
         matrix() is called.
         """
         if self._hessian is not None:
-            if self._weight is None:
-                return self._hessian.column_norms()
-            return (self._hessian.H.diagonal() / self._weight).float().sqrt_()
+            divisor = self.tokens if self._weight is None else self._weight
+            return (self._hessian.H.diagonal() / divisor).float().sqrt_()
         if self._weight is None:
             return (self._squares / max(1, self.tokens)).sqrt_()
         return (self._squares / self._weight).float().sqrt_()
@@ -208,48 +229,77 @@ def _sweep(
 ) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first. mask: what
     is kept; None: the sweep chooses.
+
+    Every process of the run factorises H, which is ready for all of them at once and takes no bytes
+    to tell, and sweeps its own rows.
     """
     if mask is None:
         _check_pattern(W, settings)
-    shape, H = W.shape, statistic.matrix()
+    rows, H = Rows(len(W)), statistic.matrix()
+    shape = rows.part(W).shape
     if checks.late:
-        checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
+        checks.expect(
+            lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(rows.part(W))
+        )
     else:
-        obs_op.need_finite(W)
-    figures = Figures(energy=output_energy(W, H, sizes), dead=(H.diagonal() == 0).sum())
+        obs_op.need_finite(rows.part(W))
+    figures = Figures(
+        energy=output_energy(rows.part(W), H, sizes, rows.own), dead=(H.diagonal() == 0).sum()
+    )
 
     def judge(factor: LateFactor) -> None:
         figures.floored = factor.info[0]
         size, damp = len(factor.R), factor.damp  # not the factor itself, which is large
         checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
 
+    kept = None if mask is None else rows.part(mask)
     if settings.quality == "plain":
-        found = obs_op.obs(W, H, **pattern(settings, mask), **rounding(settings), overwrite_H=True,
-                           later=judge)  # fmt: skip
+        how = pattern(settings, kept)
+        if rows.shared:
+            how["order"] = visits(settings, W, H)
+        found = obs_op.obs(rows.part(W), H, **how, **rounding(settings), overwrite_H=True,
+                           later=judge, among=rows.among)  # fmt: skip
     else:
         factor = cholesky_late(H, settings.damp)
         judge(factor)
-        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings, mask)
-    figures.loss, grid = found.loss, None
+        part = rows.part(W)
+        T = statistic.wanted(part, H, factor, rows.own)
+        found = refined(part, T, H, factor, settings, kept, rows)
+    return _whole(found, figures, settings, rows)
+
+
+def _whole(found: obs_op.ObsResult, figures: Figures, settings: Settings, rows: Rows) -> Solution:
+    """What all processes have found, on each of them."""
+    figures.loss, grid = rows.whole(found.loss), None
+    figures.energy = rows.whole(figures.energy)
     if found.codes is not None and (found.perm is None or settings.static or not settings.group):
-        grid = _grid(found.codes, found.scales, found.zeros, settings)
+        parts = (found.codes, found.scales, found.zeros)
+        grid = _grid(*map(rows.whole, parts), settings)
     prunes = settings.sparsity is not None or settings.nm is not None
-    return Solution(found.W, figures, grid, found.mask if prunes else None)
+    asked = prunes and (settings.quality == "high" or not rows.shared)  # by training alone
+    return Solution(rows.whole(found.W), figures, grid, rows.whole(found.mask) if asked else None)
 
 
-def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def output_energy(
+    W: torch.Tensor, H: torch.Tensor, sizes: list[int], own: slice | None = None
+) -> torch.Tensor:
     """Half the mean squared dense output of rows: 1/2 diag(W H W^T), fp64 [rows].
 
-    W stacks matrices of `sizes` rows. A larger matrix gives evenly spaced rows, at most
-    _ENERGY_ROWS of them, and NaN in the others: this serves only to put the loss into proportion,
-    and all rows would cost more than the sweep.
+    W: the rows `own` (None: all) of a stack of matrices of `sizes` rows. A larger matrix gives
+    evenly spaced rows, at most _ENERGY_ROWS of them, and NaN in the others: this serves only to put
+    the loss into proportion, and all rows would cost more than the sweep.
     """
+    own = own or slice(0, len(W))
     energy = torch.full((W.shape[0],), torch.nan, dtype=torch.float64, device=W.device)
     start = 0
     for size in sizes:
-        part = slice(start, start + size, -(-size // _ENERGY_ROWS))
-        rows = W[part].float()
-        energy[part] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
+        step = -(-size // _ENERGY_ROWS)
+        first = start + max(0, -(-(own.start - start) // step)) * step
+        stop = min(start + size, own.stop)
+        if first < stop:
+            part = slice(first - own.start, stop - own.start, step)
+            rows = W[part].float()
+            energy[part] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
         start += size
     return energy
 

@@ -1,0 +1,91 @@
+"""compress() by several processes: the same bits as by one that sums in as many parts."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from ranked import run_ranks
+
+from distaya_ext.compress import compress
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain 2:4": {"nm": "2:4", "quality": "plain"},
+    "2:4": {"nm": "2:4"},
+    "half": {"sparsity": 0.5},
+    "int4": {"method": "gptq", "bits": 4, "group": 32, "embed_bits": 8},
+    "2:4+int4, high": {"nm": "2:4", "bits": 4, "group": 32, "quality": "high"},
+    "half, high": {"sparsity": 0.5, "quality": "high"},
+    "int3, activation": {"method": "gptq", "bits": 3, "group": 32, "order": "activation"},
+    "2:4, group": {"nm": "2:4", "order": "group"},
+    "wanda": {"method": "wanda", "sparsity": 0.5},
+    "ria": {"method": "ria", "nm": "2:4"},
+    "dass": {"method": "dass", "nm": "2:4"},
+    "magnitude": {"method": "magnitude", "sparsity": 0.5},
+    "worst": {"nm": "2:4", "calibration": {"weights": "worst"}},
+    "permute": {"nm": "2:4", "permute": True},
+}
+
+
+def weights(folder: Path) -> str:
+    """A hash of all weight files."""
+    made = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        made.update(path.read_bytes())
+    return made.hexdigest()
+
+
+def run(
+    source: Path, out: Path, fields: dict[str, Any], parts: int | None, windows: int = 25
+) -> dict[str, Any]:
+    fields = dict(fields)
+    calibration = {"tokens": 1 << 20, **fields.pop("calibration", {}), "parts": parts}
+    recipe = tiny.recipe(fields.pop("method", "sparsegpt"), calibration=calibration, **fields)
+    report = compress(source, out, recipe, tiny.windows(windows))
+    return report.summary()
+
+
+def many(source: Path, out: Path, cases: dict[str, dict[str, Any]], parts: int | None) -> list:
+    return [run(source, out / name, fields, parts) for name, fields in cases.items()]
+
+
+FEW = ("half", "2:4+int4, high", "dass")  # of every family, and dealt out unevenly
+
+
+def compared(source: Path, folder: Path, names: Iterable[str], world: int, parts: int) -> None:
+    """So many ranks, in so many parts, beside one process in as many."""
+    cases = {name: RECIPES[name] for name in names}
+    run_ranks(1, many, source, folder / "one", cases, parts)
+    told = run_ranks(world, many, source, folder / "more", cases, None if world == parts else parts)
+    for name in cases:
+        assert weights(folder / "more" / name) == weights(folder / "one" / name), name
+    assert all(found == told[0] for found in told)
+
+
+def test_two_ranks_write_what_one_process_writes(tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    compared(source, tmp_path, RECIPES, 2, 2)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "llama-bias"])
+def test_three_ranks_write_what_one_process_writes(family: str, tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES[family])
+    compared(source, tmp_path, FEW, 3, 3)
+
+
+@pytest.mark.parametrize(("world", "parts"), [(2, 5), (3, 2)])
+def test_parts_that_ranks_do_not_share_evenly(world: int, parts: int, tmp_path: Path) -> None:
+    """More parts than ranks, and a rank that has none."""
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    compared(source, tmp_path, FEW, world, parts)
+
+
+def test_parts_change_last_bits(tmp_path: Path) -> None:
+    """Or the tests above could not fail."""
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    case = {"2:4+int4": {"nm": "2:4", "bits": 4, "group": 32, "format": "dense"}}
+    for parts in (1, 2):
+        run_ranks(1, many, source, tmp_path / str(parts), case, parts)
+    assert len({weights(tmp_path / str(parts) / "2:4+int4") for parts in (1, 2)}) == 2
