@@ -7,7 +7,6 @@ stop (SIGTERM, SIGHUP).
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import traceback
@@ -18,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import DistayaError, notes
+from ..errors import explain, notes
 from . import bench
 from .compress import compress
 from .demo import demo
@@ -73,24 +72,6 @@ class Group(TyperGroup):
         except (KeyboardInterrupt, SystemExit) as stop:
             self.kept = notes(stop)
             raise
-
-
-def explain(error: Exception) -> tuple[str, int]:
-    """One sentence for the user, and the exit code."""
-    if isinstance(error, DistayaError):
-        return str(error), error.exit_code
-    if hasattr(error, "format_message"):  # what typer raises for flags and arguments
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context else ""
-        return " ".join(error.format_message().split()) + hint, error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        first = str(error).strip().splitlines()
-        return "out of memory" + (f": {first[0]}" if first else ""), 5
-    if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.strerror or error}{where}", 5 if full else 3
-    return f"a fault in distaya: {type(error).__name__}: {error} (--debug shows where)", 1
 
 
 app = typer.Typer(

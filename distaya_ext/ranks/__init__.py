@@ -5,6 +5,7 @@ team() is all that the rest of the package asks: who takes part, which share is 
 and the few ways in which processes tell each other something. Without torchrun it is a team of one.
 """
 
+from .folder import same_folder
 from .join import joined, world_size
 from .reading import read_shared
 from .sums import Parts, PartSums, Sum
@@ -17,6 +18,7 @@ __all__ = [
     "Team",
     "joined",
     "read_shared",
+    "same_folder",
     "team",
     "world_size",
 ]
