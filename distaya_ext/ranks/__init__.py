@@ -10,6 +10,7 @@ from .join import joined, world_size
 from .reading import read_shared
 from .sums import Parts, PartSums, Sum
 from .team import Team, team
+from .watch import leave
 
 __all__ = [
     "PartSums",
@@ -17,6 +18,7 @@ __all__ = [
     "Sum",
     "Team",
     "joined",
+    "leave",
     "read_shared",
     "same_folder",
     "team",
