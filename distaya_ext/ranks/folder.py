@@ -24,7 +24,8 @@ def same_folder(folder: Path | str, patience: float = _PATIENCE) -> None:
     us, folder = team(), Path(folder)
     if us.alone:
         return
-    mark = folder / f".distaya-{us.tell(uuid.uuid4().hex)}"
+    told, name = us.tell([str(folder), f".distaya-{uuid.uuid4().hex}"])
+    mark = folder / name
     if us.first:
         mark.touch(exist_ok=False)
     try:
@@ -38,7 +39,7 @@ def same_folder(folder: Path | str, patience: float = _PATIENCE) -> None:
         if not sees:
             raise UsageError(
                 f"rank {rank} of {us.world} ({host}) does not see what rank 0 ({seen[0][0]}) "
-                f"writes into {folder}: the output's folder must be one that all ranks share"
+                f"writes into {told}: the output's folder must be one that all ranks share"
             )
 
 

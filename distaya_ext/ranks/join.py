@@ -44,7 +44,7 @@ def joined(device: str = "cpu") -> Iterator[Team]:
     if world_size() == 1:
         yield Team()
         return
-    board, silence = _board(), _seconds(SILENT, SILENCE)
+    silence, board = _seconds(SILENT, SILENCE), _board()
     cuda = take_gpu(device)
     watch, made = Watch(board, silence), None
     try:

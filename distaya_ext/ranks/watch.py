@@ -28,6 +28,7 @@ GRACE = 8.0  # seconds that the main thread has to end by itself
 _BEAT = 1.0  # seconds between two looks
 _PAUSED = 5.0  # a look that comes so late says that this process itself was stopped
 _NEWS = 3.0  # seconds to wait for news of why a collective failed
+_CLOSING = 1.5  # seconds from losing the store to saying so; above _BEAT, see _absent
 _ANSWER = 5.0  # seconds that the store has to answer where nobody else is waiting
 _SIGNAL = signal.SIGUSR2  # what interrupts the main thread
 
@@ -52,6 +53,7 @@ class Watch:
         self._told = [(0, self._round)] * self.world  # by rank: signs of life, when they changed
         self._begun = [0] * self.world
         self._store_lost = False
+        self._absent: set[int] = set()  # of this host, when the store was lost
         self._before: Any = None  # the handler of _SIGNAL
 
     def start(self, processes: list[Process]) -> None:
@@ -203,7 +205,7 @@ class Watch:
             return record.rank == self.rank
         here = Process.own().place
         beside = [r for r, p in enumerate(self.processes) if p.place == here and r < self.rank]
-        return all(self._is_gone(r) for r in beside)
+        return set(beside) <= self._absent | {0}
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The store's answer; None when it is gone or does not come."""
@@ -242,7 +244,8 @@ class Watch:
             try:
                 self._turn(count)
             except RuntimeError:
-                if not self._closed.wait(1.0):  # time for a normal end, which closes the store, too
+                self._absent = {r for r in range(len(self.processes)) if self._is_gone(r)}
+                if not self._closed.wait(_CLOSING):  # the store closes in a normal end, too
                     self._without_store("was killed or lost")
                 return
             self._look.wait(_BEAT)
@@ -308,6 +311,7 @@ class Watch:
             return
         if self._speaks(record, 2.0):
             os.write(2, f"Error: {self._error(record)}\n".encode())
+        self._linger()
         os._exit(record.code)
 
     def _interrupted(self, number: int, frame: Any) -> None:
