@@ -97,9 +97,9 @@ def fit(
     process uses it, nothing learns, or accelerate or matplotlib is missing.
 
     Of several ranks all call it with the same arguments and get the same result; the first one
-    alone writes, and tells events. Each learns from its share of a step's rows; a step needs a row for
-    every rank. The same number of parts (spec.parts; None: as many as there are ranks, or what the
-    checkpoint was made with) gives the same bits with any number of ranks up to it, unless what
+    alone writes, and tells events. Each learns from its share of a step's rows; a step needs a row
+    for every rank. The same number of parts (spec.parts; None: as many as there are ranks, or what
+    the checkpoint was made with) gives the same bits with any number of ranks up to it, unless what
     learns is sharded (spec.shard): then with the same number of ranks. Accidents and signals of one
     rank end the run on all of them after the same step.
     """
