@@ -127,7 +127,8 @@ def save_best(work: Path, parameters: Mapping[str, torch.Tensor], step: int, los
     if team().first:
         target = work / _BEST
         target.parent.mkdir(exist_ok=True)
-        about = {"step": str(step), "loss": repr(loss)}
+        # One entry: the library writes several in an order of chance.
+        about = {"best": json.dumps({"step": step, "loss": loss})}
         write_whole(target, lambda path: save_file(plain, path, about))
 
 
@@ -137,7 +138,8 @@ def load_best(work: Path, parameters: Mapping[str, torch.Tensor]) -> tuple[int, 
     if not by_first(path.is_file):
         return None
     about = load_parameters(path, parameters)
-    return int(about["step"]), float(about["loss"])
+    found = json.loads(about["best"]) if "best" in about else about  # older runs had two entries
+    return int(found["step"]), float(found["loss"])
 
 
 def load_parameters(path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, str]:
