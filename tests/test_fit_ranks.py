@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from fitting import Scripted, data, spec, state, tiny_model
 from ranked import Ranks, run_ranks
 from tiny import windows
 
-from distaya_ext.ranks import team
+from distaya_ext.ranks import Parts, Team, team
+from distaya_ext.ranks.team import acting
 from distaya_ext.train import plot
 from distaya_ext.train.data import IGNORED, TrainingData
+from distaya_ext.train.dealing import deal
 from distaya_ext.train.events import Evaluated, TrainStep
 from distaya_ext.train.finetune import CrossEntropy
 from distaya_ext.train.fit import fit
+from distaya_ext.train.trainer import told_to_stop
 
 ranked._context.set_forkserver_preload(
     ["torch.distributed", "transformers.trainer", "distaya_ext.train.distill", "peft"]
@@ -29,12 +32,12 @@ CLOCK = ("seconds", "tokens_per_second")
 
 
 def ragged(rows: int = 15) -> tuple[TrainingData, TrainingData]:
-    """Rows with from 0 to 16 labels, and 5 to be held out."""
+    """Rows with up to 16 labels, every other one with none, and 5 to be held out."""
     ids = windows(rows + 5).ids
-    mask = torch.arange(24) < (torch.arange(rows + 5) * 7 % 24 + 1)[:, None]
+    numbers = torch.arange(rows + 5)
+    mask = torch.arange(24) < ((numbers * 7 % 24) * (numbers % 2) + 1)[:, None]
     labels = torch.where(mask & (torch.arange(24) % 3 > 0), ids, IGNORED)
     whole = TrainingData(ids * mask, labels, mask, ["en"] * (rows + 5))
-    numbers = torch.arange(rows + 5)
     return whole.take(numbers[:rows]), whole.take(numbers[rows:], first=rows)
 
 
@@ -113,6 +116,25 @@ def _off(found: dict, there: dict, start: dict) -> float:
     return off / sum(float((start[n] - p).square().sum()) for n, p in there.items())
 
 
+@pytest.mark.parametrize(("rows", "micro", "parts"), [(7, 2, 3), (8, 3, 1), (5, 9, 5), (9, 2, 2)])
+def test_every_row_of_a_step_is_dealt_out_once(rows, micro, parts):
+    found = deal(rows, micro, parts)
+    assert [row for cut in found.micros for row in cut] == list(range(rows))
+    assert len(found.cuts) == parts and all(found.cuts)
+    assert max(map(len, found.micros)) <= micro
+    if parts == 1:  # as one process always has cut them
+        assert [cut.start for cut in found.micros] == list(range(0, rows, micro))
+    for world in range(1, parts + 1):
+        turns = []
+        for rank in range(world):
+            own = replace(found, parts=Parts.dealt(parts, Team(rank, world)))
+            turns.append(own.turns(even=True))
+            assert [turn for turn in turns[-1] if turn] == own.turns(even=False)
+        assert len({len(each) for each in turns}) == 1
+        numbers = [turn[1] for each in turns for turn in each if turn]
+        assert numbers == list(range(len(found.micros)))
+
+
 # ---- accidents ----
 
 
@@ -185,6 +207,16 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
     names = [n for n in uninterrupted if n.startswith((last, "best")) or n == "metrics"]
     assert len(names) == 5
     assert {n: stopped[n] for n in names} == {n: uninterrupted[n] for n in names}
+
+
+def test_a_signal_that_the_launcher_passes_on_is_the_same_one():
+    with acting(Team(0, 2)), told_to_stop() as told:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert told() == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt), told_to_stop():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def _raises(rank: int, root: Path) -> None:

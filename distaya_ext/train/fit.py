@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.whole import quiet_transformers
 from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
@@ -23,7 +21,8 @@ from . import saved
 from .data import TrainingData
 from .events import Event, Notice, Resumed, Started, Stopped
 from .identity import identity
-from .loop import Diverged, Loop, precision
+from .loop import Diverged, Loop
+from .notes import notes
 from .objective import Objective
 from .sharding import shard
 from .spec import TrainSpec
@@ -176,7 +175,7 @@ def _begin(loop: Loop) -> int | None:
     counts = len(loop.training), 0 if loop.held_out is None else len(loop.held_out)
     numbers = sum(p.numel() for p in loop.parameters.values())
     loop.tell(Started(spec.steps, loop.rows, *counts, numbers, loop.precision))
-    for note in _notes(loop, None if found is None else found[1]):
+    for note in notes(loop, None if found is None else found[1]):
         loop.tell(Notice(note))
     if found is None:
         by_first(lambda: check_disk(loop.work, _COPIES * 4 * numbers))
@@ -188,38 +187,6 @@ def _begin(loop: Loop) -> int | None:
 def _newest(work: Path) -> list[Any] | None:
     found = saved.newest(work)
     return None if found is None else [str(found[0]), found[1]]
-
-
-def _notes(loop: Loop, state: dict[str, Any] | None) -> list[str]:
-    """What the user should know of a run before its first step."""
-    notes = []
-    if loop.rows > len(loop.training):
-        notes.append(
-            f"a step takes {loop.rows} rows and there are {len(loop.training)}, so rows repeat "
-            "within it"
-        )
-    if loop.precision != precision("auto", loop.device) == "float32":
-        notes.append("this machine has no bfloat16 products; they are emulated, which takes longer")
-    if state is not None and state["threads"] != torch.get_num_threads():
-        notes.append(
-            f"the checkpoint was made with {state['threads']} threads and this run has "
-            f"{torch.get_num_threads()}, so it may end with other last bits"
-        )
-    parts = loop.dealt.parts.count
-    if state is not None and (before := state.get("parts", 1)) != parts:
-        notes.append(
-            f"the checkpoint was made by a run whose steps were summed in {before} parts, and now "
-            f"there are {parts}, so it may end with other last bits"
-        )
-    sharded = loop.whole.shards is not None
-    if state is not None and state.get("sharded", False) != sharded:
-        notes.append(
-            f"what learns was {'whole' if sharded else 'sharded'} where the checkpoint was made "
-            f"and is {'sharded' if sharded else 'whole'} now, so it may end with other last bits"
-        )
-    if loop.spec.shard != "none" and not sharded:
-        notes.append("there is one process, so nothing is sharded")
-    return notes
 
 
 def _given_up(loop: Loop, reason: str) -> TrainingError:

@@ -112,3 +112,11 @@ class Scattered(Gradients):
             for gradient in map(local, held):
                 gradient.mul_(clip / (norm + 1e-6))  # as clip_grad_norm_ has it
         return norm
+
+
+def gradients_of(
+    parameters: Mapping[str, nn.Parameter], dealt: Dealt, shards: Shards | None
+) -> Gradients:
+    if shards is not None:
+        return Scattered(parameters, shards)
+    return Summed(parameters, dealt) if dealt.parts.count > 1 else Gradients(parameters)

@@ -15,10 +15,10 @@ import torch
 from ..errors import InputError
 from ..ranks import team
 from . import saved
-from .data import IGNORED, TrainingData
+from .data import TrainingData, labelled
 from .dealing import check_rows, deal
 from .events import Evaluated, Event, TrainStep
-from .gradients import Gradients, Scattered, Summed
+from .gradients import gradients_of
 from .objective import Objective
 from .optimiser import adamw, learning, precision, schedule
 from .sharding import whole_of
@@ -80,18 +80,9 @@ class Loop:
         self.dealt = deal(self.rows, self.micro_rows, parts)
         self._cut = self.dealt.micros
         self.micros = len(self._cut)  # of a step, on all ranks
-        sharded = self.whole.shards
-        self.turns = self.dealt.turns(even=sharded is not None)
-        if sharded is not None:
-            self.gradients: Gradients = Scattered(self.parameters, sharded)
-            rows = (self.training.labels[:, 1:] != IGNORED).any(dim=1).nonzero()[:1, 0]
-            if not len(rows):
-                raise InputError(f"none of {len(self.training)} windows has a label to learn from")
-            self._spare = rows.tolist()
-        elif parts > 1:
-            self.gradients = Summed(self.parameters, self.dealt)
-        else:
-            self.gradients = Gradients(self.parameters)
+        self.turns = self.dealt.turns(even=self.whole.shards is not None)
+        self.gradients = gradients_of(self.parameters, self.dealt, self.whole.shards)
+        self._spare = labelled(self.training)[:1] if self.whole.shards else []
 
     # ---- a step ----
 
@@ -132,7 +123,7 @@ class Loop:
             seed_all(self.spec.seed, self.step, micro)
         tally = self._tallies.setdefault(part, Tally())
         tally.tokens += int(self.training.mask[rows].sum())
-        if self.whole.shards and not self._labelled(rows):
+        if self.whole.shards and not labelled(self.training, rows):
             return self._idle()
         found, count = self.terms(self.training, rows)
         if not count:
@@ -140,9 +131,7 @@ class Loop:
         tally.add(found, count)
         loss = float(found["loss"].detach())
         if not math.isfinite(loss) and self._bad is None:
-            own = Tally()
-            own.add(found, 1.0)
-            self._bad = f"the loss is {loss} ({listed(own.sums)}) over {count:g} labels"
+            self._bad = f"the loss is {loss} ({listed(found)}) over {count:g} labels"
             if team().alone:
                 raise Diverged(self._bad)
         return (found["loss"] * count).to("cpu")
@@ -159,9 +148,6 @@ class Loop:
             return torch.zeros((), requires_grad=True)
         found, _ = self.terms(self.training, self._spare)
         return (found["loss"] * 0.0).to("cpu")
-
-    def _labelled(self, rows: list[int]) -> bool:
-        return bool((self.training.labels[rows][:, 1:] != IGNORED).any())
 
     def _average(self, *_: Any) -> None:
         """Before the optimiser's step: from sums over labels to means, checked and clipped, alike

@@ -59,10 +59,15 @@ class Both(nn.Module):
         """fn() while the parameters outside the decoder layers are there."""
         if self.shards is None:
             return fn()
-        found = self(fn)
+        found = self(lambda: _owned(fn()))
         if not torch.is_grad_enabled():
             self.reshard()  # type: ignore[operator]  # or the next step would find them as they are
         return found
+
+
+def _owned(found: Any) -> Any:
+    """Terms of a loss as tensors of their own: FSDP warns of views that go out."""
+    return {n: t.clone() for n, t in found.items()} if isinstance(found, dict) else found
 
 
 def whole_of(model: Any, modules: nn.Module | None = None) -> Both:

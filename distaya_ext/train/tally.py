@@ -40,8 +40,10 @@ class Tally:
         return {name: total / self.count for name, total in self.sums.items()}
 
 
-def listed(terms: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in terms.items())
+def listed(found: Mapping[str, Any]) -> str:
+    """The terms of a loss, in words."""
+    terms = {name: float(torch.as_tensor(value).detach()) for name, value in found.items()}
+    return ", ".join(f"{name} {value:g}" for name, value in terms.items() if name != "count")
 
 
 def seed_all(seed: int, step: int, micro: int) -> None:
