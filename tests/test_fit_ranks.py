@@ -287,8 +287,12 @@ def _pruned(model: torch.nn.Module) -> torch.nn.Module:
 
 def _sharded(root: Path, family: str, dtype: torch.dtype, shard: str) -> dict[str, Any]:
     plot.plot_losses = lambda *_: []
+    from distaya_ext.train import fit as fits
+    from distaya_ext.train.loop import Loop
     from distaya_ext.train.sharding import gathered, local
 
+    loops = []
+    fits.Loop = lambda *args: loops.append(Loop(*args)) or loops[0]
     model = _pruned(tiny_model(family).to(dtype))
     looking, work = Looking(), root / f"{family} {shard} {team().world}"
     asked = UNEVEN.model_copy(update={"shard": shard, "gradient_checkpointing": True})
@@ -296,8 +300,10 @@ def _sharded(root: Path, family: str, dtype: torch.dtype, shard: str) -> dict[st
     zeros = model.model.layers[0].mlp.down_proj
     inner = next(p for n, p in zeros.named_parameters() if "weight" in n)
     named = {n: p.detach() for n, p in model.named_parameters()}
+    moments = [t for s in loops[0].optimizer.state.values() for t in s.values() if t.ndim]
     team().wait()
     return {
+        "moments": sum(local(t).nbytes for t in moments),
         "held": looking.held["layers"],
         "here": sum(local(p).nbytes for p in named.values()),
         "all": sum(p.nbytes for p in named.values()),
@@ -324,9 +330,10 @@ def test_sharded_students_learn_the_same(tmp_path, family, world, dtype, bound):
         # A share of the rows of each: those of 64 are 21 or 22 of 3 ranks.
         assert found["held"] <= 1.05 * found["layers"] / world
         assert found["here"] <= 1.05 * found["all"] / world
+        assert found["moments"] == 2 * found["here"]
         losses = [[line["loss"] for line in e["metrics"] if "loss" in line] for e in (found, whole)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert whole["here"] == whole["all"] and whole["held"] == 0
+    assert whole["here"] == whole["all"] == whole["moments"] / 2 and whole["held"] == 0
 
 
 def _begun(root: Path, steps: int, shard: str) -> dict[str, Any]:
