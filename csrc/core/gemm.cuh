@@ -47,6 +47,7 @@ struct Gemm {
   bool upper_only = false;  // leave C's elements below its diagonal alone
   bool overwrite = false;   // C = alpha A B: C is not read; but k = 0 leaves it alone
   bool lower_a = false;     // A[i, p] is 0 for p > i: such products are mostly left out
+  int64_t m_all = 0;        // if not 0: these m rows are some of so many, whose sums they have
 };
 
 void gemm(const Gemm& g, cudaStream_t stream);
