@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, which exchange their tables at a barrier."""
+"""Ranks of one process: as threads, which exchange their tables at a barrier, or by turns."""
 
 import threading
 from collections.abc import Callable
@@ -59,6 +59,44 @@ class FakeRanks:
         return out
 
 
+class _WaitError(Exception):
+    """A rank has come to an exchange to which the others are still to come."""
+
+
+class RanksByTurns(FakeRanks):
+    """For kernels of which one call runs at a time: every rank runs up to the first exchange whose
+    outcome is not known yet; then they start again.
+    """
+
+    def call(self, function: Callable[[int, Among], Any]) -> list[Any]:
+        known: list[Tensor] = []
+        while True:
+            ends = [self._up_to(function, rank, known) for rank in range(self.world)]
+            waiting = [waits for waits, _ in ends]
+            assert all(waiting) or not any(waiting), "the ranks do not exchange equally often"
+            if not any(waiting):
+                return [found for _, found in ends]
+            known.append(torch.stack([table for _, table in ends]))
+
+    def _up_to(
+        self, function: Callable[[int, Among], Any], rank: int, known: list[Tensor]
+    ) -> tuple[bool, Any]:
+        sizes = self.sizes[rank] = []
+
+        def exchange(table: Tensor) -> Tensor:
+            sizes.append(len(table))
+            if len(sizes) > len(known):
+                self._tables[rank] = table.clone()
+                raise _WaitError
+            assert torch.equal(known[len(sizes) - 1][rank], table)  # as the time before
+            return known[len(sizes) - 1]
+
+        try:
+            return False, function(rank, Among(rank, self.rows, exchange))
+        except _WaitError:
+            return True, self._tables[rank]
+
+
 def together(parts: list[Any]) -> list[Tensor | None]:
     """The tensors of the ranks' results, one below the other."""
     return [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
@@ -79,11 +117,13 @@ def same(found: list[Tensor | None], expected: Any) -> bool:
     )
 
 
-def check_sweep(W: Tensor, R: Tensor, rows: tuple[int, ...], options: dict[str, Any]) -> FakeRanks:
+def check_sweep(
+    W: Tensor, R: Tensor, rows: tuple[int, ...], options: dict[str, Any], kind=FakeRanks
+) -> FakeRanks:
     """A sweep of the ranks gives every bit of the sweep of the whole; the ranks, afterwards."""
     from distaya_ext.ops.obs import sweep_
 
-    whole, ranks = W.clone(), FakeRanks(rows)
+    whole, ranks = W.clone(), kind(rows)
     expected = (whole, *sweep_(whole, R, **options))
 
     def part(rank: int, among: Among) -> tuple[Tensor | None, ...]:
@@ -97,23 +137,25 @@ def check_sweep(W: Tensor, R: Tensor, rows: tuple[int, ...], options: dict[str, 
     return ranks
 
 
-def check_keep(scores: Tensor, k: int, rows: tuple[int, ...]) -> FakeRanks:
+def check_keep(scores: Tensor, k: int, rows: tuple[int, ...], kind=FakeRanks) -> FakeRanks:
     """So for the k best of a matrix, and the flag is the same on every rank."""
     from distaya_ext.ops.mask import mask_keep_k, mask_keep_k_among
 
     expected, bad = mask_keep_k(scores, k, "matrix")
-    ranks = FakeRanks(rows)
+    ranks = kind(rows)
     found = ranks.results(lambda r, among: mask_keep_k_among(ranks.own(r, scores), k, among))
     assert torch.equal(torch.cat([mask for mask, _ in found]), expected)
     assert [int(flag) for _, flag in found] == [int(bad)] * ranks.world
     return ranks
 
 
-def check_admm(T: Tensor, H: Tensor, rows: tuple[int, ...], options: dict[str, Any]) -> FakeRanks:
+def check_admm(
+    T: Tensor, H: Tensor, rows: tuple[int, ...], options: dict[str, Any], kind=FakeRanks
+) -> FakeRanks:
     """So for weights and mask of ADMM."""
     from distaya_ext.ops.refit import admm
 
-    ranks, expected = FakeRanks(rows), admm(T, H, **options)
+    ranks, expected = kind(rows), admm(T, H, **options)
     parts = ranks.results(lambda r, among: admm(ranks.own(r, T), H, **options, among=among))
     assert same(together(parts), expected)
     return ranks
