@@ -201,10 +201,15 @@ def test_refusals():
     W, H = problem(6, 256)
     H, R = H.float(), factor(damped(H))
     alone = Among(0, (6, 4), lambda table: table[None])
+    other = alone._replace(exchange=lambda table: torch.stack([table + 1, table]))
     cases = [
         (lambda: sweep_(W[:5].clone(), R, sparsity=0.5, among=alone), "5 rows but has 6 of among"),
         (lambda: sweep_(W, R, sparsity=0.5, among=alone._replace(rank=2)), "2 is none of the 2"),
         (lambda: sweep_(W.clone(), R, sparsity=0.5, among=alone), r"2 ranks gave \[1, 2048\]"),
+        (
+            lambda: sweep_(W.clone(), R, sparsity=0.5, among=other),
+            "0 other counts than its own 2048",
+        ),
         (lambda: mask_op.keep_k(W, 3, "row", alone), "among goes with along='matrix', not 'row'"),
         (lambda: admm(W[:2], H, sparsity=0.5, among=alone), "2 rows but has 6"),
         (lambda: obs(W, H, sparsity=0.5, order="block", among=alone), "6 of 10: give the perm"),
