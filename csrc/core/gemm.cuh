@@ -24,7 +24,7 @@
 // Inf would come apart as Inf and NaN: an element of C whose sum is not finite is computed again in
 // plain fp32, in the order of k, so that Inf and NaN spread exactly as there; it also makes good
 // operands so large that rounding to tf32 overflows. An element of C depends on nothing but its row
-// of A and its column of B.
+// of A, its column of B and the tile, which follows from m (or m_all) and n.
 #pragma once
 
 #include "core/cuda.cuh"
