@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import LostError, add_note, explain, notes, one_line
 from .board import Board, Failure
@@ -320,7 +320,7 @@ class Watch:
             raise self._error()
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process at once: what a backend still waits for would hold its normal end up."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
