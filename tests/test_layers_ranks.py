@@ -1,5 +1,7 @@
 """Scoring and choosing layers by several ranks: the same bits as by one process."""
 
+import contextlib
+import io
 from dataclasses import replace
 from importlib import import_module
 
@@ -7,6 +9,7 @@ import pytest
 import tiny
 from loud import config
 from ranked import Ranks, run_ranks
+from speaking import save_texts, tokenizer
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration
@@ -136,3 +139,25 @@ def _scale_token(folder, token):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][token] = 3e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _commanded(folder, texts, plot):
+    """`distaya layers` as each rank runs it, and whether it opened a text."""
+    from distaya_ext.cli.layers import layers as command
+
+    if not team().first:
+        texts = texts / "not here"  # only rank 0 reads them
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        command(str(folder), texts, scores="bi,kl", tokens=192, window=32, plot=plot, json=True)
+    return printed.getvalue(), told.getvalue(), plot.exists()
+
+
+def test_the_command_reads_texts_speaks_and_draws_on_rank_0_alone(tmp_path):
+    folder = tiny.make(tmp_path / "model", config("cohere2", 2, vocab_size=300))
+    tokenizer().save_pretrained(folder)
+    texts = save_texts(tmp_path / "texts", repeat=12)
+    ((alone, _, _),) = run_ranks(1, _commanded, folder, texts, tmp_path / "one.png")
+    first, other = run_ranks(2, _commanded, folder, texts, tmp_path / "two.png")
+    assert first[0] == alone and "forwards " in first[1] and first[2]
+    assert other[:2] == ("", "")
