@@ -13,7 +13,6 @@ from speaking import save_texts, tokenizer
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration
-from distaya_ext.errors import InputError
 from distaya_ext.influence.choose import Study, choose
 from distaya_ext.influence.spec import SCORES, DropSpec
 from distaya_ext.ranks import team
@@ -110,26 +109,17 @@ def _overflowing(folder):
     windows = _windows(7)
     ids = windows.ids.clone()
     ids[4, 5] = 2  # a token that no other window holds
-    try:
-        choose(
-            open_checkpoint(folder),
-            replace(windows, ids=ids),
-            DropSpec(count=1, score="bi"),
-        )
-    except InputError as error:
-        return team().rank, str(error)
-    return None
+    choose(open_checkpoint(folder), replace(windows, ids=ids), DropSpec(count=1, score="bi"))
 
 
 def test_a_window_that_overflows_is_told_of_by_the_rank_that_has_it(tmp_path):
     folder = tiny.make(tmp_path / "hot", config("gemma", 3))
     _scale_token(folder, 2)
-    ((_, expected),) = run_ranks(1, _overflowing, folder)
-    assert "the output of layer" in expected and "not finite" in expected
-    ends = Ranks(2, _overflowing, folder).ends()
-    told = [what for good, what in ends if good and what is not None]
-    assert told == [(1, expected)]  # windows 4 to 6 are rank 1's
-    assert [what[0] for good, what in ends if not good] == ["LostError"]
+    ((_, (kind, expected, _)),) = Ranks(1, _overflowing, folder).ends()
+    assert kind == "InputError" and "the output of layer 0 is not finite" in expected
+    ends = [what for _, what in Ranks(2, _overflowing, folder).ends()]
+    assert ends[1][:2] == ("InputError", expected)  # windows 4 to 6 are rank 1's
+    assert ends[0][0] == "LostError"
 
 
 def _scale_token(folder, token):
