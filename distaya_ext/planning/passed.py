@@ -1,0 +1,124 @@
+"""What the ranks of a run pass to each other for one layer: by shapes, settings and windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..compress.calibrate import Calibration
+from ..compress.phases import Job
+from ..compress.plan import groups
+from ..compress.reconstruct import BATCH_TOKENS, EPOCHS, HELD_OUT
+from ..compress.settings import Settings
+from ..formats.grid import groups as groups_of
+from ..models import Stage
+from ..ranks import Parts, Team
+from .traffic import Traffic, read_shared, spread, summed
+
+KINDS = ("weights", "moments", "rows", "gradients")
+_FIGURES = 8 + 8 + 8  # of a row: zeros, loss, energy
+
+
+def parts_of(job: Job, world: int, count: int | None) -> Parts:
+    """The parts of the windows, dealt out among so many ranks; count: of parts, None: one each."""
+    return Parts.dealt(count or world, Team(0, world))
+
+
+def windows_of(job: Job, parts: Parts) -> list[int]:
+    """How many windows each rank runs."""
+    total = 0 if job.calibration is None else len(job.calibration.ids)
+    ends = [total * part // parts.count for part in range(parts.count + 1)]
+    return [ends[own.stop] - ends[own.start] for own in parts.of_rank]
+
+
+def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
+    """Bytes that ranks pass on for a layer, by KINDS."""
+    world, prefix = len(parts.of_rank), f"{job.checkpoint.architecture.layers}.{index}"
+    found = dict.fromkeys(KINDS, Traffic.none(world))
+    entries = job.checkpoint.entries
+    own = [entries[name] for name in entries if name.startswith(f"{prefix}.")]
+    found["weights"] = read_shared([(e.shape, e.dtype.itemsize) for e in own], world)
+    trained = 0
+    for stage in job.checkpoint.architecture.stages:
+        stacks = groups(job.plan, prefix, stage.names)
+        if stacks and job.calibration is not None:
+            found["moments"] += _moments(job, prefix, stage, job.plan[f"{prefix}.{stacks[0][0]}"], parts)
+        for names in stacks:
+            settings = job.plan[f"{prefix}.{names[0]}"]
+            rows, columns = shape_of(job, prefix, names)
+            found["rows"] += spread(rows, row_bytes(job, settings, columns), world)
+            trained += learned(settings, rows, columns)
+    if trained and job.calibration is not None:
+        found["gradients"] = summed(1, trained, parts) * steps(job.calibration, parts.count)
+    return found
+
+
+def shape_of(job: Job, prefix: str, names: list[str]) -> tuple[int, int]:
+    """Rows and columns of a stack."""
+    shapes = [job.checkpoint.entries[f"{prefix}.{name}.weight"].shape for name in names]
+    return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
+def _moments(job: Job, prefix: str, stage: Stage, settings: Settings, parts: Parts) -> Traffic:
+    """What is summed while a stage is gathered: its statistic, what it aims at, and the squares of
+    the inputs by language.
+    """
+    rows, columns = shape_of(job, prefix, [stage.names[0]])
+    languages = len(set(job.calibration.languages))
+    found = summed(languages, columns, parts, itemsize=8)
+    if settings.statistic != "hessian":
+        return found + summed(1, columns, parts)
+    found += summed(columns, columns, parts, upper=True)
+    if settings.aims:
+        found += summed(rows if ends_block(job, stage) else columns, columns, parts)
+    return found
+
+
+def ends_block(job: Job, stage: Stage) -> bool:
+    """Whether the stage aims at outputs; see walk.LayerWalk.block_ended_by."""
+    architecture = job.checkpoint.architecture
+    last = []
+    for block in architecture.blocks:
+        inside = [name for name in architecture.linears() if name.startswith(f"{block}.")]
+        last += inside[-1:]
+    return len(stage.names) == 1 and stage.names[0] in last
+
+
+def row_bytes(job: Job, settings: Settings, columns: int) -> int:
+    """Of a compressed row on its way to the other ranks: weights, codes with their grid, the mask,
+    and what it cost.
+    """
+    found = columns * job.checkpoint.dtype.itemsize
+    if settings.bits is not None:
+        found += columns
+        scale = settings.scale_dtype.itemsize + (not settings.symmetric)
+        found += scale * groups_of(columns, settings.group if settings.group < columns else 0)
+    if settings.pattern is not None and settings.statistic == "hessian":
+        found += columns
+    return found + _FIGURES
+
+
+def learned(settings: Settings, rows: int, columns: int) -> int:
+    """Numbers that quality high trains: weights, or the scales of those that are rounded."""
+    if settings.quality != "high":
+        return 0
+    if settings.bits is None:
+        return rows * columns
+    return rows * groups_of(columns, settings.group if settings.group < columns else 0)
+
+
+def steps(calibration: Calibration, parts: int) -> int:
+    """Steps of training a layer: every step takes a batch of each part."""
+    windows, length = calibration.ids.shape
+    if windows < HELD_OUT:
+        return 0
+    batch = max(1, min(windows // parts, BATCH_TOKENS // length // parts))
+    own = -(-windows // parts)  # of the part that has most
+    return EPOCHS * -(-(own - own // HELD_OUT) // batch)
+
+
+def with_windows(job: Job, windows: int) -> Job:
+    """The same with so many of the windows, as a rank has them."""
+    if job.calibration is None:
+        return job
+    ids, languages = job.calibration.ids[:windows], job.calibration.languages[:windows]
+    return replace(job, calibration=replace(job.calibration, ids=ids, languages=languages))

@@ -1,0 +1,264 @@
+"""What a run takes as N processes: bytes between them, seconds by part, memory of each.
+
+Nothing of it is measured. Shared among N ranks are the calibration tokens (the forward and what is
+gathered of it, training) and the rows (sweeps, refits). Not shared: every rank factorises every
+Hessian itself, all ranks together read each byte of a layer once, rank 0 alone writes. On the CPU
+these parts follow each other; on a GPU the next layer is read, and the last one written, beside the
+work. Bytes are counted from shapes (passed.py) and pass at one rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compress.budget import Budget, device_bytes
+from ..compress.phases import Job, layer_kinds, memory
+from ..errors import UsageError
+from ..ranks import sums
+from .passed import KINDS, of_layer, parts_of, windows_of, with_windows
+from .traffic import Traffic
+from .wire import Wire
+
+KIND = "simulated by the cost model, not measured"
+SHARED = {
+    "gather": "every token runs through the layer once, on one of the ranks",
+    "rows": "every rank sweeps its own rows",
+    "train": "every rank trains on its own windows",
+}
+ALONE = {
+    "read": "all ranks read the same layer from one disk and pass it on",
+    "reduce": "the sums of every rank go through the wire, however many ranks there are",
+    "factor": "every rank factorises each Hessian itself",
+    "spread": "every rank needs all compressed rows",
+    "gradients": "in every step the gradients of every rank go through the wire",
+    "write": "rank 0 encodes and writes alone",
+    "outside": "start, proof, embedding and head are hardly shared",
+}
+PARTS = ("read", "gather", "reduce", "factor", "rows", "spread", "train", "gradients", "write")
+_OVER = {"weights": "read", "moments": "reduce", "rows": "spread", "gradients": "gradients"}
+_BUFFERS = 4  # of a piece that is summed: given, come, the sum, and the sum of all
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one layer in one process. gather: apart from the tokens, which may be below 0;
+    token: of each of them; train: of each of them, in training.
+    """
+
+    read: float = 0.0
+    gather: float = 0.0
+    token: float = 0.0
+    factor: float = 0.0
+    rows: float = 0.0
+    train: float = 0.0
+    write: float = 0.0
+
+    def of_tokens(self, tokens: int) -> float:
+        return max(0.0, self.gather + self.token * tokens)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds. works: of a layer of every kind, see phases.layer_kinds; alone: outside of the layers
+    and not shared; shared: outside and shared by windows. late: reading and writing go on beside
+    the work of a layer; hops(world): how often a broadcast is sent one after the other.
+    """
+
+    works: Mapping[int, Work]
+    alone: float = 0.0
+    shared: float = 0.0
+    late: bool = False
+
+    def hops(self, world: int) -> int:
+        """gloo sends along a tree, NCCL along a ring in small pieces."""
+        return 1 if self.late else max(1, (world - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class AtRanks:
+    """A run as `ranks` processes. bytes: kind -> (sent, received) of the rank with most, for a
+    layer in the mean; sent, read: of the whole run's layers. parts: seconds of a layer by part, in
+    the mean. seconds: of all layers and what is outside; None where nothing was rehearsed.
+    """
+
+    ranks: int
+    windows: int
+    bytes: dict[str, tuple[int, int]]
+    sent: int
+    read: int
+    memory: int
+    parts: dict[str, float] | None = None
+    layer: float | None = None
+    outside: float | None = None
+    seconds: float | None = None
+    efficiency: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        told = {k: {"sent": sent, "received": come} for k, (sent, come) in self.bytes.items()}
+        return {**vars(self), "bytes": told}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One row for every number of ranks; sentence: where it stops, None without seconds."""
+
+    wire: Wire
+    rows: list[AtRanks]
+    sentence: str | None = None
+    notices: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "wire": self.wire.to_dict(),
+            "rows": [row.to_dict() for row in self.rows],
+            "sentence": self.sentence,
+            "notices": self.notices,
+        }
+
+
+def check_ranks(worlds: Sequence[int], windows: int | None) -> None:
+    """UsageError for more ranks than calibration windows (None: there are none to share)."""
+    for world in worlds:
+        if world < 1:
+            raise UsageError(f"a run has at least 1 rank, not {world}")
+        if windows is not None and world > windows:
+            raise UsageError(f"{world} ranks and only {windows} calibration windows")
+
+
+def simulate(
+    job: Job,
+    worlds: Sequence[int],
+    wire: Wire,
+    costs: Costs | None,
+    *,
+    parts: int | None = None,
+    budget: Budget | None = None,
+    process: int = 0,
+) -> Scaling:
+    """Of the run `job` as each number of processes; costs None: bytes and memory alone.
+
+    parts: of the windows, None: one for each rank. budget, process: as phases.memory takes them;
+    budget None: memory of a GPU, counted. UsageError for more ranks than windows.
+    """
+    check_ranks(worlds, None if job.calibration is None else len(job.calibration.ids))
+    base = None if costs is None else _row(job, 1, wire, costs, parts, budget, process)
+    rows = [_row(job, world, wire, costs, parts, budget, process, base) for world in worlds]
+    return Scaling(wire, rows, None if base is None else _sentence(rows, base))
+
+
+def _row(
+    job: Job,
+    world: int,
+    wire: Wire,
+    costs: Costs | None,
+    count: int | None,
+    budget: Budget | None,
+    process: int,
+    base: AtRanks | None = None,
+) -> AtRanks:
+    parts = parts_of(job, world, count)
+    windows = max(windows_of(job, parts))
+    kinds = layer_kinds(job.checkpoint, job.plan)
+    passed = {index: of_layer(job, index, parts) for index in kinds}
+    depth = sum(kinds.values())
+    total = dict.fromkeys(KINDS, Traffic.none(world))
+    for index, times in kinds.items():
+        for kind in KINDS:
+            total[kind] += passed[index][kind] * times
+    every = sum(total.values(), Traffic.none(world))
+    sizes = {k: (max(t.given) // depth, max(t.arrived) // depth) for k, t in total.items()}
+    read = max(total["weights"].told) if world > 1 else _layers_bytes(job)
+    held = _memory(job, parts, windows, budget, process)
+    found = AtRanks(world, windows, sizes, max(every.given), read, held)
+    if costs is None:
+        return found
+    tokens = 0 if job.calibration is None else windows * job.calibration.ids.shape[1]
+    spent, layers = dict.fromkeys(PARTS, 0.0), 0.0
+    for index, times in kinds.items():
+        one = _parts(costs, costs.works[index], passed[index], wire, world, tokens)
+        layers += times * _layer(one, costs.late)
+        for part in PARTS:
+            spent[part] += times * one[part] / depth
+    share = windows / max(1, len(job.calibration.ids)) if job.calibration is not None else 1.0
+    outside = costs.alone + costs.shared * share
+    seconds = layers + outside
+    first = seconds if base is None else base.seconds
+    more = {"parts": spent, "layer": layers / depth, "outside": outside, "seconds": seconds}
+    return AtRanks(**{**vars(found), **more, "efficiency": first / (world * seconds)})
+
+
+def _layers_bytes(job: Job) -> int:
+    start = f"{job.checkpoint.architecture.layers}."
+    return sum(e.nbytes for name, e in job.checkpoint.entries.items() if name.startswith(start))
+
+
+def _parts(
+    costs: Costs, work: Work, passed: Mapping[str, Traffic], wire: Wire, world: int, tokens: int
+) -> dict[str, float]:
+    """Seconds of a layer by part. tokens: of the rank that has most."""
+    found = {
+        "read": work.read,
+        "gather": work.of_tokens(tokens),
+        "factor": work.factor,
+        "rows": work.rows / world,
+        "train": work.train * tokens,
+        "write": work.write,
+    }
+    for kind, part in _OVER.items():
+        more = passed[kind].seconds(wire.rate, costs.hops(world))
+        found[part] = found.get(part, 0.0) + more
+    return found
+
+
+def _layer(parts: Mapping[str, float], late: bool) -> float:
+    """Of the parts of a layer; late: what goes on beside the work costs only what exceeds it."""
+    beside = [parts["read"], parts["write"]]
+    work = sum(parts.values()) - sum(beside)
+    return max(work, *beside) if late else work + sum(beside)
+
+
+def _memory(job: Job, parts: Any, windows: int, budget: Budget | None, process: int) -> int:
+    """Of the rank with most windows, at most: a stage is counted as if it were solved whole. Sums
+    of further parts wait beside the one at work, and a piece of each is under way.
+    """
+    world = len(parts.of_rank)
+    few = with_windows(job, windows)
+    if budget is None:
+        found = device_bytes(job.checkpoint, few.tokens, job.needs)
+    else:
+        found = memory(few, budget, process).peak
+    if world == 1 and parts.count == 1:
+        return found
+    columns = max(
+        (job.checkpoint.entries[f"{name}.weight"].shape[1] for name in job.plan), default=0
+    )
+    square = 4 * columns * columns
+    waiting = max(len(own) for own in parts.of_rank).bit_length() - 1
+    pieces = _BUFFERS * min(4 * sums.PIECE, square) if world > 1 else 0
+    return found + waiting * square * (1 + job.needs.twin) + pieces
+
+
+def _sentence(rows: Sequence[AtRanks], base: AtRanks) -> str:
+    """Where it stops scaling, at the largest number of ranks."""
+    most = max(rows, key=lambda row: row.ranks)
+    depth = (most.seconds - most.outside) / most.layer if most.layer else 0
+    spent = {part: depth * seconds for part, seconds in most.parts.items()}
+    spent["outside"] = most.outside
+    why = SHARED | ALONE
+    worst = max(spent, key=spent.__getitem__)
+    alone = {part: spent[part] for part in ALONE}
+    floor, last = sum(alone.values()), max(alone, key=alone.__getitem__)
+    told = (
+        f"simulated: {most.ranks} ranks take {most.seconds:.3g} s where one takes "
+        f"{base.seconds:.3g} s, {100 * most.efficiency:.0f} % of perfect; most of it is {worst} "
+        f"({100 * spent[worst] / most.seconds:.0f} %): {why[worst]}"
+    )
+    if worst in SHARED:
+        told += (
+            f"; of what more ranks do not shorten ({floor:.3g} s) most is {last} "
+            f"({alone[last]:.3g} s): {why[last]}"
+        )
+    return told
