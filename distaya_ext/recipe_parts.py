@@ -151,6 +151,10 @@ class CalibrationSpec(Strict):
     much as any other; "equal" every language as much as any other, however many tokens it has;
     {lang: weight} a token of that language as much as `weight` tokens of a language not named;
     "worst" begins like equal and raises, layer after layer, the languages that lose most.
+
+    parts: in how many parts of neighbouring windows the statistics are summed before the parts are
+    added (None: one for each process of the run). The same number gives the same bits, whatever the
+    number of processes.
     """
 
     path: str | None = None
@@ -159,6 +163,7 @@ class CalibrationSpec(Strict):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     weights: Weights = "proportional"
     quotas: Quotas = None
+    parts: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
 
     @model_validator(mode="after")
     def _one_window(self) -> CalibrationSpec:

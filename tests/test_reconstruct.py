@@ -54,16 +54,15 @@ class Case:
         self.mixture = Mixture(chunked, weights)
         batch = min(windows, batch)
         call = self._call(model, ids[:batch])
-        self.inputs, self.targets, sizes = Store(), Store(), []
+        self.inputs, self.targets = Store(), Store()
         noise = torch.Generator().manual_seed(1)
         for chunk, part in enumerate(chunked.chunks()):
             x, y = lockstep.observe(model, self.architecture, 0, part)[""]
             self.targets.put(("hidden", chunk), y)
             x = x + 0.02 * x.std() * torch.randn(x.shape, generator=noise)
             self.inputs.put(("hidden", chunk), x)
-            sizes.append(len(part))
         self.stacks = self._compress(model, ids, plan, quality)
-        self.course = Course(call, batch, self.inputs, self.targets, sizes, self.mixture, seed)
+        self.course = Course(call, batch, self.inputs, self.targets, chunked, self.mixture, seed)
 
     def _call(self, model, ids):
         kept = []
@@ -110,7 +109,7 @@ class Case:
         """Relative squared error over windows as they count, computed apart, in float64."""
         lost = whole = 0.0
         first, call = 0, self.course.call
-        for chunk, size in enumerate(self.course.sizes):
+        for chunk, size in enumerate(map(len, self.course.calibration.chunks())):
             x, y = (s.get(("hidden", chunk)) for s in (self.inputs, self.targets))
             each = self.mixture.of_windows(chunk)
             for at in range(size):
@@ -204,10 +203,10 @@ def test_held_out_windows_are_never_trained_on(tmp_path):
     """Other targets there change the choice at most: with these, both runs keep the last epoch."""
     case, other = (Case(tmp_path / str(i)) for i in range(2))
     first = 0
-    for chunk, size in enumerate(other.course.sizes):
+    for chunk, size in enumerate(map(len, other.course.calibration.chunks())):
         y = other.targets.get(("hidden", chunk)).clone()
-        held = other.course.held_out(chunk)
-        wanted = [(first + at) % HELD_OUT == HELD_OUT - 1 for at in range(size)]
+        held = other.course.usable(slice(first, first + size), held=True)
+        wanted = [at for at in range(size) if (first + at) % HELD_OUT == HELD_OUT - 1]
         assert held.tolist() == wanted
         y[held] *= 1.001
         other.targets.put(("hidden", chunk), y)
@@ -218,9 +217,11 @@ def test_held_out_windows_are_never_trained_on(tmp_path):
     a, b = case.weights(), other.weights()
     assert all(torch.equal(a[name], b[name]) for name in a)
     for epoch in range(2):
-        for chunk, rows in case.course.places(False, epoch):
-            assert not case.course.held_out(chunk)[rows].any()
-        seen = {(chunk, int(r)) for chunk, rows in case.course.places(False, epoch) for r in rows}
+        places = list(case.course.places(0, False, epoch))
+        for chunk, rows in places:
+            numbers = rows + case.course.calibration.windows(chunk).start
+            assert not (numbers % HELD_OUT == HELD_OUT - 1).any()
+        seen = {(chunk, int(r)) for chunk, rows in places for r in rows}
         assert len(seen) == WINDOWS - WINDOWS // HELD_OUT  # and every other window is
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from ..ops.cholesky import solve_
-from ..ops.hessian import CrossMoment
+from ..ops.hessian import CrossMoment, cross_
+from ..ranks import Sum
 
 
 class Aim:
@@ -29,19 +30,34 @@ class Aim:
             rows if outputs else columns, columns, device
         )
 
+    def sums(self, *, weighted: bool) -> list[Sum]:
+        """What add() adds to; weighted: whether it will be given weights."""
+        if not weighted:
+            return [Sum(self._moment.G)]
+        if self._weight is None:
+            self._weight = torch.zeros((), dtype=torch.float64, device=self._moment.G.device)
+        return [Sum(self._moment.G), Sum(self._weight)]
+
     def add(self, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add tokens: y [T, rows] wanted or x_d [T, columns]; x [T, columns]; weights fp32 [T]."""
         self.tokens += x.shape[0]
         self._moment.add(y, x, weights)
         if weights is not None:
-            more = weights.sum(dtype=torch.float64)
-            self._weight = more if self._weight is None else self._weight + more
+            self.sums(weighted=True)
+            self._weight += weights.sum(dtype=torch.float64)
 
     def weights(
-        self, W: torch.Tensor, H: torch.Tensor, R: torch.Tensor, *, last: bool = True
+        self,
+        W: torch.Tensor,
+        H: torch.Tensor,
+        R: torch.Tensor,
+        *,
+        rows: slice | None = None,
+        last: bool = True,
     ) -> torch.Tensor:
-        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T). last: what was
-        gathered is given up.
+        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T). rows: which
+        rows of Y belong to W, where it is a part of the matrix; a row's bits do not depend on the
+        others (on the CPU). last: what was gathered is given up.
         """
         share = shrink(self.tokens, W.shape[1])
         if not share:
@@ -49,16 +65,36 @@ class Aim:
         if isinstance(self._moment, CrossMoment):
             self._moment = self._finish(self._moment)
         moment = self._moment
+        if moment is None:
+            raise ValueError("what was gathered was given up when the last reader had it")
         if last:
             self._moment = None
-        shift = moment - W.float() @ H if self.outputs else W.float() @ (moment - H)
+        if self.outputs:
+            shift = moment if rows is None else moment[rows]
+            shift = shift if last else shift.clone()
+            _add_product(shift, W, H, -1.0)
+        else:
+            shift = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+            _add_product(shift, W, moment.sub_(H) if last else moment - H, 1.0)
         solve_(shift, R)
         return shift.mul_(share).add_(W)
 
     def _finish(self, moment: CrossMoment) -> torch.Tensor:
-        if self._weight is None:
-            return moment.finish()
-        return moment.G.div_(self._weight)  # as finish(), which would wait for the weights
+        # As finish(), which would wait for the weights, and knows of this process's tokens alone.
+        return moment.G.div_(self.tokens if self._weight is None else self._weight)
+
+
+def _add_product(total: torch.Tensor, W: torch.Tensor, B: torch.Tensor, sign: float) -> None:
+    """total [rows, n] += sign * W [rows, k] B [k, n], fp32.
+
+    On the CPU by our own kernel: its rows have the same bits whichever others there are, which
+    those of a BLAS have not, and rows are dealt out to processes.
+    """
+    if total.is_cuda:
+        total.addmm_(W.float(), B, alpha=sign)
+        return
+    columns = torch.empty(W.shape[::-1], dtype=torch.float32, device=W.device).copy_(W.t())
+    cross_(total, columns.mul_(sign), B)
 
 
 def shrink(tokens: int, columns: int) -> float:

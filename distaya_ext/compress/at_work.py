@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import InputError
 from ..formats import Grid
 from ..models import Architecture, Stage
+from ..ranks import PartSums, Sum
 from . import events, ferry, glu
 from .aim import Aim
 from .bias import Means, corrected
@@ -57,36 +58,50 @@ class Replay:
 
     @property
     def batch(self) -> int:
-        """Windows of a training batch."""
-        ids = self.calibration.ids
-        return min(len(ids), max(1, BATCH_TOKENS // ids.shape[1]))
+        """Windows of a part in a training batch."""
+        ids, parts = self.calibration.ids, self.calibration.parts.count
+        return min(len(ids) // parts, max(1, BATCH_TOKENS // ids.shape[1] // parts))
 
     def course(self, layer: int) -> Course:
         """What a layer is trained on, once its dense twin has run."""
-        sizes = [len(ids) for ids in self.calibration.chunks()]
         return Course(
             self.short[layer],
             self.batch,
             self.hidden,
             self.dense[0],
-            sizes,
+            self.calibration,
             self.mixture,
             left_out=tuple(self.left_out.numbers),
         )
+
+    @property
+    def alive_tokens(self) -> int:
+        """Of all processes, without the windows that are left out."""
+        ids = self.calibration.ids
+        return (len(ids) - len(self.left_out.numbers)) * ids.shape[1]
+
+    def adding(self, sums: list[Sum]) -> PartSums:
+        """For sums over all windows: close() after a chunk that ends a part, then finish()."""
+        return PartSums(self.calibration.parts, sums)
 
     def look_at_outputs(self, layer: str, store: Store, end: str) -> None:
         """Leave out the windows of which a layer's output, in one of the stores, overflowed."""
         for chunk in range(len(self.calls)):
             self.left_out.look(layer, chunk, [store.get(("hidden", chunk))], self, end=end)
+        self.left_out.share()
 
     def account(self) -> Account:
         """What the layer that has just been finished tells of the languages."""
         if self.dense is not None:
+            adding = self.adding(self.mixture.output_sums())
             for chunk in range(len(self.calls)):
                 key = ("hidden", chunk)
                 ours, dense = self.hidden.get(key), self.dense[0].get(key)
                 alive = self.left_out.alive(chunk, len(ours))
                 self.mixture.observe(chunk, ours, dense, alive)
+                if self.calibration.closes(chunk):
+                    adding.close()
+            adding.finish()
         return self.mixture.close_layer()
 
 
@@ -192,15 +207,16 @@ class AtWork:
         if replay is not None:
             settings = self.plan[f"{prefix}.{stacks[0][0]}"]
             rows, columns = layer.get_submodule(stage.names[0]).weight.shape
-            aim = None
+            aim, wanted = None, 0
             if twin is not None and settings.aims:
                 aim = Aim(rows, columns, self.way.device, outputs=twin.ends(stage))
+                wanted = rows if aim.outputs else columns
             statistic = Statistic(
                 settings.statistic,
                 columns,
                 self.way.device,
                 aim=aim,
-                means=self._means(layer, stage, settings, columns),
+                means=self._means(layer, stage, settings, columns, wanted),
                 readers=len(stacks) + (self.mlp is not None and self.mlp.sweeps_twice),
             )
             self._gather(f"{prefix}.{stacks[0][0]}", stage, replay, walk, twin, statistic)
@@ -211,10 +227,12 @@ class AtWork:
         return done
 
     def _means(
-        self, layer: nn.Module, stage: Stage, settings: Settings, columns: int
+        self, layer: nn.Module, stage: Stage, settings: Settings, columns: int, wanted: int
     ) -> Means | None:
+        if not settings.bias_correction:
+            return None
         biased = any(layer.get_submodule(name).bias is not None for name in stage.names)
-        return Means(columns, self.way.device) if settings.bias_correction and biased else None
+        return Means(columns, self.way.device, wanted) if biased else None
 
     def _gather(
         self,
@@ -242,13 +260,28 @@ class AtWork:
             statistic.add(x.reshape(-1, x.shape[-1]), flat, weights)
             if self.mlp is not None:
                 self.mlp.see(stage, x)
+            if replay.calibration.closes(chunk):
+                adding.close()
 
+        adding = replay.adding(self._sums(where, stage, replay, statistic))
         if statistic.aim is not None:
             for chunk, x, wanted in twin.pairs(stage):
                 add(chunk, x, wanted)
         else:
             for chunk, x in walk.gather(stage):
                 add(chunk, x)
+        if not self.checks.late:
+            replay.left_out.share()
+        adding.finish()
+        statistic.count(replay.alive_tokens)
+        if self.mlp is not None:
+            self.mlp.count(stage, replay.alive_tokens)
+
+    def _sums(self, where: str, stage: Stage, replay: Replay, statistic: Statistic) -> list[Sum]:
+        """All that is added to while a stage is gathered."""
+        found = statistic.sums(weighted=replay.mixture.weighted)
+        found += replay.mixture.input_sums(where, statistic.columns, self.way.device)
+        return found if self.mlp is None else found + self.mlp.sums(stage)
 
     def _solve(
         self,

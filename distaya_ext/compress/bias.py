@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import torch
 
+from ..ranks import Sum
+
 
 class Means:
-    """Weighted mean of tokens [T, columns], fp64, and of what is aimed at beside them."""
+    """Weighted mean of tokens [T, columns], fp64, and of what is aimed at beside them, which has
+    `wanted` numbers (0: nothing is).
+    """
 
-    def __init__(self, columns: int, device: torch.device):
+    def __init__(self, columns: int, device: torch.device, wanted: int = 0):
         self._x = torch.zeros(columns, dtype=torch.float64, device=device)
-        self._wanted: torch.Tensor | None = None
+        self._wanted = torch.zeros(wanted, dtype=torch.float64, device=device) if wanted else None
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
+
+    def sums(self) -> list[Sum]:
+        """What add() adds to."""
+        found = [Sum(self._x), Sum(self._weight)]
+        return found if self._wanted is None else [*found, Sum(self._wanted)]
 
     def add(
         self, x: torch.Tensor, wanted: torch.Tensor | None, weights: torch.Tensor | None
@@ -27,7 +36,7 @@ class Means:
         self._x += _total(x, weights)
         if wanted is not None:
             more = _total(wanted, weights)
-            self._wanted = more if self._wanted is None else self._wanted + more
+            self._wanted = more if self._wanted is None else self._wanted.add_(more)
         self._weight += x.shape[0] if weights is None else weights.sum(dtype=torch.float64)
 
     def inputs(self) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..documents import open_texts
 from ..errors import InputError, UsageError
+from ..ranks import Parts
 from ..recipe import Recipe
 from ..texts import check_window, counts
 from ..texts import windows as token_windows
@@ -29,7 +32,8 @@ CUDA_CHUNK_TOKENS = 16384
 class Calibration:
     """Token windows ids int64 [windows, length] and the language of each window.
 
-    The rest is what the texts told: see texts.Windows.
+    parts: of neighbouring windows, and which of them this process runs. Chunks are counted from the
+    first that it runs; no chunk crosses a part. The rest is what the texts told: see texts.Windows.
     """
 
     ids: torch.Tensor
@@ -44,6 +48,7 @@ class Calibration:
     empty: dict[str, int] = field(default_factory=dict)
     one_token: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None  # fingerprint of the one that cut the texts
+    parts: Parts = field(default_factory=Parts)
 
     @property
     def tokens(self) -> int:
@@ -58,9 +63,70 @@ class Calibration:
         }
         return [f"{what}: {counts(found, int)}" for what, found in told.items() if found]
 
+    @property
+    def own_tokens(self) -> int:
+        """Those that this process runs."""
+        return sum(s.stop - s.start for s in self._own) * self.ids.shape[1]
+
+    def in_parts(self, count: int) -> Calibration:
+        """The same in so many parts, dealt out among the ranks."""
+        return replace(self, parts=Parts.dealt(count))
+
     def chunks(self) -> Iterator[torch.Tensor]:
         """Consecutive windows, chunk_tokens tokens (at least one window) at a time."""
-        return iter(self.ids.split(self.windows_per_chunk))
+        return (self.ids[here] for here in self._own)
+
+    def windows(self, chunk: int) -> slice:
+        """The windows of a chunk, counted over all windows."""
+        return self._own[chunk]
+
+    def closes(self, chunk: int) -> bool:
+        """Whether a part ends with this chunk."""
+        return self._own[chunk].stop in {span.stop for span in self._spans}
+
+    @property
+    def own_parts(self) -> list[range]:
+        """The chunks of each part that this process runs."""
+        found: list[range] = []
+        for part in self.parts.own:
+            span = self._spans[part]
+            inside = [i for i, s in enumerate(self._own) if span.start <= s.start < span.stop]
+            found.append(range(inside[0], inside[-1] + 1))
+        return found
+
+    def of_every_part(self) -> list[list[slice]]:
+        """The windows of every chunk of every part, whichever process runs it."""
+        return [self._places(range(part, part + 1)) for part in range(self.parts.count)]
+
+    @property
+    def first_chunk(self) -> int:
+        """How many chunks other processes run before the first of this one."""
+        return len(self._places(range(self.parts.own.start)))
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of all processes."""
+        return len(self._places(range(self.parts.count)))
+
+    @cached_property
+    def _own(self) -> list[slice]:
+        return self._places(self.parts.own)
+
+    @cached_property
+    def _spans(self) -> list[slice]:
+        """The windows of each part; sizes differ by one at most."""
+        count, parts = len(self.ids), self.parts.count
+        ends = [count * part // parts for part in range(parts + 1)]
+        return [slice(a, b) for a, b in pairwise(ends)]
+
+    def _places(self, parts: range) -> list[slice]:
+        """The windows of every chunk of some parts."""
+        each, found = self.windows_per_chunk, []
+        for part in parts:
+            span = self._spans[part]
+            for start in range(span.start, span.stop, each):
+                found.append(slice(start, min(start + each, span.stop)))
+        return found
 
     @property
     def windows_per_chunk(self) -> int:
@@ -68,7 +134,7 @@ class Calibration:
 
     def language(self, chunk: int, window: int) -> str:
         """Language of a window of a chunk."""
-        return self.languages[chunk * self.windows_per_chunk + window]
+        return self.languages[self.windows(chunk).start + window]
 
 
 def load_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Calibration:

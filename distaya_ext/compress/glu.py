@@ -21,6 +21,7 @@ from ..ops import dass
 from ..ops import mask as mask_op
 from ..ops import obs as obs_op
 from ..ops.hessian import column_sq_
+from ..ranks import Sum
 from ..recipe import DassSpec, Recipe
 from ..runtime.glu import activation
 from .ferry import Checks
@@ -144,6 +145,15 @@ class GatedMLP:
         swept = self.options.update and self.options.direction == "inputs"
         self._chosen_by_sweep = swept
         self.sweeps_twice = swept and self.dense > 0  # first for what is kept
+
+    def sums(self, stage: Stage) -> list[Sum]:
+        """What see() adds to."""
+        return [Sum(self._moments), Sum(self._squares)] if GATE in stage.names else []
+
+    def count(self, stage: Stage, tokens: int) -> None:
+        """So many tokens were seen, by all processes together."""
+        if GATE in stage.names:
+            self.tokens = tokens
 
     def see(self, stage: Stage, x: torch.Tensor) -> None:
         """Tokens x [..., columns] on their way into gate and up (of other stages: nothing)."""

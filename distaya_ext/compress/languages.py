@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.hessian import column_sq_
+from ..ranks import Sum
 from ..texts import counts
 from .calibrate import Calibration
 
@@ -59,7 +60,7 @@ class Mixture:
         self.languages = list(dict.fromkeys(calibration.languages))
         self.worst = weights == "worst"
         self._length = calibration.ids.shape[1]
-        self._per_chunk = calibration.windows_per_chunk
+        self._windows_of = calibration.windows
         place = {lang: at for at, lang in enumerate(self.languages)}
         index = torch.tensor([place[lang] for lang in calibration.languages])
         windows = torch.bincount(index, minlength=len(place)).double()
@@ -90,6 +91,21 @@ class Mixture:
         """fp32 [tokens of the chunk], see of_windows."""
         weights = self.of_windows(chunk)
         return None if weights is None else weights.repeat_interleave(self._length)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether of_windows gives weights."""
+        return not self._plain
+
+    def input_sums(self, where: str, columns: int, device: torch.device) -> list[Sum]:
+        """What gather() will add to for a Linear of so many columns."""
+        self._inputs[where] = Inputs(self, columns, device)
+        return [Sum(self._inputs[where].squares)]
+
+    def output_sums(self) -> list[Sum]:
+        """What observe() will add to."""
+        self._seen = True
+        return [Sum(self._sums)]
 
     def gather(self, where: str, chunk: int, x: Tensor) -> Tensor | None:
         """Note the inputs x [windows, length, columns] of the Linear `where` on a chunk; what
@@ -143,10 +159,10 @@ class Mixture:
 
     def places(self, chunk: int) -> list[int]:
         """Where in languages the language of each window of the chunk stands."""
-        return self._places[chunk * self._per_chunk : (chunk + 1) * self._per_chunk]
+        return self._places[self._windows_of(chunk)]
 
     def _rows(self, chunk: int) -> Tensor:
-        return self._one_hot[chunk * self._per_chunk : (chunk + 1) * self._per_chunk]
+        return self._one_hot[self._windows_of(chunk)]
 
 
 class Inputs:

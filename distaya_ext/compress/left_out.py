@@ -4,7 +4,8 @@ One text of a thousand that drives a 16-bit model to infinity must not end a run
 not reach its statistics either. A window is left out for good at the first input or output of it
 that is not finite: no token of it is gathered, observed or trained on any more, and its activations
 become zeros, so that NaN has nowhere to spread from. More than a hundredth of the windows (one is
-always allowed), or all of a language, is no accident: then the run ends.
+always allowed), or all of a language, is no accident: then the run ends. Every process of a run
+looks at its own windows; what all of them found is known to all when a stage has been gathered.
 
 Only where values are looked at inside a layer (the CPU). On CUDA nothing is read before a layer's
 work is queued, so there the first such window ends the run: see calibrate.check_activations.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..finite import all_finite
+from ..ranks import team
 from .calibrate import Calibration
 from .fallbacks import Fallback
 from .report import Report
@@ -37,15 +39,16 @@ class LeftOut:
     def __init__(self, calibration: Calibration, report: Report):
         self.calibration, self.report = calibration, report
         self.most = max(1, len(calibration.languages) // SHARE)
+        self._fresh: list[tuple[int, str, str]] = []  # that other processes do not know of
 
     @property
     def numbers(self) -> list[int]:
         """Of the windows, over all chunks, in the order they were left out."""
-        return self.report.left_out
+        return self.report.left_out + [number for number, *_ in self._fresh]
 
     def alive(self, chunk: int, windows: int) -> Tensor | None:
         """bool [windows] of a chunk: not left out; None where all are in."""
-        first = chunk * self.calibration.windows_per_chunk
+        first = self.calibration.windows(chunk).start
         gone = [n - first for n in self.numbers if first <= n < first + windows]
         if not gone:
             return None
@@ -79,16 +82,37 @@ class LeftOut:
         return self.alive(chunk, len(parts[0]))
 
     def _leave_out(self, module: str, end: str, chunk: int, rows: list[int]) -> None:
-        languages, first = self.calibration.languages, chunk * self.calibration.windows_per_chunk
+        first = self.calibration.windows(chunk).start
         fresh = [first + row for row in rows if first + row not in self.numbers]
-        self.report.left_out += fresh
-        for number in fresh:
-            language = languages[number]
-            before = languages[:number].count(language)
-            which = f"window {before + 1} of {languages.count(language)} in language {language!r}"
+        self._fresh += [(number, module, end) for number in fresh]
+        if team().alone:
+            self._settle()
+        else:  # before any other process asks for them
+            for number in fresh:
+                self._judge(f"the {end} of {module}", self._which(number))
+
+    def share(self) -> None:
+        """Know what all processes have left out; to be called by all of them."""
+        if not team().alone:
+            told = team().gather(self._fresh)
+            self._fresh = [tuple(one) for each in told for one in each]
+            self._settle()
+
+    def _settle(self) -> None:
+        """What is fresh goes into the report, where it stands for good."""
+        fresh, self._fresh = self._fresh, []
+        self.report.left_out += [number for number, *_ in fresh]
+        for number, module, end in fresh:
+            which = self._which(number)
             self._judge(f"the {end} of {module}", which)
             what = f"its {end} is not finite for {which}"
             self.report.fall_back(Fallback(module, "skipped_windows", 1, what, True))
+
+    def _which(self, number: int) -> str:
+        languages = self.calibration.languages
+        language = languages[number]
+        before = languages[:number].count(language)
+        return f"window {before + 1} of {languages.count(language)} in language {language!r}"
 
     def _judge(self, where: str, which: str) -> None:
         languages, left = self.calibration.languages, Counter(self.calibration.languages)

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ..ranks import PartSums, Sum
+from .calibrate import Calibration
 from .capture import Call
 from .languages import Mixture
 from .store import Store
@@ -48,41 +50,65 @@ class Batch:
 @dataclass
 class Course:
     """What to train on. call: the layer's call for `windows` windows; inputs and targets hold
-    [n, length, hidden] under ("hidden", chunk); sizes: n of each chunk; mixture: what each window
-    counts; seed: of the order; left_out: numbers of the windows that are not used, see LeftOut.
+    [n, length, hidden] under ("hidden", chunk) of a chunk of the calibration; mixture: what each
+    window counts; seed: of the order; left_out: numbers of the windows that are not used, see
+    LeftOut.
+
+    A step takes one batch of every part of the calibration that has one left, and its gradient is
+    their sum.
     """
 
     call: Call
     windows: int
     inputs: Store
     targets: Store
-    sizes: list[int]
+    calibration: Calibration
     mixture: Mixture
     seed: int = 0
     left_out: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
-        return sum(self.sizes)
+        return len(self.calibration.ids)
 
-    def held_out(self, chunk: int) -> torch.Tensor:
-        """Whether each window of a chunk is held out, bool [n]."""
-        first = sum(self.sizes[:chunk])
-        return (torch.arange(first, first + self.sizes[chunk]) % HELD_OUT) == HELD_OUT - 1
+    @property
+    def own_parts(self) -> list[range]:
+        """The chunks of each part that this process runs."""
+        return self.calibration.own_parts
 
-    def places(self, held: bool, epoch: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(chunk, rows) of the batches, `windows` windows each, chunk by chunk; the last batch of a
-        chunk is filled up with its first windows.
+    @property
+    def device(self) -> torch.device:
+        return self.mixture.shares.device
+
+    def adding(self, sums: list[Sum]) -> PartSums:
+        """For sums over the batches of all parts: close() after each part, then finish()."""
+        return PartSums(self.calibration.parts, sums)
+
+    def usable(self, here: slice, held: bool) -> torch.Tensor:
+        """Which of these windows are trained on (or held out), their places among them."""
+        numbers = torch.arange(here.start, here.stop)
+        wanted = (numbers % HELD_OUT == HELD_OUT - 1) == held
+        for number in self.left_out:
+            wanted &= numbers != number
+        return wanted.nonzero().flatten()
+
+    def steps(self, held: bool) -> int:
+        """Batches of the part that has most, whichever process runs it."""
+        most = 0
+        for chunks in self.calibration.of_every_part():
+            counts = [len(self.usable(here, held)) for here in chunks]
+            most = max(most, sum(-(-count // self.windows) for count in counts))
+        return most
+
+    def places(self, part: int, held: bool, epoch: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(chunk, rows) of the batches of one of this process's parts, `windows` windows each,
+        chunk by chunk; the last batch of a chunk is filled up with its first windows.
         """
-        order = torch.Generator().manual_seed(1000003 * self.seed + epoch)
-        chunks = torch.randperm(len(self.sizes), generator=order).tolist()
-        for chunk in range(len(self.sizes)) if held else chunks:
-            out = self.held_out(chunk)
-            wanted, first = out if held else ~out, sum(self.sizes[:chunk])
-            for number in self.left_out:
-                if first <= number < first + self.sizes[chunk]:
-                    wanted[number - first] = False
-            rows = wanted.nonzero().flatten()
+        own, number = self.own_parts[part], self.calibration.parts.own[part]
+        order = torch.Generator().manual_seed(1000003 * self.seed + epoch + 7919 * number)
+        chunks = [own[i] for i in torch.randperm(len(own), generator=order).tolist()]
+        for chunk in own if held else chunks:
+            rows = self.usable(self.calibration.windows(chunk), held)
             if not len(rows):
                 continue
             if not held:
@@ -92,10 +118,10 @@ class Course:
             for part in rows.split(self.windows):
                 yield chunk, part
 
-    def batches(self, held: bool, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, or of the held-out windows."""
+    def batches(self, part: int, held: bool, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, or of the held-out windows, of one of this process's parts."""
         at, x, y = -1, None, None
-        for chunk, rows in self.places(held, epoch):
+        for chunk, rows in self.places(part, held, epoch):
             if chunk != at:
                 at = chunk
                 x, y = (store.get(("hidden", chunk)) for store in (self.inputs, self.targets))
@@ -157,7 +183,7 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     fp32 [] on the device: "before", and "after" as kept. With fewer than HELD_OUT windows nothing
     could be held out, so nothing is done and the result is empty.
     """
-    if course.total < HELD_OUT or not all(any(course.places(held, 0)) for held in (True, False)):
+    if course.total < HELD_OUT or not all(course.steps(held) for held in (True, False)):
         return {}
     trained = [
         _Trained(layer, name, stack)
@@ -175,15 +201,24 @@ def reconstruct(layer: nn.Module, stacks: list[Stack], course: Course) -> dict[s
     groups = [{"params": [t.theta], "lr": t.step} for t in trained]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=not least.is_meta)
     energy = _energy(course)
-    total, done = EPOCHS * sum(1 for _ in course.places(False, 0)), 0
+    steps, done = course.steps(False), 0
+    for t in trained:
+        t.theta.grad = torch.zeros_like(t.theta)
     for epoch in range(EPOCHS):
-        for batch in course.batches(False, epoch):
-            share = 0.5 * (1 + math.cos(math.pi * done / total))
+        own = [course.batches(part, False, epoch) for part in range(len(course.own_parts))]
+        for _ in range(steps):
+            share = 0.5 * (1 + math.cos(math.pi * done / (EPOCHS * steps)))
             for group, t in zip(adam.param_groups, trained, strict=True):
                 group["lr"] = t.step * share
-            loss, _ = _distance(layer, call, rest, trained, batch)
-            adam.zero_grad()
-            (loss / energy).backward()
+            adam.zero_grad(set_to_none=False)
+            adding = course.adding([Sum(t.theta.grad) for t in trained])
+            for batches in own:
+                batch = next(batches, None)
+                if batch is not None:
+                    loss, _ = _distance(layer, call, rest, trained, batch)
+                    (loss / energy).backward()
+                adding.close()
+            adding.finish()
             adam.step()
             done += 1
         now = _held_out(layer, call, rest, trained, course)
@@ -224,11 +259,18 @@ def _counted(squares: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _energy(course: Course) -> torch.Tensor:
-    """Square of the targets of a batch in the mean: one divisor for all steps, since its own would
-    cancel what a batch of one language counts.
+    """Square of the targets of a step's batches in the mean: one divisor for all steps, since its
+    own would cancel what a batch of one language counts.
     """
-    parts = [_counted(batch.targets.float().square(), batch) for batch in course.batches(False, 0)]
-    return (sum(parts) / len(parts)).clamp_min(1e-30)
+    total = torch.zeros(2, device=course.device)  # the squares, how many batches
+    one = torch.ones((), device=course.device)
+    adding = course.adding([Sum(total)])
+    for part in range(len(course.own_parts)):
+        for batch in course.batches(part, False, 0):
+            total += torch.stack([_counted(batch.targets.float().square(), batch), one])
+        adding.close()
+    adding.finish()
+    return (total[0] / total[1]).clamp_min(1e-30) * course.calibration.parts.count
 
 
 @torch.no_grad()
@@ -240,6 +282,11 @@ def _held_out(
     course: Course,
 ) -> torch.Tensor:
     """Relative squared distance over the held-out windows, fp32 []."""
-    parts = [_distance(layer, call, rest, trained, batch) for batch in course.batches(True, 0)]
-    energy = sum(energy for _, energy in parts).clamp_min(1e-30)  # windows may count nothing
-    return sum(loss for loss, _ in parts) / energy
+    total = torch.zeros(2, device=course.device)
+    adding = course.adding([Sum(total)])
+    for part in range(len(course.own_parts)):
+        for batch in course.batches(part, True, 0):
+            total += torch.stack(_distance(layer, call, rest, trained, batch))
+        adding.close()
+    adding.finish()
+    return total[0] / total[1].clamp_min(1e-30)  # windows may count nothing

@@ -15,6 +15,7 @@ from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_, symmetrize_
+from ..ranks import Sum
 from .aim import Aim
 from .bias import Means
 from .ferry import Checks
@@ -72,8 +73,25 @@ class Statistic:
         else:
             column_sq_(self._squares, x, weights)
         if weights is not None:
-            more = weights.sum(dtype=torch.float64)
-            self._weight = more if self._weight is None else self._weight + more
+            self.sums(weighted=True)
+            self._weight += weights.sum(dtype=torch.float64)
+
+    def sums(self, *, weighted: bool) -> list[Sum]:
+        """All that add() adds to; weighted: whether it will be given weights."""
+        if weighted and self._weight is None:
+            self._weight = torch.zeros((), dtype=torch.float64, device=self._squares.device)
+        found = [] if self._weight is None else [Sum(self._weight)]
+        hessian = self._hessian
+        found.append(Sum(self._squares) if hessian is None else Sum(hessian.H, upper=True))
+        if self.aim is not None:
+            found += self.aim.sums(weighted=weighted)
+        return found if self.means is None else found + self.means.sums()
+
+    def count(self, tokens: int) -> None:
+        """So many tokens were added, by all processes together."""
+        self.tokens = tokens
+        if self.aim is not None:
+            self.aim.tokens = tokens
 
     def matrix(self) -> torch.Tensor:
         """Mean of x x^T, fp32 [columns, columns], symmetric; the caller may overwrite it.
@@ -89,9 +107,8 @@ class Statistic:
         return H
 
     def _finish(self, hessian: Hessian) -> torch.Tensor:
-        if self._weight is None:
-            return hessian.finish()
-        H = hessian.H.div_(self._weight)  # as finish(), which would wait for the weights
+        # As finish(), which would wait for the weights, and knows of this process's tokens alone.
+        H = hessian.H.div_(self.tokens if self._weight is None else self._weight)
         symmetrize_(H)
         return H
 
@@ -106,9 +123,8 @@ class Statistic:
         matrix() is called.
         """
         if self._hessian is not None:
-            if self._weight is None:
-                return self._hessian.column_norms()
-            return (self._hessian.H.diagonal() / self._weight).float().sqrt_()
+            divisor = self.tokens if self._weight is None else self._weight
+            return (self._hessian.H.diagonal() / divisor).float().sqrt_()
         if self._weight is None:
             return (self._squares / max(1, self.tokens)).sqrt_()
         return (self._squares / self._weight).float().sqrt_()
