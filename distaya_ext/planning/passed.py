@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from ..compress.at_work import Replay
 from ..compress.calibrate import Calibration
 from ..compress.phases import Job
 from ..compress.plan import groups
-from ..compress.reconstruct import BATCH_TOKENS, EPOCHS, HELD_OUT
+from ..compress.reconstruct import EPOCHS, HELD_OUT, Course
 from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
 from ..models import Stage
@@ -18,16 +20,22 @@ KINDS = ("weights", "moments", "rows", "gradients")
 _FIGURES = 8 + 8 + 8  # of a row: zeros, loss, energy
 
 
-def parts_of(job: Job, world: int, count: int | None) -> Parts:
-    """The parts of the windows, dealt out among so many ranks; count: of parts, None: one each."""
-    return Parts.dealt(count or world, Team(0, world))
+def in_parts(job: Job, world: int, count: int | None) -> tuple[Job, Parts]:
+    """The same with its windows in parts, dealt out among so many ranks; count: of parts, None: one
+    for each rank.
+    """
+    parts = Parts.dealt(count or world, Team(0, world))
+    if job.calibration is None:
+        return job, parts
+    return replace(job, calibration=replace(job.calibration, parts=parts)), parts
 
 
 def windows_of(job: Job, parts: Parts) -> list[int]:
     """How many windows each rank runs."""
-    total = 0 if job.calibration is None else len(job.calibration.ids)
-    ends = [total * part // parts.count for part in range(parts.count + 1)]
-    return [ends[own.stop] - ends[own.start] for own in parts.of_rank]
+    if job.calibration is None:
+        return [0] * len(parts.of_rank)
+    each = [sum(s.stop - s.start for s in part) for part in job.calibration.of_every_part()]
+    return [sum(each[part] for part in own) for own in parts.of_rank]
 
 
 def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
@@ -37,18 +45,17 @@ def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
     entries = job.checkpoint.entries
     own = [entries[name] for name in entries if name.startswith(f"{prefix}.")]
     found["weights"] = read_shared([(e.shape, e.dtype.itemsize) for e in own], world)
-    trained = 0
     for stage in job.checkpoint.architecture.stages:
         stacks = groups(job.plan, prefix, stage.names)
         if stacks and job.calibration is not None:
-            found["moments"] += _moments(job, prefix, stage, job.plan[f"{prefix}.{stacks[0][0]}"], parts)
+            first = job.plan[f"{prefix}.{stacks[0][0]}"]
+            found["moments"] += _moments(job, prefix, stage, first, parts)
         for names in stacks:
             settings = job.plan[f"{prefix}.{names[0]}"]
             rows, columns = shape_of(job, prefix, names)
             found["rows"] += spread(rows, row_bytes(job, settings, columns), world)
-            trained += learned(settings, rows, columns)
-    if trained and job.calibration is not None:
-        found["gradients"] = summed(1, trained, parts) * steps(job.calibration, parts.count)
+            if job.calibration is not None:
+                found["gradients"] += _gradients(job, prefix, names, settings, parts)
     return found
 
 
@@ -97,28 +104,42 @@ def row_bytes(job: Job, settings: Settings, columns: int) -> int:
     return found + _FIGURES
 
 
+def _gradients(
+    job: Job, prefix: str, names: list[str], settings: Settings, parts: Parts
+) -> Traffic:
+    found = Traffic.none(len(parts.of_rank))
+    for name in names:
+        shape = shape_of(job, prefix, [name])
+        if count := learned(settings, *shape):
+            found += summed(1, count, parts)
+    return found * steps(job.calibration)
+
+
 def learned(settings: Settings, rows: int, columns: int) -> int:
     """Numbers that quality high trains: weights, or the scales of those that are rounded."""
     if settings.quality != "high":
         return 0
     if settings.bits is None:
         return rows * columns
+    if settings.order != "natural" and settings.group and not settings.static:
+        return 0  # such groups are no grid
     return rows * groups_of(columns, settings.group if settings.group < columns else 0)
 
 
-def steps(calibration: Calibration, parts: int) -> int:
+def steps(calibration: Calibration) -> int:
     """Steps of training a layer: every step takes a batch of each part."""
-    windows, length = calibration.ids.shape
-    if windows < HELD_OUT:
+    nothing: Any = None
+    replay = Replay(calibration, nothing, nothing, nothing, nothing)
+    course = Course(nothing, replay.batch, nothing, nothing, calibration, nothing)
+    if course.total < HELD_OUT or not all(course.steps(held) for held in (True, False)):
         return 0
-    batch = max(1, min(windows // parts, BATCH_TOKENS // length // parts))
-    own = -(-windows // parts)  # of the part that has most
-    return EPOCHS * -(-(own - own // HELD_OUT) // batch)
+    return EPOCHS * course.steps(False)
 
 
 def with_windows(job: Job, windows: int) -> Job:
-    """The same with so many of the windows, as a rank has them."""
+    """The same with so many of the windows, in one part, as a rank has them."""
     if job.calibration is None:
         return job
     ids, languages = job.calibration.ids[:windows], job.calibration.languages[:windows]
-    return replace(job, calibration=replace(job.calibration, ids=ids, languages=languages))
+    few = replace(job.calibration, ids=ids, languages=languages, parts=Parts())
+    return replace(job, calibration=few)

@@ -17,9 +17,10 @@ from ..compress.budget import Budget, device_bytes
 from ..compress.phases import Job, layer_kinds, memory
 from ..errors import UsageError
 from ..ranks import sums
-from .passed import KINDS, of_layer, parts_of, windows_of, with_windows
+from .passed import KINDS, in_parts, of_layer, windows_of, with_windows
 from .traffic import Traffic
 from .wire import Wire
+from .work import Work
 
 KIND = "simulated by the cost model, not measured"
 SHARED = {
@@ -42,28 +43,10 @@ _BUFFERS = 4  # of a piece that is summed: given, come, the sum, and the sum of 
 
 
 @dataclass(frozen=True)
-class Work:
-    """Seconds of one layer in one process. gather: apart from the tokens, which may be below 0;
-    token: of each of them; train: of each of them, in training.
-    """
-
-    read: float = 0.0
-    gather: float = 0.0
-    token: float = 0.0
-    factor: float = 0.0
-    rows: float = 0.0
-    train: float = 0.0
-    write: float = 0.0
-
-    def of_tokens(self, tokens: int) -> float:
-        return max(0.0, self.gather + self.token * tokens)
-
-
-@dataclass(frozen=True)
 class Costs:
-    """Seconds. works: of a layer of every kind, see phases.layer_kinds; alone: outside of the layers
-    and not shared; shared: outside and shared by windows. late: reading and writing go on beside
-    the work of a layer; hops(world): how often a broadcast is sent one after the other.
+    """Seconds. works: of a layer of every kind, see phases.layer_kinds; alone: outside of the
+    layers and not shared; shared: outside and shared by windows. late: reading and writing go on
+    beside the work of a layer; hops(world): how often a broadcast is sent one after the other.
     """
 
     works: Mapping[int, Work]
@@ -137,6 +120,7 @@ def simulate(
     parts: int | None = None,
     budget: Budget | None = None,
     process: int = 0,
+    notices: Sequence[str] = (),
 ) -> Scaling:
     """Of the run `job` as each number of processes; costs None: bytes and memory alone.
 
@@ -146,7 +130,8 @@ def simulate(
     check_ranks(worlds, None if job.calibration is None else len(job.calibration.ids))
     base = None if costs is None else _row(job, 1, wire, costs, parts, budget, process)
     rows = [_row(job, world, wire, costs, parts, budget, process, base) for world in worlds]
-    return Scaling(wire, rows, None if base is None else _sentence(rows, base))
+    sentence = None if base is None else _sentence(rows, base)
+    return Scaling(wire, rows, sentence, list(notices))
 
 
 def _row(
@@ -159,7 +144,7 @@ def _row(
     process: int,
     base: AtRanks | None = None,
 ) -> AtRanks:
-    parts = parts_of(job, world, count)
+    job, parts = in_parts(job, world, count)
     windows = max(windows_of(job, parts))
     kinds = layer_kinds(job.checkpoint, job.plan)
     passed = {index: of_layer(job, index, parts) for index in kinds}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from ..ranks import Parts, Team, reading, sums
 
 
-
 @dataclass(frozen=True)
 class Traffic:
     """Bytes by rank. passed: given to single others (all_to_all); come: what arrives so; told:

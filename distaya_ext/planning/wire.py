@@ -39,7 +39,9 @@ class Wire:
 def given(text: str) -> Wire:
     """Of "10GB/s", "400MiB/s", "100Gbit/s". UsageError for anything else and for nothing at all."""
     found = _RATE.fullmatch(text.strip())
-    rate = float(found[1]) * _UNITS[found[2] or ""] / (8 if found[3] == "bit" else 1) if found else 0
+    rate = (
+        float(found[1]) * _UNITS[found[2] or ""] / (8 if found[3] == "bit" else 1) if found else 0
+    )
     if not rate:
         raise UsageError(f"wire {text!r} is not a rate above 0 such as 10GB/s or 100Gbit/s")
     return Wire(rate, "given")
