@@ -71,9 +71,9 @@ class Rehearsal:
         return self.work(share).seconds(tokens)
 
     def work(self, share: float = 1.0) -> Work:
-        """The parts of such a layer."""
+        """The parts of such a layer. Without a factor there are no rows to share."""
         rest = max(0.0, self.solve - self.read - self.train - self.encode)
-        factor = min(self.factor, rest)
+        factor = min(self.factor, rest) if self.factor else rest
         return Work(
             read=share * self.read,
             gather=self.first - self.per_token * self.tokens,

@@ -17,7 +17,9 @@ from ..ranks import Parts, Team
 from .traffic import Traffic, read_shared, spread, summed
 
 KINDS = ("weights", "moments", "rows", "gradients")
-_FIGURES = 8 + 8 + 8  # of a row: zeros, loss, energy
+_FIGURES = 8 + 8  # of a row: loss, energy
+_COUPLED = ("group", "block")  # orders of columns that all rows have a say in
+_ROWS = 16  # that stay together, see rows.UNIT
 
 
 def in_parts(job: Job, world: int, count: int | None) -> tuple[Job, Parts]:
@@ -39,7 +41,7 @@ def windows_of(job: Job, parts: Parts) -> list[int]:
 
 
 def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
-    """Bytes that ranks pass on for a layer, by KINDS."""
+    """Bytes that ranks pass on for a layer, by KINDS. Rows are shared where there is a Hessian."""
     world, prefix = len(parts.of_rank), f"{job.checkpoint.architecture.layers}.{index}"
     found = dict.fromkeys(KINDS, Traffic.none(world))
     entries = job.checkpoint.entries
@@ -53,7 +55,8 @@ def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
         for names in stacks:
             settings = job.plan[f"{prefix}.{names[0]}"]
             rows, columns = shape_of(job, prefix, names)
-            found["rows"] += spread(rows, row_bytes(job, settings, columns), world)
+            if settings.statistic == "hessian":
+                found["rows"] += spread(rows, row_bytes(job, settings, columns), world, _ROWS)
             if job.calibration is not None:
                 found["gradients"] += _gradients(job, prefix, names, settings, parts)
     return found
@@ -91,17 +94,44 @@ def ends_block(job: Job, stage: Stage) -> bool:
 
 
 def row_bytes(job: Job, settings: Settings, columns: int) -> int:
-    """Of a compressed row on its way to the other ranks: weights, codes with their grid, the mask,
-    and what it cost.
+    """Of a compressed row on its way to the other ranks: weights, codes with their grid, the mask
+    for training, and what it cost.
     """
-    found = columns * job.checkpoint.dtype.itemsize
-    if settings.bits is not None:
+    found = columns * job.checkpoint.dtype.itemsize + _FIGURES
+    if settings.bits is not None and not _scattered(settings):
+        found += columns + 2 * 4 * _groups(settings, columns)  # scales and zeros in fp32
+    if settings.pattern is not None and settings.quality == "high":
         found += columns
-        scale = settings.scale_dtype.itemsize + (not settings.symmetric)
-        found += scale * groups_of(columns, settings.group if settings.group < columns else 0)
-    if settings.pattern is not None and settings.statistic == "hessian":
-        found += columns
-    return found + _FIGURES
+    if settings.order in _COUPLED:
+        found += 4 * columns  # what is aimed at
+    return found
+
+
+def _groups(settings: Settings, columns: int) -> int:
+    return groups_of(columns, settings.group if settings.group < columns else 0)
+
+
+def _scattered(settings: Settings) -> bool:
+    """Groups of columns that are no neighbours have no grid."""
+    return settings.order != "natural" and settings.group > 0 and not settings.static
+
+
+def outside(job: Job, world: int) -> dict[str, Traffic]:
+    """What is passed on before the layers: embedding, norm and head, and the windows."""
+    if world == 1 or job.calibration is None:
+        return {}
+    architecture, entries = job.checkpoint.architecture, job.checkpoint.entries
+    ends = [architecture.embed, architecture.norm]
+    ends += [] if job.checkpoint.tied else [architecture.head]
+    shapes = [
+        (entry.shape, entry.dtype.itemsize)
+        for end in ends
+        for name, entry in entries.items()
+        if name.startswith(f"{end}.")
+    ]
+    zeros = (0,) * world
+    ids = Traffic(zeros, zeros, (job.calibration.ids.nbytes, *zeros[1:]))
+    return {"weights": read_shared(shapes, world), "windows": ids}
 
 
 def _gradients(
@@ -121,9 +151,7 @@ def learned(settings: Settings, rows: int, columns: int) -> int:
         return 0
     if settings.bits is None:
         return rows * columns
-    if settings.order != "natural" and settings.group and not settings.static:
-        return 0  # such groups are no grid
-    return rows * groups_of(columns, settings.group if settings.group < columns else 0)
+    return 0 if _scattered(settings) else rows * _groups(settings, columns)
 
 
 def steps(calibration: Calibration) -> int:

@@ -3,8 +3,9 @@
 Nothing of it is measured. Shared among N ranks are the calibration tokens (the forward and what is
 gathered of it, training) and the rows (sweeps, refits). Not shared: every rank factorises every
 Hessian itself, all ranks together read each byte of a layer once, rank 0 alone writes. On the CPU
-these parts follow each other; on a GPU the next layer is read, and the last one written, beside the
-work. Bytes are counted from shapes (passed.py) and pass at one rate.
+these parts are taken to follow each other, since no core is left for the thread that writes; on a
+GPU the next layer is read, and the last one written, beside the work. Bytes are counted from shapes
+(passed.py) and pass at one rate; what a message costs however small it is is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..compress.budget import Budget, device_bytes
 from ..compress.phases import Job, layer_kinds, memory
 from ..errors import UsageError
 from ..ranks import sums
-from .passed import KINDS, in_parts, of_layer, windows_of, with_windows
+from .passed import KINDS, in_parts, of_layer, outside, windows_of, with_windows
 from .traffic import Traffic
 from .wire import Wire
 from .work import Work
@@ -31,7 +32,7 @@ SHARED = {
 ALONE = {
     "read": "all ranks read the same layer from one disk and pass it on",
     "reduce": "the sums of every rank go through the wire, however many ranks there are",
-    "factor": "every rank factorises each Hessian itself",
+    "factor": "every rank factorises each Hessian itself, and solves alone what has none",
     "spread": "every rank needs all compressed rows",
     "gradients": "in every step the gradients of every rank go through the wire",
     "write": "rank 0 encodes and writes alone",
@@ -45,25 +46,29 @@ _BUFFERS = 4  # of a piece that is summed: given, come, the sum, and the sum of 
 @dataclass(frozen=True)
 class Costs:
     """Seconds. works: of a layer of every kind, see phases.layer_kinds; alone: outside of the
-    layers and not shared; shared: outside and shared by windows. late: reading and writing go on
-    beside the work of a layer; hops(world): how often a broadcast is sent one after the other.
+    layers and not shared; shared: outside and shared by windows. late: of GPUs, so reading and
+    writing go on beside the work of a layer; weights: bytes a second between the hosts' memories,
+    through which ranks pass on what they read (None: as everything else).
     """
 
     works: Mapping[int, Work]
     alone: float = 0.0
     shared: float = 0.0
     late: bool = False
+    weights: float | None = None
 
-    def hops(self, world: int) -> int:
-        """gloo sends along a tree, NCCL along a ring in small pieces."""
-        return 1 if self.late else max(1, (world - 1).bit_length())
+    def passing(self, kind: str, traffic: Traffic, rate: float) -> float:
+        """Seconds. gloo sends broadcasts along a tree, NCCL along a ring in small pieces."""
+        nccl = self.late and kind != "weights"
+        hops = 1 if nccl else max(1, (len(traffic.told) - 1).bit_length())
+        return traffic.seconds((kind == "weights" and self.weights) or rate, hops)
 
 
 @dataclass(frozen=True)
 class AtRanks:
     """A run as `ranks` processes. bytes: kind -> (sent, received) of the rank with most, for a
-    layer in the mean; sent, read: of the whole run's layers. parts: seconds of a layer by part, in
-    the mean. seconds: of all layers and what is outside; None where nothing was rehearsed.
+    layer in the mean; sent, read: of the whole run. parts: seconds of a layer by part, in the mean.
+    seconds: of all layers and what is outside; None where nothing was rehearsed.
     """
 
     ranks: int
@@ -153,9 +158,11 @@ def _row(
     for index, times in kinds.items():
         for kind in KINDS:
             total[kind] += passed[index][kind] * times
-    every = sum(total.values(), Traffic.none(world))
+    ends = outside(job, world)
+    every = sum((*total.values(), *ends.values()), Traffic.none(world))
     sizes = {k: (max(t.given) // depth, max(t.arrived) // depth) for k, t in total.items()}
-    read = max(total["weights"].told) if world > 1 else _layers_bytes(job)
+    whole = total["weights"] + ends.get("weights", Traffic.none(world))
+    read = max(whole.told) if world > 1 else job.checkpoint.nbytes
     held = _memory(job, parts, windows, budget, process)
     found = AtRanks(world, windows, sizes, max(every.given), read, held)
     if costs is None:
@@ -168,16 +175,12 @@ def _row(
         for part in PARTS:
             spent[part] += times * one[part] / depth
     share = windows / max(1, len(job.calibration.ids)) if job.calibration is not None else 1.0
-    outside = costs.alone + costs.shared * share
-    seconds = layers + outside
+    beside = costs.alone + costs.shared * share
+    beside += sum(costs.passing(kind, ends[kind], wire.rate) for kind in ends)
+    seconds = layers + beside
     first = seconds if base is None else base.seconds
-    more = {"parts": spent, "layer": layers / depth, "outside": outside, "seconds": seconds}
+    more = {"parts": spent, "layer": layers / depth, "outside": beside, "seconds": seconds}
     return AtRanks(**{**vars(found), **more, "efficiency": first / (world * seconds)})
-
-
-def _layers_bytes(job: Job) -> int:
-    start = f"{job.checkpoint.architecture.layers}."
-    return sum(e.nbytes for name, e in job.checkpoint.entries.items() if name.startswith(start))
 
 
 def _parts(
@@ -193,8 +196,7 @@ def _parts(
         "write": work.write,
     }
     for kind, part in _OVER.items():
-        more = passed[kind].seconds(wire.rate, costs.hops(world))
-        found[part] = found.get(part, 0.0) + more
+        found[part] = found.get(part, 0.0) + costs.passing(kind, passed[kind], wire.rate)
     return found
 
 
@@ -242,8 +244,11 @@ def _sentence(rows: Sequence[AtRanks], base: AtRanks) -> str:
         f"({100 * spent[worst] / most.seconds:.0f} %): {why[worst]}"
     )
     if worst in SHARED:
-        told += (
-            f"; of what more ranks do not shorten ({floor:.3g} s) most is {last} "
+        return (
+            f"{told}; of what more ranks do not shorten ({floor:.3g} s) most is {last} "
             f"({alone[last]:.3g} s): {why[last]}"
         )
+    if worst == "outside":
+        last = max(most.parts, key=most.parts.__getitem__)
+        return f"{told}; in a layer it is {last}: {why[last]}"
     return told
