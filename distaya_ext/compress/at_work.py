@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import InputError
 from ..formats import Grid
 from ..models import Architecture, Stage
-from ..ranks import PartSums, Sum
+from ..ranks import PartSums, Sum, team
 from . import events, ferry, glu
 from .aim import Aim
 from .bias import Means, corrected
@@ -339,7 +339,8 @@ class AtWork:
         """Start the way home of what a stack became; it is encoded and accounted for there."""
         parts: dict[str, Any] = {}
         moved: dict[str, dict[str, torch.Tensor]] = {}
-        for name in stack.names:
+        names = stack.names if team().first else []  # of the one that writes
+        for name in names:
             full = f"{prefix}.{name}"
             parts[full] = {"weight": layer.get_submodule(name).weight.data}
             if full in self.packing.planned:
@@ -360,6 +361,7 @@ class AtWork:
             for name, part in parts.items():
                 changed[name] = self._stored(name, shapes[name[len(prefix) + 1 :]], part)
             sizes = [sum(t.nbytes for t in changed[name].values()) for name in parts]
+            sizes = sizes or [0] * len(shapes)
             for name, others in moved.items():
                 changed[name] |= others
             return Figures(**figures), self.way.seconds(begin, end), sizes

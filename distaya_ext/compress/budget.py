@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ResourceError, UsageError
+from ..ranks import team
 from ..recipe import Recipe
 from .calibrate import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from .plan import Plan, shares_statistics
@@ -76,9 +77,11 @@ class Budget:
     def spills(self, activation_bytes: int) -> bool:
         """Whether activations of that size must go to disk.
 
-        Without a limit they may fill a quarter of the memory; the result is the same either way.
+        Without a limit they may fill a quarter of the memory, those of all processes of this host
+        together; the result is the same either way.
         """
-        room = physical_bytes() // 4 if self.room is None else self.room
+        shared = physical_bytes() // (4 * team().local_world)
+        room = shared if self.room is None else self.room
         return activation_bytes > room
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..models.skeleton import is_tied
+from ..ranks import read_shared
 
 
 @dataclass
@@ -77,10 +78,19 @@ class _StandIn(nn.Module):
 
 
 class Ends:
-    """A weightless model plus its ends (embedding, final norm, head) from the checkpoint."""
+    """A weightless model plus its ends (embedding, final norm, head) from the checkpoint. shared:
+    all processes of the run make one now, and read it together.
+    """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        shared: bool = False,
+    ):
+        self.model, self._shared = model, shared
         self.architecture = checkpoint.architecture
         self.layers = list(model.get_submodule(self.architecture.layers))
         self._load(checkpoint, device)
@@ -93,8 +103,10 @@ class Ends:
                 module.weight = self.model.get_submodule(self.architecture.embed).weight
                 continue
             names = [f"{path}.{name}" for name in module.state_dict()]
-            tensors = checkpoint.read(names, device)
-            state = {name[len(path) + 1 :]: t.to(checkpoint.dtype) for name, t in tensors.items()}
+            tensors = (read_shared if self._shared else Checkpoint.read)(checkpoint, names)
+            state = {
+                name[len(path) + 1 :]: t.to(device, checkpoint.dtype) for name, t in tensors.items()
+            }
             module.load_state_dict(state, assign=True)
         for module in self.model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -187,11 +199,18 @@ def load_layer(
 
 
 def read_layer(
-    model_layer: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device | str = "cpu"
+    model_layer: nn.Module,
+    prefix: str,
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    *,
+    shared: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Weights of a decoder layer by their names in it, read from the shards in the run's dtype."""
+    """Weights of a decoder layer by their names in it, read from the shards in the run's dtype.
+    shared: by all processes of the run together, to the host.
+    """
     names = [f"{prefix}.{name}" for name in model_layer.state_dict()]
-    tensors = checkpoint.read(names, device)
+    tensors = read_shared(checkpoint, names) if shared else checkpoint.read(names, device)
     return {name[len(prefix) + 1 :]: t.to(checkpoint.dtype) for name, t in tensors.items()}
 
 

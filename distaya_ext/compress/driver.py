@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,20 @@ from ..device import find_device
 from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton
+from ..ranks import team
 from ..recipe import Recipe
-from ..resume import Work
+from ..resume import Guest, Work
 from ..resume import place as work_place
 from . import events, glu
 from .at_work import Replay
 from .blocks import give_back
 from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
-from .calibrate import CUDA_CHUNK_TOKENS, Calibration, load_calibration
+from .calibrate import CUDA_CHUNK_TOKENS, Calibration
 from .capture import Ends, check_tied
 from .ferry import Ferry
 from .identity import identity
 from .keep import Keeper, most_bytes
+from .kept import Follower
 from .language_report import LanguageReport
 from .languages import Mixture
 from .layers import Layers
@@ -45,6 +48,7 @@ from .plan import make_plan
 from .proof import PROOF_WINDOWS, prove
 from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
+from .shared import check_parts, parts_of, same_for_all, shared_calibration, spill_folder
 from .store import Store
 
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
@@ -65,38 +69,46 @@ def compress(
     offline: bool = False,
     strict: bool = False,
     work: Path | None = None,
+    spill: Path | None = None,
 ) -> Report:
     """One walk through the layers, for a recipe that names the layers it leaves out; see
     front.compress, which is what everyone calls.
 
     work: the folder for what a later run goes on with; None: the hidden sibling of `out`.
+
+    In a team of several processes each of them calls this; rank 0 has the folder and writes.
     """
-    place = find_device(device, kernels=True)
+    us, place = team(), find_device(device, kernels=True)
     local = Path(model).expanduser()  # the output is checked before a model is fetched from a hub
-    if restart or not (work or work_place(Path(out))).exists():  # else it may be of this very run
+    fresh = restart or not (work or work_place(Path(out))).exists()  # else it may be of this run
+    if us.first and fresh:
         check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     recipe = as_run(recipe, model, texts)
     settings = from_recipe(recipe)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
-    run = _Run(checkpoint, settings, recipe, Path(out), on_event or (lambda event: None), place)
+    tell = on_event if on_event is not None and us.first else lambda event: None
+    run = _Run(checkpoint, settings, recipe, Path(out), tell, place)
     run.report.strict = strict
     give_back(checkpoint, careful=run.needs.trains or recipe.max_ram is not None)
-    with Work(Path(out), work) as held:
+    with ExitStack() as stack:
+        held = stack.enter_context(Work(Path(out), work) if us.first else Guest(Path(out), work))
         if settings.statistic is not None:
-            run.calibration = load_calibration(texts, recipe, checkpoint)
-            if place.type == "cuda":
-                run.calibration = replace(run.calibration, chunk_tokens=CUDA_CHUNK_TOKENS)
-        run.made_of = identity(checkpoint, recipe, run.calibration, place)
-        done = held.begin(run.made_of, restart=restart)
+            run.cut(texts, held.inputs if held.records and not restart else None)
+        run.made_of = same_for_all(identity(checkpoint, run.recipe, run.calibration, place))
+        done = us.tell(held.begin(run.made_of, restart=restart) if us.first else None)
         if done is not None:  # killed behind the last rename
             restore_report(run.report, done["report"])
-            held.remove()
+            if us.first:
+                held.remove()
             run.report.judge()
             return run.report
-        check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
-        held.overwrite = overwrite
-        return run.go(held)
+        if us.first:
+            check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
+            held.overwrite = overwrite
+        us.wait()  # until the folder is as this run needs it
+        scratch = stack.enter_context(spill_folder(held.scratch, spill))
+        return run.go(held, scratch)
 
 
 def as_run(recipe: Recipe, model: str | Path, texts: Any) -> Recipe:
@@ -137,16 +149,35 @@ class _Run:
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
 
-    def go(self, work: Work) -> Report:
-        keeper = Keeper(
-            work, self.report, self.packing, self.budget.shard_bytes,
-            self.checkpoint.config.num_hidden_layers, self.on_event,
-        )  # fmt: skip
+    def cut(self, texts: Any, before: Mapping[str, Any] | None) -> None:
+        """Calibration windows, in as many parts as the recipe says, or the run that was stopped
+        (before: what it was made of), or as there are processes.
+        """
+        whole = shared_calibration(texts, self.recipe, self.source)
+        if self.device.type == "cuda":
+            whole = replace(whole, chunk_tokens=CUDA_CHUNK_TOKENS)
+        spec = self.recipe.calibration
+        count = team().tell(spec.parts or parts_of(before) or team().world)
+        check_parts(count, whole, spec.parts)
+        self.calibration = whole.in_parts(count)
+        if count > 1:
+            spec = spec.model_copy(update={"parts": count})
+            self.recipe = self.recipe.model_copy(update={"calibration": spec})
+
+    def go(self, work: Work | Guest, scratch: Path) -> Report:
+        keeper: Keeper | Follower
+        if team().first:
+            keeper = Keeper(
+                work, self.report, self.packing, self.budget.shard_bytes,
+                self.checkpoint.config.num_hidden_layers, self.on_event,
+            )  # fmt: skip
+        else:
+            keeper = Follower(work, self.report, self.packing)
         keeper.find()
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
-        tokens = self.calibration.tokens if self.calibration is not None else 0
+        tokens = self.calibration.own_tokens if self.calibration is not None else 0
         waiting = activation_bytes(self.checkpoint, tokens, self.needs)
         if self.device.type == "cuda":
             self.away = waits_on_host(
@@ -158,24 +189,28 @@ class _Run:
         if self.report.spilled:
             self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
-        beside = most_bytes(self.checkpoint, tokens, self.needs, self.budget.shard_bytes, planned)
-        least = planned + beside + waiting * self.report.spilled - work.nbytes
-        check_disk(work.root, max(0, least))
+        every = self.calibration.tokens if self.calibration is not None else 0
+        beside = most_bytes(self.checkpoint, every, self.needs, self.budget.shard_bytes, planned)
+        if team().first:
+            least = planned + beside + waiting * self.report.spilled - work.nbytes
+            check_disk(work.root, max(0, least))
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
         for message in [*notices, *self.packing.notices]:
             self._notice(message)
         if self.calibration is not None:
-            self._prepare(work.scratch, going_on=keeper.first > 0)
+            self._prepare(scratch, going_on=keeper.first > 0)
         keeper.restore(self.replay)
         self.report.judge()  # of layers that a run without strict has kept
         writer = keeper.writer
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         check_tied(self.checkpoint, skeleton)
         layers = Layers(self.checkpoint, self.plan, self.packing, self.report, self.on_event)
-        with Ferry(self.device) as way:
-            if keeper.first:
+        with Ferry(self.device, behind=writer is not None and not team().alone) as way:
+            if writer is None:
+                pass
+            elif keeper.first:
                 keeper.tensors()
             elif self.architecture.embed in self.packing.ends:
                 self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
@@ -183,6 +218,16 @@ class _Run:
                 way.do(lambda: self._end(writer, self.architecture.embed))
             weightless = skeleton.get_submodule(self.architecture.layers)
             layers.run(weightless, self.replay, way, writer, keeper)
+        if team().first:
+            self._finish(work, keeper)
+        told = team().tell(dump_report(self.report) if team().first else None)
+        if not team().first:
+            restore_report(self.report, told)
+        return self.report
+
+    def _finish(self, work: Work, keeper: Keeper) -> None:
+        """Write what is not in layers, and put the output in its place."""
+        writer = keeper.writer
         ends = (self.architecture.embed + ".", self.architecture.head + ".")
         between = (*ends, self.architecture.layers + ".")
         self._copy(writer, lambda name: not name.startswith(between))
@@ -205,7 +250,6 @@ class _Run:
         if fell_back := self.report.fallbacks.event(len(self.report.modules)):
             self.on_event(fell_back)
         self.on_event(events.Saved(self.report.out.name, len(shards), writer.total_bytes))
-        return self.report
 
     def _cut(self, raw: dict[str, Any]) -> dict[str, Any]:
         """config.json of the source for the layers that are written."""
@@ -237,7 +281,7 @@ class _Run:
                 "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
             )
         self._warn_few_tokens()
-        if not going_on:
+        if not going_on and team().first:
             self._prove()
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
         left_out = LeftOut(calibration, report)
@@ -277,10 +321,12 @@ class _Run:
             build_skeleton(self.checkpoint.config, self.checkpoint.dtype),
             self.checkpoint,
             self.device,
+            shared=True,
         )
         if self.architecture.embed in self.packing.ends:  # the layers see the embedding as rounded
             embed = ends.model.get_submodule(self.architecture.embed)
-            rounded = self.packing.embedding(self.architecture.embed, self.device)
+            W = embed.weight.data
+            rounded = self.packing.embedding(self.architecture.embed, self.device, W)
             embed.weight.data = rounded.dense(self.checkpoint.dtype).to(self.device)
         if self.needs.trains:
             few = self.calibration.ids[: self.replay.batch]

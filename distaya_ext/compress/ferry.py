@@ -5,7 +5,8 @@ Where the device has a queue of its own (CUDA), the host only fills that queue: 
 value before all work of the layer is queued. Weights of the next layer are read from disk by a
 thread and copied on a stream of their own; results go to pinned memory on another, and a thread
 checks and writes them while the next layer computes. The host is at most one layer ahead, so memory
-stays bounded. On the CPU everything happens where it stands in the code.
+stays bounded. On the CPU everything happens where it stands in the code; only in a run of several
+processes the one that writes does so behind the others' backs, in that same thread.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def ends(x: Tensor) -> tuple[Tensor, Tensor]:
 class Ferry:
     """Use as a context manager: leaving it ends its threads, whatever happened."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, behind: bool = False):
         self.device = device
         self.late = runs_late(device)
+        self._behind = self.late or behind
         cuda = device.type == "cuda"
         self._up = torch.cuda.Stream(device) if cuda else None  # weights, host to device
         self._down = torch.cuda.Stream(device) if cuda else None  # results, device to host
@@ -146,10 +148,10 @@ class Ferry:
         return pinned.copy_(tensor, non_blocking=True)
 
     def do(self, job: Callable[[], Any], then: Callable[[Any], None] = lambda _: None) -> None:
-        """job() and then then(its result). Late: job in a thread, in the order they came, then in
-        the caller's thread in a later turn().
+        """job() and then then(its result). Late, or behind: job in a thread, in the order they
+        came, then in the caller's thread in a later turn().
         """
-        if self.late:
+        if self._behind:
             self._waiting.append((self._writer.submit(job), then))
         else:
             then(job())

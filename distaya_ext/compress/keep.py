@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint import Checkpoint, write_tensors
+from ..ranks import team
 from ..resume import Work
 from . import events, ferry
 from .budget import Needs
-from .report import dump_report, restore_report
+from .kept import Kept
+from .report import dump_report
 from .shards import Shards
 
 if TYPE_CHECKING:
-    from .at_work import Replay
     from .packing import Packing
     from .report import Report
 
@@ -34,7 +35,7 @@ SHARE = 0.1  # of a run's time that keeping may take before a layer is left out
 _STATE = "state"
 
 
-class Keeper:
+class Keeper(Kept):
     """Keeps what a run has done, and finds what an earlier one had.
 
     Order of use: find(); restore() once the replay is there; tensors(); then due() and save()
@@ -50,12 +51,9 @@ class Keeper:
         layers: int,
         on_event: Callable[[events.Event], None],
     ):
-        self.work, self.report, self.packing, self.count = work, report, packing, layers
-        self.on_event = on_event
+        super().__init__(work, report, packing)
+        self.count, self.on_event = layers, on_event
         self.writer = Shards(work, shard_bytes)
-        self.replay: Replay | None = None
-        self.first = 0  # layer that this run begins with
-        self._state: dict[str, Any] = {}
         self._records: list[dict[str, Any]] = []  # of the layers before that
         self._checked: dict[str, bool] = {}  # files of layers: whether they are what they were
         self._generations: list[list[str]] = []  # what only one kept layer needs, older ones first
@@ -87,6 +85,7 @@ class Keeper:
             else:
                 self.work.anew()
         self.work.tidy(self._wanted(good, layers))
+        team().tell([self.first, self._state])
 
     def _read(self) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         """The records that hold: shards by index, layers in order."""
@@ -154,22 +153,6 @@ class Keeper:
         files |= {name for record in layers for name in record["tensors"]}
         return files | set(layers[-1]["files"] if layers else ())
 
-    def restore(self, replay: Replay | None) -> None:
-        """Give report, packing and replay what the layers before have left."""
-        self.replay = replay
-        if not self.first:
-            return
-        restore_report(self.report, self._state["report"])
-        self.packing.restore(self._state["packing"])
-        if replay is None:
-            return
-        device = replay.mixture.shares.device
-        for name, store in _streams(replay).items():
-            for chunk, (shape, dtype) in enumerate(self._state["streams"].get(name, [])):
-                path = self.work.root / _stream_file(name, self.first - 1, chunk)
-                store.load(("hidden", chunk), path, shape, getattr(torch, dtype), device)
-        replay.mixture.restore(self._state["mixture"])
-
     def tensors(self) -> None:
         """Give the writer what the layers before have written, in the order they did."""
         from safetensors import safe_open
@@ -190,7 +173,8 @@ class Keeper:
         last, always; after others while keeping has taken at most SHARE of the time.
         """
         now = time.perf_counter() - self._start
-        return layer in (self.first, self.count - 1) or self._spent <= SHARE * now
+        always = layer in (self.first, self.count - 1)
+        return team().tell(always or self._spent <= SHARE * now)
 
     def save(self, layer: int) -> None:
         """Keep it. Everything of the layer is at home, and nothing of the next has begun."""
@@ -205,13 +189,8 @@ class Keeper:
             tensors[name] = keep(name, lambda path: write_tensors(waiting, path))
             self.writer.layers[name] = list(waiting)
         files, shapes = {}, {}
-        if self.replay is not None and layer + 1 < self.count:
-            for name, store in _streams(self.replay).items():
-                shapes[name] = []
-                for chunk in range(len(self.replay.calls)):
-                    key, file = ("hidden", chunk), _stream_file(name, layer, chunk)
-                    files[file] = keep(file, lambda path, s=store, k=key: s.save(k, path))
-                    shapes[name].append(store.facts(key))
+        if team().tell(self.replay is not None and layer + 1 < self.count):
+            files, shapes = self.keep_streams(layer)
         text = json.dumps(self._carried(shapes))
         file = f"{_STATE}-{number}.json"
         files[file] = keep(file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -253,12 +232,3 @@ def most_bytes(checkpoint: Checkpoint, tokens: int, needs: Needs, shard: int, ou
     """
     width = checkpoint.config.hidden_size * checkpoint.dtype.itemsize
     return min(output, 2 * shard) + 2 * (1 + needs.twin) * tokens * width
-
-
-def _streams(replay: Replay) -> dict[str, Any]:
-    found = {"hidden": replay.hidden}
-    return found if replay.dense is None else {**found, "dense": replay.dense[0]}
-
-
-def _stream_file(name: str, layer: int, chunk: int) -> str:
-    return f"{name}-{layer:05d}-{chunk:05d}.bin"

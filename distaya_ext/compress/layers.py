@@ -49,15 +49,15 @@ class Layers:
         layers: nn.ModuleList,
         replay: Replay | None,
         way: ferry.Ferry,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
         keeper: Keeper | None = None,
     ) -> None:
         """All of them; with a keeper those it has not kept from before. What they give is written,
-        checked and reported when this returns.
+        checked and reported when this returns. writer None: another process of the run writes.
         """
         todo = range(keeper.first if keeper is not None else 0, self.count)
         reads = (
-            partial(read_layer, layers[index], self._prefix(index), self.checkpoint)
+            partial(read_layer, layers[index], self._prefix(index), self.checkpoint, shared=True)
             for index in todo
         )
         coming: Iterator[dict[str, torch.Tensor]] = way.ahead(reads)
@@ -76,7 +76,7 @@ class Layers:
         weights: dict[str, torch.Tensor],
         replay: Replay | None,
         way: ferry.Ferry,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
     ) -> None:
         begin = way.mark()
         way.do(lambda: None, lambda _: self.on_event(events.LayerStart(index, self.count)))
@@ -93,7 +93,8 @@ class Layers:
         weights.clear()
         at_work = AtWork(self.plan, self.packing, self.report, self.on_event, way, checks)
         changed = at_work.compress(index, prefix, layer, self.architecture, replay, walk, twin)
-        way.do(lambda: self._write(prefix, changed, writer))
+        if writer is not None:
+            way.do(lambda: self._write(prefix, changed, writer))
         told: dict[str, Any] = {}
         if walk is not None:
             walk.finish()

@@ -84,13 +84,15 @@ class Packing:
         self.schemes[name] = scheme
         return late.finish(scheme, told[scheme.encoding])
 
-    def embedding(self, name: str, device: torch.device | str = "cpu") -> Grid:
+    def embedding(
+        self, name: str, device: torch.device | str = "cpu", W: torch.Tensor | None = None
+    ) -> Grid:
         """Embedding or head rounded to the nearest of 8 bits, symmetric, one scale per row.
 
-        device is where it is computed; the grid is on the CPU.
+        device is where it is computed; the grid is on the CPU. W: the matrix, where it is at hand.
         """
         key = f"{name}.weight"
-        W = self.checkpoint.read([key])[key]
+        W = self.checkpoint.read([key])[key] if W is None else W
         quant = obs_op.Quant(8, 0, symmetric=True, scale_dtype=self.dtype)
         codes = torch.empty(W.shape, dtype=torch.uint8)
         scales = torch.empty(len(W), 1, dtype=self.dtype)

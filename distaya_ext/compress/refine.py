@@ -19,6 +19,7 @@ from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor
 from ..ops.order import permutation
 from ..ops.refit import admm, refit
+from .rows import Rows
 from .settings import Settings
 
 # Held-out layer error after the refit over that of the sweep, on a trained 8-layer Cohere model:
@@ -47,6 +48,14 @@ def rounding(settings: Settings) -> dict[str, obs_op.Quant | None]:
     return {"quant": obs_op.Quant(**{name: getattr(settings, name) for name in names})}
 
 
+def visits(settings: Settings, W: torch.Tensor, H: torch.Tensor) -> torch.Tensor | str:
+    """The order of the sweep over the columns of the whole W [rows, columns], as obs takes it."""
+    if settings.order == "activation":
+        W = H  # which has a say in it alone; of W there may be no row here
+    perm = permutation(settings.order, W, H, settings.nm, settings.sparsity)
+    return "natural" if perm is None else perm
+
+
 def refined(
     W: torch.Tensor,
     T: torch.Tensor,
@@ -54,16 +63,20 @@ def refined(
     factor: LateFactor,
     settings: Settings,
     mask: torch.Tensor | None = None,
+    rows: Rows | None = None,
 ) -> obs_op.ObsResult:
     """Rows that aim at T fp32 [rows, columns], for H and its factor; the result in W's dtype.
 
-    mask: what is kept, None: it is chosen here. loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
+    rows: which those of W, T and mask are (None: all). mask: what is kept, None: it is chosen here.
+    loss is 1/2 (Q - T) H' (Q - T)^T, as obs gives it.
     """
     prunes = settings.sparsity is not None or settings.nm is not None
     # One order for both sweeps: the second has a mask, from which none could be made.
-    perm = permutation(settings.order, T, H, settings.nm, settings.sparsity)
-    order = {"order": "natural" if perm is None else perm, "damp": settings.damp}
-    given = {"factor": factor} if perm is None else {"H": H}
+    coupled = rows is not None and settings.order in ("group", "block")
+    every = rows.whole(T) if coupled else T
+    perm = visits(settings, every, H)
+    order = {"order": perm, "damp": settings.damp}
+    given = {"factor": factor} if isinstance(perm, str) else {"H": H}
     quiet: dict[str, Any] = {"later": lambda factor: None}
     if not prunes:
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)

@@ -19,7 +19,8 @@ from ..ranks import Sum
 from .aim import Aim
 from .bias import Means
 from .ferry import Checks
-from .refine import pattern, refined, rounding
+from .refine import pattern, refined, rounding, visits
+from .rows import Rows
 from .settings import Settings
 
 _ENERGY_ROWS = 512  # rows per matrix whose dense output energy is computed; see output_energy
@@ -112,11 +113,15 @@ class Statistic:
         symmetrize_(H)
         return H
 
-    def wanted(self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor) -> torch.Tensor:
-        """The weights to compress towards, fp32: W itself where nothing is aimed at."""
+    def wanted(
+        self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor, rows: slice
+    ) -> torch.Tensor:
+        """The weights to compress towards, fp32: W itself where nothing is aimed at. W: these rows
+        of the matrix.
+        """
         if self.aim is None:
             return W.float()
-        return self.aim.weights(W, H, factor.R, last=self.readers <= 0)
+        return self.aim.weights(W, H, factor.R, rows=rows, last=self.readers <= 0)
 
     def norms(self) -> torch.Tensor:
         """Weighted root mean square of each input column, fp32 [columns]; of a Hessian before
@@ -224,48 +229,77 @@ def _sweep(
 ) -> Solution:
     """One OBS sweep over the stack; in activation order the busiest inputs come first. mask: what
     is kept; None: the sweep chooses.
+
+    Every process of the run factorises H, which is ready for all of them at once and takes no bytes
+    to tell, and sweeps its own rows.
     """
     if mask is None:
         _check_pattern(W, settings)
-    shape, H = W.shape, statistic.matrix()
+    rows, H = Rows(len(W)), statistic.matrix()
+    shape = rows.part(W).shape
     if checks.late:
-        checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
+        checks.expect(
+            lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(rows.part(W))
+        )
     else:
-        obs_op.need_finite(W)
-    figures = Figures(energy=output_energy(W, H, sizes), dead=(H.diagonal() == 0).sum())
+        obs_op.need_finite(rows.part(W))
+    figures = Figures(
+        energy=output_energy(rows.part(W), H, sizes, rows.own), dead=(H.diagonal() == 0).sum()
+    )
 
     def judge(factor: LateFactor) -> None:
         figures.floored = factor.info[0]
         size, damp = len(factor.R), factor.damp  # not the factor itself, which is large
         checks.expect(lambda *facts: judge_factor(*facts, size, damp), factor.info, factor.mean)
 
+    kept = None if mask is None else rows.part(mask)
     if settings.quality == "plain":
-        found = obs_op.obs(W, H, **pattern(settings, mask), **rounding(settings), overwrite_H=True,
+        how = pattern(settings, kept)
+        if rows.shared:
+            how["order"] = visits(settings, W, H)
+        found = obs_op.obs(rows.part(W), H, **how, **rounding(settings), overwrite_H=True,
                            later=judge)  # fmt: skip
     else:
         factor = cholesky_late(H, settings.damp)
         judge(factor)
-        found = refined(W, statistic.wanted(W, H, factor), H, factor, settings, mask)
-    figures.loss, grid = found.loss, None
+        part = rows.part(W)
+        T = statistic.wanted(part, H, factor, rows.own)
+        found = refined(part, T, H, factor, settings, kept, rows)
+    return _whole(found, figures, settings, rows)
+
+
+def _whole(found: obs_op.ObsResult, figures: Figures, settings: Settings, rows: Rows) -> Solution:
+    """What all processes have found, on each of them."""
+    figures.loss, grid = rows.whole(found.loss), None
+    figures.energy = rows.whole(figures.energy)
     if found.codes is not None and (found.perm is None or settings.static or not settings.group):
-        grid = _grid(found.codes, found.scales, found.zeros, settings)
+        parts = (found.codes, found.scales, found.zeros)
+        grid = _grid(*map(rows.whole, parts), settings)
     prunes = settings.sparsity is not None or settings.nm is not None
-    return Solution(found.W, figures, grid, found.mask if prunes else None)
+    asked = prunes and (settings.quality == "high" or not rows.shared)  # by training alone
+    return Solution(rows.whole(found.W), figures, grid, rows.whole(found.mask) if asked else None)
 
 
-def output_energy(W: torch.Tensor, H: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def output_energy(
+    W: torch.Tensor, H: torch.Tensor, sizes: list[int], own: slice | None = None
+) -> torch.Tensor:
     """Half the mean squared dense output of rows: 1/2 diag(W H W^T), fp64 [rows].
 
-    W stacks matrices of `sizes` rows. A larger matrix gives evenly spaced rows, at most
-    _ENERGY_ROWS of them, and NaN in the others: this serves only to put the loss into proportion,
-    and all rows would cost more than the sweep.
+    W: the rows `own` (None: all) of a stack of matrices of `sizes` rows. A larger matrix gives
+    evenly spaced rows, at most _ENERGY_ROWS of them, and NaN in the others: this serves only to put
+    the loss into proportion, and all rows would cost more than the sweep.
     """
+    own = own or slice(0, len(W))
     energy = torch.full((W.shape[0],), torch.nan, dtype=torch.float64, device=W.device)
     start = 0
     for size in sizes:
-        part = slice(start, start + size, -(-size // _ENERGY_ROWS))
-        rows = W[part].float()
-        energy[part] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
+        step = -(-size // _ENERGY_ROWS)
+        first = start + max(0, -(-(own.start - start) // step)) * step
+        stop = min(start + size, own.stop)
+        if first < stop:
+            part = slice(first - own.start, stop - own.start, step)
+            rows = W[part].float()
+            energy[part] = (rows @ H).mul_(rows).sum(dim=1, dtype=torch.float64) / 2
         start += size
     return energy
 

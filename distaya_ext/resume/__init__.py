@@ -1,5 +1,6 @@
 """Going on where a run was stopped: a journal beside the output, a lock, and what must be equal."""
 
+from .guest import Guest
 from .held import Held, refuse_foreign
 from .identity import difference, fingerprint, kernels, model_identity, texts_identity
 from .journal import Journal
@@ -7,6 +8,7 @@ from .lock import Lock
 from .work import Work, place
 
 __all__ = [
+    "Guest",
     "Held",
     "Journal",
     "Lock",

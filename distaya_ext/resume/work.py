@@ -89,6 +89,11 @@ class Work:
     def records(self) -> list[dict[str, Any]]:
         return [record for record in self.journal.records if record["kind"] != _BEGIN]
 
+    @property
+    def inputs(self) -> Mapping[str, Any] | None:
+        """What the run that was stopped was made of, None where there was none."""
+        return next((r["inputs"] for r in self.journal.records if r["kind"] == _BEGIN), None)
+
     def begin(self, inputs: Mapping[str, Any], *, restart: bool = False) -> dict[str, Any] | None:
         """Go on with what is there, or begin anew. Where this very run was killed after its output
         took its place, what publish() was told comes back and nothing is left to do.
@@ -96,7 +101,7 @@ class Work:
         UsageError tells all differences between what the run that was stopped was made of and what
         this one is made of.
         """
-        held = next((r["inputs"] for r in self.journal.records if r["kind"] == _BEGIN), None)
+        held = self.inputs
         same = held == inputs and not restart
         if self._published():
             if same:

@@ -1,0 +1,33 @@
+"""Rows of a stack of matrices, dealt out to the processes of a run: a sweep treats each alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ranks import Team, team
+
+UNIT = 16  # rows that stay together, so that kernels work on whole tiles
+
+
+class Rows:
+    """`count` rows; own: those of this process."""
+
+    def __init__(self, count: int, by: Team | None = None):
+        self.count, self.team = count, by or team()
+        self.shares = self.team.shares(count, UNIT)
+        self.own = self.shares[self.team.rank]
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes have rows, too."""
+        return not self.team.alone
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a tensor [count, ...]."""
+        return tensor[self.own] if self.shared else tensor
+
+    def whole(self, part: Tensor | None) -> Tensor | None:
+        """[count, ...] on every process, from each one's rows."""
+        if part is None or not self.shared:
+            return part
+        return self.team.collect(part.contiguous(), self.count, self.shares)
