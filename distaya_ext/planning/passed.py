@@ -10,6 +10,7 @@ from ..compress.calibrate import Calibration
 from ..compress.phases import Job
 from ..compress.plan import groups
 from ..compress.reconstruct import EPOCHS, HELD_OUT, Course
+from ..compress.rows import UNIT
 from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
 from ..models import Stage
@@ -19,7 +20,6 @@ from .traffic import Traffic, read_shared, spread, summed
 KINDS = ("weights", "moments", "rows", "gradients")
 _FIGURES = 8 + 8  # of a row: loss, energy
 _COUPLED = ("group", "block")  # orders of columns that all rows have a say in
-_ROWS = 16  # that stay together, see rows.UNIT
 
 
 def in_parts(job: Job, world: int, count: int | None) -> tuple[Job, Parts]:
@@ -56,7 +56,7 @@ def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
             settings = job.plan[f"{prefix}.{names[0]}"]
             rows, columns = shape_of(job, prefix, names)
             if settings.statistic == "hessian":
-                found["rows"] += spread(rows, row_bytes(job, settings, columns), world, _ROWS)
+                found["rows"] += spread(rows, row_bytes(job, settings, columns), world, UNIT)
             if job.calibration is not None:
                 found["gradients"] += _gradients(job, prefix, names, settings, parts)
     return found
@@ -102,7 +102,7 @@ def row_bytes(job: Job, settings: Settings, columns: int) -> int:
         found += columns + 2 * 4 * _groups(settings, columns)  # scales and zeros in fp32
     if settings.pattern is not None and settings.quality == "high":
         found += columns
-    if settings.order in _COUPLED:
+    if settings.order in _COUPLED and settings.quality != "plain":
         found += 4 * columns  # what is aimed at
     return found
 

@@ -146,7 +146,7 @@ def plan(
     alone, notices = _alone(recipe, source, texts, device, offline)
     between = _network(ranks, network)
     job = _job(alone, source, texts, place)
-    check_ranks(ranks, None if job.calibration is None else len(job.calibration.ids))
+    check_ranks(ranks, job.calibration, alone.calibration.parts)
     budget = Budget(job.checkpoint, alone.max_ram_bytes, job.needs)
     notices += [*glu.notices(alone, job.packing.plan, job.checkpoint), *job.packing.notices]
     vram, away = _device(job, alone, place)

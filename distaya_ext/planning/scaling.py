@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..compress.budget import Budget, device_bytes
+from ..compress.calibrate import Calibration
 from ..compress.phases import Job, layer_kinds, memory
+from ..compress.shared import check_parts
 from ..errors import UsageError
 from ..ranks import sums
 from .passed import KINDS, in_parts, of_layer, outside, windows_of, with_windows
@@ -107,13 +109,15 @@ class Scaling:
         }
 
 
-def check_ranks(worlds: Sequence[int], windows: int | None) -> None:
-    """UsageError for more ranks than calibration windows (None: there are none to share)."""
+def check_ranks(worlds: Sequence[int], calibration: Calibration | None, parts: int | None) -> None:
+    """UsageError for numbers of ranks that compress would refuse, in its words. calibration None:
+    there are no windows to share; parts: of the recipe.
+    """
     for world in worlds:
         if world < 1:
             raise UsageError(f"a run has at least 1 rank, not {world}")
-        if windows is not None and world > windows:
-            raise UsageError(f"{world} ranks and only {windows} calibration windows")
+        if calibration is not None:
+            check_parts(parts or world, calibration, parts)
 
 
 def simulate(
@@ -132,7 +136,7 @@ def simulate(
     parts: of the windows, None: one for each rank. budget, process: as phases.memory takes them;
     budget None: memory of a GPU, counted. UsageError for more ranks than windows.
     """
-    check_ranks(worlds, None if job.calibration is None else len(job.calibration.ids))
+    check_ranks(worlds, job.calibration, parts)
     base = None if costs is None else _row(job, 1, wire, costs, parts, budget, process)
     rows = [_row(job, world, wire, costs, parts, budget, process, base) for world in worlds]
     sentence = None if base is None else _sentence(rows, base)
