@@ -168,6 +168,6 @@ def with_windows(job: Job, windows: int) -> Job:
     """The same with so many of the windows, in one part, as a rank has them."""
     if job.calibration is None:
         return job
-    ids, languages = job.calibration.ids[:windows], job.calibration.languages[:windows]
+    ids, languages = job.calibration.ids[:windows].clone(), job.calibration.languages[:windows]
     few = replace(job.calibration, ids=ids, languages=languages, parts=Parts())
     return replace(job, calibration=few)
