@@ -1,10 +1,12 @@
 // The only file that includes pybind11: the table of contents of `distaya_ext._C`, in pipeline
 // order.
+#include <pybind11/functional.h>
 #include <unistd.h>
 
 #include <optional>
 
 #include "cholesky/cholesky.h"
+#include "core/among.h"
 #include "core/bind.h"
 #include "core/cpu.h"
 #include "core/planted.h"
@@ -64,6 +66,9 @@ void bind_core(py::module_& m) {
         "Driver, runtime and devices as the CUDA runtime sees them");
   m.def("touch", &probe::touch, "a"_a, "b"_a, "c"_a, "d"_a,
         "Sum of sizes: measures the border's cost");
+  py::class_<AmongOptions>(m, "AmongOptions", py::module_local())
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, std::function<void(int64_t)>>(), "rank"_a,
+           "world"_a, "first"_a, "total"_a, "exchange"_a);
 #ifdef DISTAYA_SANITIZE
   m.def("plant", &plant, "fault"_a, "Does something wrong on purpose", release_gil());
 #endif
@@ -94,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("solve_", &solve_, "B"_a, "R"_a, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
+  m.attr("mask_table") = mask::kTable;
   m.def("mask_keep_work", &mask::keep_work, "scores"_a, "along"_a);
   m.def("mask_score_work", &mask::score_work, "rows"_a, "cols"_a);
   m.def(
@@ -107,11 +113,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "mask_keep_k",
       [](const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
-         const Tensor& bad, const MaybeTensor& work) {
-        mask_keep_k(scores, k, along, mask, bad, work ? &*work : nullptr);
+         const Tensor& bad, const MaybeTensor& work, const AmongOptions* among,
+         const MaybeTensor& tables) {
+        mask_keep_k(scores, k, along, mask, bad, work ? &*work : nullptr, among,
+                    tables ? &*tables : nullptr);
       },
-      "scores"_a, "k"_a, "along"_a, "mask"_a, "bad"_a, "work"_a,
-      "mask = the k best scores of each row, each column or the matrix", release_gil());
+      "scores"_a, "k"_a, "along"_a, "mask"_a, "bad"_a, "work"_a, "among"_a = py::none(),
+      "tables"_a = py::none(), "mask = the k best scores of each row, each column or the matrix",
+      release_gil());
   m.def("mask_keep_nm", &mask_keep_nm, "scores"_a, "n"_a, "m"_a, "along"_a, "mask"_a, "bad"_a,
         "mask = the n best of every m consecutive inputs or outputs", release_gil());
 
@@ -138,7 +147,9 @@ PYBIND11_MODULE(_C, m) {
            "select"_a = "none", "sparsity"_a = 0.0, "reference"_a = false, "n"_a = 0, "m"_a = 0,
            "grid"_a = GridOptions{}, "dynamic"_a = false);
   m.def("obs", &obs, "W"_a, "R"_a, "mask"_a, "codes"_a, "scales"_a, "zeros"_a, "group_of"_a,
-        "loss"_a, "work"_a, "options"_a, release_gil());
+        "loss"_a, "work"_a, "options"_a, "among"_a = py::none(), "tables"_a = py::none(),
+        release_gil());
+  m.attr("obs_table") = kBins;
   m.def("obs_work", &obs_work, "W"_a);
   m.def("quantize", &quantize, "W"_a, "codes"_a, "scales"_a, "zeros"_a, "options"_a, release_gil());
 

@@ -1,6 +1,7 @@
 """compress() by several processes: the same bits as by one that sums in as many parts."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,41 @@ def many(source: Path, out: Path, cases: dict[str, dict[str, Any]], parts: int |
     return [run(source, out / name, fields, parts) for name, fields in cases.items()]
 
 
-@pytest.mark.parametrize("family", ["cohere", "llama-bias"])
-def test_same_weights_for_every_number_of_ranks(family: str, tmp_path: Path) -> None:
+FEW = ("half", "2:4+int4, high", "dass")  # of every family, and dealt out unevenly
+
+
+def compared(source: Path, folder: Path, names: Iterable[str], world: int, parts: int) -> None:
+    """So many ranks, in so many parts, beside one process in as many."""
+    cases = {name: RECIPES[name] for name in names}
+    run_ranks(1, many, source, folder / "one", cases, parts)
+    told = run_ranks(world, many, source, folder / "more", cases, None if world == parts else parts)
+    for name in cases:
+        assert weights(folder / "more" / name) == weights(folder / "one" / name), name
+    assert all(found == told[0] for found in told)
+
+
+def test_two_ranks_write_what_one_process_writes(tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    compared(source, tmp_path, RECIPES, 2, 2)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "llama-bias"])
+def test_three_ranks_write_what_one_process_writes(family: str, tmp_path: Path) -> None:
     source = tiny.make(tmp_path / "model", tiny.FAMILIES[family])
-    for parts in (2, 3):
-        run_ranks(1, many, source, tmp_path / f"one{parts}", RECIPES, parts)
-    told = {
-        world: run_ranks(world, many, source, tmp_path / str(world), RECIPES, None)
-        for world in (2, 3)
-    }
-    run_ranks(2, many, source, tmp_path / "2of3", RECIPES, 3)
-    for name in RECIPES:
-        two, three = (weights(tmp_path / f"one{parts}" / name) for parts in (2, 3))
-        assert weights(tmp_path / "2" / name) == two, name
-        assert weights(tmp_path / "3" / name) == three, name
-        assert weights(tmp_path / "2of3" / name) == three, name
-    for found in told.values():
-        assert all(each == found[0] for each in found)
+    compared(source, tmp_path, FEW, 3, 3)
+
+
+@pytest.mark.parametrize(("world", "parts"), [(2, 5), (3, 2)])
+def test_parts_that_ranks_do_not_share_evenly(world: int, parts: int, tmp_path: Path) -> None:
+    """More parts than ranks, and a rank that has none."""
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    compared(source, tmp_path, FEW, world, parts)
+
+
+def test_parts_change_last_bits(tmp_path: Path) -> None:
+    """Or the tests above could not fail."""
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    case = {"2:4+int4": {"nm": "2:4", "bits": 4, "group": 32, "format": "dense"}}
+    for parts in (1, 2):
+        run_ranks(1, many, source, tmp_path / str(parts), case, parts)
+    assert len({weights(tmp_path / str(parts) / "2:4+int4") for parts in (1, 2)}) == 2

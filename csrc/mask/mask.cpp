@@ -79,7 +79,8 @@ int64_t mask::keep_work(const Tensor& scores, const std::string& along) {
 }
 
 void mask_keep_k(const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
-                 const Tensor& bad, const Tensor* work) {
+                 const Tensor& bad, const Tensor* work, const AmongOptions* among,
+                 const Tensor* tables) {
   const auto [rows, cols] = scores.shape<2>("scores");
   scores.need_contiguous("scores");
   mask::KeepK p{.scores = scores.as<float>("scores"),
@@ -90,14 +91,23 @@ void mask_keep_k(const Tensor& scores, int64_t k, const std::string& along, cons
                 .mask = mask_bytes(mask, scores),
                 .bad = counter(bad, scores),
                 .work = nullptr};
+  Among all{};
+  if (among) {
+    check(p.along == Along::matrix, "the k best of each ", along,
+          " have nothing to do with rows on other ranks");
+    check(tables != nullptr, "rows that lie on several ranks need tables to exchange");
+    all = read_among(*among, *tables, mask::kTable, rows, scores);
+    p.among = &all;
+  }
   const int64_t group = p.along == Along::row      ? cols
                         : p.along == Along::column ? rows
+                        : among                    ? among->total * cols
                                                    : rows * cols;
   check(k >= 0 && k <= group, "cannot keep ", k, " of the ", group, " scores of a ", along, " (",
         scores, ")");
   check(p.along == Along::matrix || group <= INT32_MAX, "a ", along, " of ", group,
         " scores is longer than this kernel counts (", INT32_MAX, ")");
-  if (rows == 0 || cols == 0) return;
+  if ((rows == 0 && !among) || cols == 0) return;
   if constexpr (has_cuda)
     if (scores.on_cuda) {
       if (p.along == Along::matrix) {

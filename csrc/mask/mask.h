@@ -11,11 +11,17 @@
 // Scores are ranked by their bits: a float becomes the integer sign * magnitude, whose order is the
 // float's order and in which -0 and +0 are the same 0. Of equal scores the lower index stays.
 // Selection compares and counts integers only, so a mask is the same on every machine.
+//
+// The k best of a matrix whose rows lie on several ranks are the same as in one process, and so is
+// the NaN that is found: each digit of 8 bits of the cut takes one exchange of 256 counts and the
+// place of the first NaN, so that a rank gives 4 * 257 * 8 = 8224 bytes per selection and gets as
+// many from each of the others. The last table also holds how many ties each rank has.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "core/among.h"
 #include "core/tensor.h"
 
 namespace distaya::mask {
@@ -41,6 +47,8 @@ constexpr int64_t score_work(int64_t rows, int64_t cols) { return rows + cols * 
 // int64 of `work` that the k best along this need: 0 but for a whole matrix on CUDA.
 int64_t keep_work(const Tensor& scores, const std::string& along);
 
+constexpr int64_t kTable = 256 + 1;  // what is exchanged: counts of a digit, lowest NaN or -1
+
 struct KeepK {
   const float* scores;  // [rows, cols]
   int64_t rows, cols;
@@ -49,6 +57,9 @@ struct KeepK {
   uint8_t* mask;  // [rows, cols], written as 0 / 1
   int64_t* bad;   // [1], -1 on entry: lowest flat index of a NaN, if any
   int64_t* work;  // CUDA and Along::matrix only: [kKeepWork]
+  const Among* among =
+      nullptr;  // Along::matrix only, null: all rows are here. Else `rows` are this
+                // rank's and may be 0, k and *bad are those of the whole matrix
 };
 
 // Contiguous chunks of the matrix whose ties are counted apart, after a histogram and a few words.
@@ -76,10 +87,12 @@ void keep_nm_cuda(const KeepNM& p, int device, Stream stream);
 namespace distaya {
 
 // The doors. method: magnitude | wanda | ria. along: row | column | matrix, or inputs | outputs.
+// tables: int64 [1 + world, mask::kTable], goes with among.
 void mask_score(const Tensor& W, const std::string& method, const Tensor* norms, double power,
                 const Tensor* work, const Tensor& S);
 void mask_keep_k(const Tensor& scores, int64_t k, const std::string& along, const Tensor& mask,
-                 const Tensor& bad, const Tensor* work);
+                 const Tensor& bad, const Tensor* work, const AmongOptions* among,
+                 const Tensor* tables);
 void mask_keep_nm(const Tensor& scores, int64_t n, int64_t m, const std::string& along,
                   const Tensor& mask, const Tensor& bad);
 

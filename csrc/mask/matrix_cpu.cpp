@@ -1,6 +1,7 @@
 // Exact k of a whole matrix: one histogram of the keys' high 16 bits, one of the low 16 bits of
 // those in the cut's bin, and the ties dealt out chunk by chunk.
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "mask/mask.h"
@@ -23,7 +24,7 @@ constexpr int64_t kChunk = 1 << 16;  // scores per task
 template <class Body>
 std::vector<int64_t> histogram(const mask::KeepK& p, const Body& body) {
   const int64_t size = p.rows * p.cols, chunks = (size + kChunk - 1) / kChunk;
-  const int64_t parts = std::min<int64_t>(cpu::threads(), chunks);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(cpu::threads(), chunks));
   std::vector<int64_t> bins(static_cast<size_t>(parts * kBins));
   cpu::parallel_for(parts, [&](int64_t part) {
     int64_t* mine = bins.data() + part * kBins;
@@ -37,8 +38,38 @@ std::vector<int64_t> histogram(const mask::KeepK& p, const Body& body) {
 
 constexpr uint32_t kTop = 0x80000000u;  // turns a signed key into one that sorts unsigned
 
+// Lowers *bad, a place in the whole matrix, to the lowest of all ranks.
+void share_bad(const Among& a, int64_t* bad) {
+  for (int64_t r = 0; r < a.world; ++r) {
+    const int64_t theirs = a.all[r * mask::kTable + mask::kTable - 1];
+    if (static_cast<uint64_t>(theirs) < static_cast<uint64_t>(*bad)) *bad = theirs;
+  }
+}
+
+// pick() over the bins of all ranks, whose 16 bits go by two exchanges of 8: k becomes how many of
+// the bin are this rank's to keep, if it is the last digit, else the rank inside the bin.
+uint32_t pick_among(const mask::KeepK& p, const std::vector<int64_t>& bins, bool last, int64_t& k) {
+  constexpr int64_t kDigits = mask::kTable - 1, kEach = kBins / kDigits;
+  const Among& a = *p.among;
+  int64_t high = 0;
+  for (const bool fine : {false, true}) {
+    for (int64_t d = 0; d < kDigits; ++d) {
+      const int64_t* from = bins.data() + (fine ? high * kEach + d : d * kEach);
+      a.own[d] = std::accumulate(from, from + (fine ? 1 : kEach), int64_t{0});
+    }
+    a.own[kDigits] = *p.bad;
+    a.exchange(mask::kTable);
+    share_bad(a, p.bad);
+    const Place at = find_place(a, kDigits, mask::kTable, k, true);
+    k = fine && last ? at.share() : at.rest;
+    high = high * kDigits + at.bin;
+  }
+  return static_cast<uint32_t>(high);
+}
+
 // The bin that holds the k-th largest; k becomes its rank inside the bin.
-uint32_t pick(const std::vector<int64_t>& bins, int64_t& k) {
+uint32_t pick(const mask::KeepK& p, const std::vector<int64_t>& bins, bool last, int64_t& k) {
+  if (p.among) return pick_among(p, bins, last, k);
   uint32_t b = kBins - 1;
   while (bins[b] < k) k -= bins[b--];
   return b;
@@ -86,12 +117,13 @@ void mask_keep_matrix(const mask::KeepK& p) {
   const int64_t size = p.rows * p.cols, chunks = (size + kChunk - 1) / kChunk;
   int64_t rank = p.k;
   const auto high = high_bits(p);  // also looks for NaN, so even for k = 0
+  if (p.among && *p.bad >= 0) *p.bad += p.among->first * p.cols;
   std::vector<int64_t> ties(chunks, 0);
   int32_t above = INT32_MAX;
-  if (p.k > 0) {
-    const uint32_t top = pick(high, rank);
+  if (p.k > 0 || p.among) {  // other ranks may have found a NaN
+    const uint32_t top = pick(p, high, false, rank);
     const auto low = low_bits(p, top);
-    const uint32_t bottom = pick(low, rank);
+    const uint32_t bottom = pick(p, low, true, rank);
     above = static_cast<int32_t>((top << 16 | bottom) ^ kTop);
     if (rank == low[bottom]) {
       ties.assign(chunks, kChunk);  // all ties stay

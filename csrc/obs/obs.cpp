@@ -91,7 +91,8 @@ void quantise(Obs& p, const ObsOptions& o, const Tensor& W, const MaybeView& cod
 
 void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeView& codes,
          const MaybeView& scales, const MaybeView& zeros, const MaybeView& group_of,
-         const Tensor& loss, const Tensor& work, const ObsOptions& options) {
+         const Tensor& loss, const Tensor& work, const ObsOptions& options,
+         const AmongOptions* among, const MaybeView& tables) {
   const auto [rows, cols] = W.shape<2>("W");
   Obs p{};
   p.rows = rows;
@@ -106,7 +107,14 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
   if (options.grid.bits) quantise(p, options, W, codes, scales, zeros, group_of);
   const int64_t bytes = obs_work(W);
   p.work = operand<uint8_t, 1>(work, "work", {bytes}, W);
-  if (rows == 0 || cols == 0) return;
+  Among all{};
+  if (among) {
+    check(tables.has_value(), "rows that lie on several ranks need tables to exchange");
+    all = read_among(*among, *tables, kBins, rows, W);
+    p.among = &all;
+  }
+  const bool idle = rows == 0 && !(among && p.select == Select::unstructured);
+  if (idle || cols == 0) return;
   if constexpr (has_cuda)
     if (W.on_cuda) return obs_cuda(p, stream_of(W));
   obs_cpu(p);

@@ -27,6 +27,7 @@
 #include <optional>
 #include <string>
 
+#include "core/among.h"
 #include "core/tensor.h"
 
 namespace distaya {
@@ -36,6 +37,11 @@ namespace distaya {
 //   nm: at the first column of each group of m, the m - n smallest scores of each row (a shorter
 //       last group of r columns loses max(0, r - n)).
 //   Ties: the lower index (row-major) is pruned first.
+//   Where the rows lie on several ranks (Obs::among), the k smallest over all of them go, exactly
+//   as if one process had the matrix: three exchanges of 2048, 1024 and 1024 counts per block, so
+//   that a rank gives 8 (2048 + 1024 + 1024) = 32768 bytes and gets as many from each of the
+//   others. The last table also holds how many ties each rank has. Blocks of which none go exchange
+//   nothing, and neither do the other modes.
 enum class Select : int { none, unstructured, nm, given };
 
 // How a group of weights gets its grid, q = scale * (code - zero), code in 0..2^bits-1.
@@ -76,6 +82,9 @@ struct Obs {
   float* scales = nullptr;            // [rows, groups] out if dynamic, else in
   float* zeros = nullptr;             // [rows, groups] likewise
 
+  const Among* among =
+      nullptr;  // null: all rows are here. Else `rows` are this rank's, and may be 0
+
   double* loss;  // [rows] out; zeros in. fp32 sums inside a block, in double over blocks
   void* work;    // obs_work_cuda() bytes, 256-aligned; null on the CPU
   int device;    // CUDA ordinal
@@ -96,6 +105,13 @@ struct Quantize {
 
 inline constexpr int64_t kObsBlock = 128;  // SparseGPT's and GPTQ's: masks are chosen per block
 
+// The k smallest scores by radix: a score is not negative, so it orders like its 31 bits.
+inline constexpr int kBins = 2048, kPasses = 3;  // bits 30..20, 19..10, 9..0
+
+inline constexpr int bins_of(int pass) { return pass == 0 ? kBins : kBins / 2; }
+
+inline constexpr int shift_of(int pass) { return 20 - 10 * pass; }
+
 // Columns per block: 128, or the most below it that whole N:M groups (and grids) divide. 0: none.
 inline int64_t block_columns(const Obs& p) {
   int64_t step = p.select == Select::nm ? p.m : 1;
@@ -103,12 +119,14 @@ inline int64_t block_columns(const Obs& p) {
   return kObsBlock / step * step;
 }
 
+inline int64_t all_rows(const Obs& p) { return p.among ? p.among->total : p.rows; }
+
 // unstructured: how many of the block [i1, i2) go. Counts are cumulative, so that the whole matrix
 // loses exactly floor(rows * cols * sparsity). reference: every score <= the one at sorted position
 // floor(rows * (i2 - i1) * sparsity) goes, as published (this many, plus ties).
 inline int64_t prune_count(const Obs& p, int64_t i1, int64_t i2) {
   const auto share = [&](int64_t cols) {
-    return static_cast<int64_t>(static_cast<double>(p.rows * cols) * p.sparsity);
+    return static_cast<int64_t>(static_cast<double>(all_rows(p) * cols) * p.sparsity);
   };
   return p.reference ? share(i2 - i1) + 1 : share(i2) - share(i1);
 }
@@ -139,10 +157,12 @@ struct ObsOptions {
 
 using MaybeView = std::optional<Tensor>;
 
-// scales and zeros are written if options.dynamic, read otherwise.
+// scales and zeros are written if options.dynamic, read otherwise. tables: int64 [1 + world,
+// kBins], goes with among.
 void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeView& codes,
          const MaybeView& scales, const MaybeView& zeros, const MaybeView& group_of,
-         const Tensor& loss, const Tensor& work, const ObsOptions& options);
+         const Tensor& loss, const Tensor& work, const ObsOptions& options,
+         const AmongOptions* among, const MaybeView& tables);
 
 // Bytes of `work` that a sweep of W [rows, cols] needs: 0 on the CPU.
 int64_t obs_work(const Tensor& W);

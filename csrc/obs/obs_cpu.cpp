@@ -2,6 +2,7 @@
 // the microkernel wants as its B operand and what the column loop vectorises over. Each block is an
 // entry GEMM into a transposed tile (128 x kNR floats, in L1/L2) and the column loop on that tile;
 // only an unstructured mask needs all panels' tiles at once, in between.
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -28,6 +29,8 @@ using cpu::Scratch;
 #include "obs/obs_grid.h"
 //
 #include "obs/obs_select.h"
+//
+#include "obs/obs_among.h"
 //
 #include "obs/obs_sweep.h"
 
@@ -169,7 +172,9 @@ struct Sweep {
     each_group([&](int64_t first, int64_t count) { enter(b, first, count, tiles + first * size); });
     const Entry entry{tiles, b.D, p.rows, b.cols, b.tiles * kMR};
     const int64_t k = prune_count(p, b.i1, b.i1 + b.cols);
-    const Cut cut = k > 0 ? find_cut(entry, k) : Cut{};
+    const Cut cut = k <= 0    ? Cut{}
+                    : p.among ? find_cut_among(entry, k, *p.among)
+                              : find_cut(entry, k);
     cpu::parallel_for(panels, [&](int64_t panel) {
       Panel x;
       apply_cut(entry, panel, cut, p.reference, x.keep);
@@ -190,8 +195,10 @@ struct Sweep {
       b.cols = std::min(width, p.cols - b.i1);
       b.tiles = (b.cols + kMR - 1) / kMR;
       b.P = P.get();
-      invert(p, b, U.get());
-      pack_panel_factor(p, b, U.get(), P.get() + p.cols * kHeight, P.get());
+      if (p.rows > 0) {  // a rank without rows only takes part in the counts
+        invert(p, b, U.get());
+        pack_panel_factor(p, b, U.get(), P.get() + p.cols * kHeight, P.get());
+      }
       if (global)
         unstructured_block(b, tiles.get());
       else

@@ -93,8 +93,13 @@ inline int64_t scan_panel(const Entry& e, int64_t panel, float low, float high,
   return total;
 }
 
-// The k-th smallest (k >= 1) of the block's scores if it lies in [low, high].
-inline std::optional<Cut> find_between(const Entry& e, int64_t k, float low, float high) {
+struct Between {
+  int64_t below;  // how many lie below the bracket
+  std::vector<Cut> found;
+};
+
+// The block's scores in [low, high].
+inline Between list_between(const Entry& e, float low, float high) {
   const int64_t panels = (e.rows + kNR - 1) / kNR;
   std::vector<std::vector<Cut>> found(static_cast<size_t>(panels));
   std::vector<int64_t> below(static_cast<size_t>(panels));
@@ -102,12 +107,18 @@ inline std::optional<Cut> find_between(const Entry& e, int64_t k, float low, flo
     const auto at = static_cast<size_t>(i);
     below[at] = scan_panel(e, i, low, high, found[at]);
   });
-  int64_t at = k - 1;
-  std::vector<Cut> all;
+  Between all{};
   for (size_t i = 0; i < found.size(); ++i) {
-    at -= below[i];
-    all.insert(all.end(), found[i].begin(), found[i].end());
+    all.below += below[i];
+    all.found.insert(all.found.end(), found[i].begin(), found[i].end());
   }
+  return all;
+}
+
+// The k-th smallest (k >= 1) of the block's scores if it lies in [low, high].
+inline std::optional<Cut> find_between(const Entry& e, int64_t k, float low, float high) {
+  auto [below, all] = list_between(e, low, high);
+  const int64_t at = k - 1 - below;
   if (at < 0 || at >= static_cast<int64_t>(all.size())) return std::nullopt;
   std::nth_element(all.begin(), all.begin() + at, all.end());
   return all[static_cast<size_t>(at)];

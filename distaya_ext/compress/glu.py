@@ -25,6 +25,7 @@ from ..ranks import Sum
 from ..recipe import DassSpec, Recipe
 from ..runtime.glu import activation
 from .ferry import Checks
+from .rows import Rows
 from .settings import Settings
 from .solve import Statistic
 
@@ -230,14 +231,17 @@ class GatedMLP:
         """
         live = self.neurons - self.dense
         parts = [W if name == DOWN else W[:live] for name, W in zip(names, weights, strict=True)]
-        chosen = obs_op.obs(
-            torch.cat(parts),
+        rows = Rows(sum(map(len, parts)))
+        found = obs_op.obs(
+            rows.part(torch.cat(parts)),
             statistic.matrix(),
             sparsity=self.settings.sparsity,
             nm=self.settings.nm,
             damp=self.settings.damp,
             later=lambda factor: None,  # the sweep that follows has the same one judged
-        ).mask.split([len(part) for part in parts])
+            among=rows.among,
+        )
+        chosen = rows.whole(found.mask).split([len(part) for part in parts])
         masks = [torch.ones_like(W, dtype=torch.bool) for W in weights]
         for name, mask, choice in zip(names, masks, chosen, strict=True):
             if name == DOWN:

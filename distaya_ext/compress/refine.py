@@ -77,13 +77,20 @@ def refined(
     perm = visits(settings, every, H)
     order = {"order": perm, "damp": settings.damp}
     given = {"factor": factor} if isinstance(perm, str) else {"H": H}
-    quiet: dict[str, Any] = {"later": lambda factor: None}
+    among = None if rows is None else rows.among
+    quiet: dict[str, Any] = {"later": lambda factor: None, "among": among}
     if not prunes:
         found = obs_op.obs(T, **given, **order, **rounding(settings), **quiet)
         return found._replace(W=found.W.to(W.dtype))
     if settings.quality == "high" and mask is None:
         start, mask = admm(
-            T, H, sparsity=settings.sparsity, nm=settings.nm, damp=settings.damp, **_ADMM
+            T,
+            H,
+            sparsity=settings.sparsity,
+            nm=settings.nm,
+            damp=settings.damp,
+            among=among,
+            **_ADMM,
         )
     else:
         found = obs_op.obs(T, **given, **(pattern(settings, mask) | order), **quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ops.among import Among
 from ..ranks import Team, team
 
 UNIT = 16  # rows that stay together, so that kernels work on whole tiles
@@ -21,6 +22,14 @@ class Rows:
     def shared(self) -> bool:
         """Whether other processes have rows, too."""
         return not self.team.alone
+
+    @property
+    def among(self) -> Among | None:
+        """For what chooses among all rows; None: they are all here."""
+        if not self.shared:
+            return None
+        counts = tuple(share.stop - share.start for share in self.shares)
+        return Among(self.team.rank, counts, self.team.all_gather)
 
     def part(self, tensor: Tensor) -> Tensor:
         """This process's rows of a tensor [count, ...]."""

@@ -258,7 +258,7 @@ def _sweep(
         if rows.shared:
             how["order"] = visits(settings, W, H)
         found = obs_op.obs(rows.part(W), H, **how, **rounding(settings), overwrite_H=True,
-                           later=judge)  # fmt: skip
+                           later=judge, among=rows.among)  # fmt: skip
     else:
         factor = cholesky_late(H, settings.damp)
         judge(factor)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from distaya_ext import _C
 from distaya_ext._op import op
+from distaya_ext.errors import InputError
+from distaya_ext.ops.among import Among
 
 
 def _fake_score(W: Tensor, method: str, norms: Tensor | None, power: float) -> Tensor:
@@ -35,11 +37,27 @@ def _fake_keep(scores: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
 @op(fake=_fake_keep)
 def mask_keep_k(scores: Tensor, k: int, along: str) -> tuple[Tensor, Tensor]:
     """The mask of keep_k, and int64 [1]: the lowest flat index of a NaN, or -1."""
+    return _keep_k(scores, k, along)
+
+
+def mask_keep_k_among(scores: Tensor, k: int, among: Among) -> tuple[Tensor, Tensor]:
+    """mask_keep_k of a whole matrix whose rows lie on several ranks: (this rank's rows, the flag).
+
+    scores are this rank's rows, k the survivors of the matrix, the flag a place in the matrix. It
+    exchanges 4 tables of 257 counts, 8224 bytes per rank. Not a torch op: it calls back.
+    """
+    among.check(scores.shape[0])
+    if len(among.rows) == 1:
+        return mask_keep_k(scores, k, "matrix")
+    return _keep_k(scores, k, "matrix", *among.tables(_C.mask_table, scores.device))
+
+
+def _keep_k(scores: Tensor, k: int, along: str, *among: object) -> tuple[Tensor, Tensor]:
     mask = torch.empty_like(scores, dtype=torch.bool)
     bad = torch.full((1,), -1, dtype=torch.int64, device=scores.device)
     size = _C.mask_keep_work(scores, along)
     work = torch.empty(size, dtype=torch.int64, device=scores.device) if size else None
-    _C.mask_keep_k(scores, k, along, mask, bad, work)
+    _C.mask_keep_k(scores, k, along, mask, bad, work, *among)
     return mask, bad
 
 
@@ -81,14 +99,21 @@ def ria(W: Tensor, norms: Tensor, power: float = 0.5) -> Tensor:
     return mask_score(W, "ria", norms, power)
 
 
-def keep_k(scores: Tensor, k: int, along: str = "row") -> Tensor:
+def keep_k(scores: Tensor, k: int, along: str = "row", among: Among | None = None) -> Tensor:
     """The mask that keeps exactly k scores in each row, in each column, or in the whole matrix.
 
     scores: fp32 [rows, cols], any sign, infinities allowed; -0 equals 0.
     k: survivors per group, 0 <= k <= size of a group. along: "row", "column" or "matrix".
+    among: with "matrix", scores are this rank's rows of it and k counts those of all ranks.
     Returns bool [rows, cols]. Raises ValueError for a NaN, naming its row and column, and for a k
     or an along that does not fit.
     """
+    if among is not None:
+        if along != "matrix":
+            raise InputError(f"among goes with along='matrix', not {along!r}")
+        mask, bad = mask_keep_k_among(scores, k, among)
+        need_ranked(bad, torch.Size((among.total, scores.shape[1])))
+        return mask
     return _without_nan(scores, *mask_keep_k(scores, k, along))
 
 

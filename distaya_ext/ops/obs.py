@@ -21,6 +21,7 @@ from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.errors import InputError
 from distaya_ext.finite import all_finite
+from distaya_ext.ops.among import Among
 from distaya_ext.ops.order import check_order, permutation
 from distaya_ext.quant import Quant
 
@@ -88,10 +89,16 @@ def obs_(
     dynamic: bool,
 ) -> None:
     """The raw sweep on outputs that are already allocated (csrc/obs/obs.h)."""
-    grid = _C.GridOptions(bits, group, symmetric, mse, scale_dtype)
-    options = _C.ObsOptions(select, sparsity, reference, n, m, grid, dynamic)
+    tensors = (W, R, mask, codes, scales, zeros, group_of, loss)
+    grid = (bits, group, symmetric, mse, scale_dtype)
+    _sweep(tensors, (select, sparsity, reference, n, m), grid, dynamic)
+
+
+def _sweep(tensors: tuple, how: tuple, grid: tuple, dynamic: bool, *among: object) -> None:
+    W = tensors[0]
+    options = _C.ObsOptions(*how, _C.GridOptions(*grid), dynamic)
     work = torch.empty(_C.obs_work(W), dtype=torch.uint8, device=W.device)
-    _C.obs(W, R, mask, codes, scales, zeros, group_of, loss, work, options)
+    _C.obs(*tensors, work, options, *among)
 
 
 @op(mutates=("W", "codes", "scales", "zeros"))
@@ -158,6 +165,7 @@ def sweep_(
     reference: bool = False,
     given_grids: tuple[Tensor, Tensor] | None = None,
     group_of: Tensor | None = None,
+    among: Among | None = None,
 ) -> Swept:
     """Sweep W [rows, cols] (float32, bfloat16 or float16; contiguous; CHANGED in place).
 
@@ -171,11 +179,16 @@ def sweep_(
              dynamic grids from the weights on entry to their block of 128 columns
     given_grids, group_of  scales and zeros [rows, groups] to use instead of grids(W) when the grids
              are not dynamic, and int64 [cols], the group of each column
+    among    W holds this rank's rows of a matrix that lies on several: every rank calls this, and
+             gets exactly its rows of what one process would give for all of them. Only `sparsity`
+             exchanges anything: 32768 bytes per rank and block of 128 columns
 
     Nothing is synchronised with the GPU, and NaN is not looked for: ``obs`` does that. Raises
     ValueError for shapes, dtypes, devices and options that do not fit.
     """
     select = _selection(sparsity, nm, mask, quant)
+    if among is not None:
+        among.check(W.shape[0])
     codes = scales = zeros = None
     options: tuple[int, int, bool, bool, str] = (0, 0, False, False, "float32")
     if quant is not None:
@@ -190,8 +203,12 @@ def sweep_(
     loss = W.new_zeros(W.shape[0], dtype=torch.float64)
     n, m = nm or (0, 0)
     dynamic = quant is not None and quant.dynamic()
-    obs_(W, R, mask, codes, scales, zeros, group_of, loss, select, float(sparsity or 0), reference,
-         n, m, *options, dynamic)  # fmt: skip
+    tensors = (W, R, mask, codes, scales, zeros, group_of, loss)
+    how = (select, float(sparsity or 0), reference, n, m)
+    if among is None or len(among.rows) == 1:
+        obs_(*tensors, *how, *options, dynamic)
+    else:  # not a torch op: it calls back
+        _sweep(tensors, how, options, dynamic, *among.tables(_C.obs_table, W.device))
     return Swept(mask, codes, scales, zeros, loss)
 
 
@@ -241,6 +258,7 @@ def obs(
     reference: bool = False,
     overwrite_H: bool = False,
     later: Callable[["LateFactor"], None] | None = None,
+    among: Among | None = None,
 ) -> ObsResult:
     """Compress W [rows, cols] (not modified) for inputs with second moments H. See ``sweep_``.
 
@@ -257,13 +275,15 @@ def obs(
     later    is given the factor of H while it is only queued. Then nothing here waits for the
              device (but with reference=True, which looks for dead columns): W is not searched for
              NaN, see need_finite, and `floored` is -1, see the factor
+    among    W is this rank's rows of a matrix (see ``sweep_``), H is the same on all ranks; an order
+             that looks at W must come as the permutation of the whole matrix
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """
     from distaya_ext.ops.cholesky import cholesky_late  # lazily: a sweep from R needs none
 
     _check(W, H, factor)
-    check_order(order, W, H, nm, sparsity, wait=later is None)
+    check_order(order, W, H, nm, sparsity, wait=later is None, among=among)
     if later is None:
         need_finite(W)
     W0, W = W, W.clone(memory_format=torch.contiguous_format)
@@ -290,7 +310,7 @@ def obs(
             later(factor)
     mask = None if mask is None else mask.contiguous()
     s = sweep_(W, factor.R, sparsity=sparsity, nm=nm, mask=mask, quant=quant,
-               reference=reference, given_grids=given, group_of=group_of)  # fmt: skip
+               reference=reference, given_grids=given, group_of=group_of, among=among)  # fmt: skip
     kept = s.mask if s.mask is not None else torch.ones_like(W0, dtype=torch.bool)
     codes = s.codes
     if perm is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distaya_ext.errors import InputError
 from distaya_ext.ops import mask as mask_op
+from distaya_ext.ops.among import Among
 from distaya_ext.ops.hessian import column_sq_
 
 BLOCK = 128  # columns of a block of the sweep (csrc/obs/obs.h)
@@ -26,10 +27,11 @@ def check_order(
     nm: tuple[int, int] | None,
     sparsity: float | None,
     wait: bool = True,
+    among: Among | None = None,
 ) -> None:
     """Raise InputError for an order that is none or does not go with what is pruned.
 
-    wait: look at the values of a given permutation, too.
+    wait: look at the values of a given permutation, too. among: W is only this rank's rows.
     """
     if isinstance(order, Tensor):
         cols = W.shape[1]
@@ -48,6 +50,11 @@ def check_order(
         raise InputError("order='group' moves whole N:M groups, so it needs nm")
     elif order == "block" and not sparsity:
         raise InputError("order='block' is for a share of the weights, so it needs a sparsity > 0")
+    elif order in ("group", "block") and among is not None and len(among.rows) > 1:
+        raise InputError(
+            f"order={order!r} looks at all rows, and this rank has {W.shape[0]} of {among.total}: "
+            "give the permutation of the whole matrix"
+        )
     if H is None and not (isinstance(order, str) and order == "natural"):
         name = "a given order" if isinstance(order, Tensor) else f"order={order!r}"
         raise InputError(f"{name} needs H: the factor depends on the order")
