@@ -128,6 +128,7 @@ WIDE = CohereConfig(
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {"nm": "2:4", "quality": "plain"},
     "default": {"nm": "2:4", "bits": 4, "group": 32},
+    "half": {"sparsity": 0.5},
     "high": {"nm": "2:4", "quality": "high"},
     "high, codes": {"method": "gptq", "bits": 4, "group": 32, "quality": "high"},
     "wanda": {"method": "wanda"},
@@ -142,7 +143,7 @@ def _counted(source: Path, out: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for name in RECIPES:
         before = team().sent, team().read
-        compress(source, out / name, _fields(name), tiny.windows(25))
+        compress(source, out / name, _fields(name), tiny.windows(17))
         found[name] = team().sent - before[0], team().read - before[1]
     return found
 
@@ -151,7 +152,7 @@ def test_a_run_passes_and_reads_what_was_said(tmp_path):
     model = tiny.make(tmp_path / "model", WIDE, dtype=torch.bfloat16)
     ranks = run_ranks(2, _counted, model, tmp_path / "out")
     for name in RECIPES:
-        said = plan(model, _fields(name), tiny.windows(25), ranks=[2], network="1GB/s").scaling
+        said = plan(model, _fields(name), tiny.windows(17), ranks=[2], network="1GB/s").scaling
         sent = max(each[name][0] for each in ranks)
         assert said.rows[0].sent == pytest.approx(sent, rel=0.05), name
         read = max(each[name][1] for each in ranks)
@@ -220,7 +221,9 @@ def test_a_gpu_reads_and_writes_beside_its_work(source, everywhere):
 
 
 def test_more_ranks_never_shorten_what_is_not_shared(source):
-    found = plan(source, tiny.recipe(), tiny.windows(64), ranks=[1, 2, 4, 8, 16, 32], network="100MB/s")
+    found = plan(
+        source, tiny.recipe(), tiny.windows(64), ranks=[1, 2, 4, 8, 16, 32], network="100MB/s"
+    )
     rows = found.scaling.rows
     for one, more in itertools.pairwise(rows):
         for part in ("gather", "rows"):

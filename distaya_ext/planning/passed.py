@@ -19,6 +19,9 @@ from .traffic import Traffic, read_shared, spread, summed
 
 KINDS = ("weights", "moments", "rows", "gradients")
 _FIGURES = 8 + 8  # of a row: loss, energy
+_COUNTS = 8 * (2048 + 1024 + 1024)  # bytes of the tables that find one threshold
+_BLOCK = 128  # columns that a sweep chooses among at once
+_PROJECTED = 31 * 4 * 8 * 257  # of ADMM: projections, tables, bytes of a table
 _COUPLED = ("group", "block")  # orders of columns that all rows have a say in
 
 
@@ -57,6 +60,7 @@ def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
             rows, columns = shape_of(job, prefix, names)
             if settings.statistic == "hessian":
                 found["rows"] += spread(rows, row_bytes(job, settings, columns), world, UNIT)
+                found["rows"] += _chosen(settings, columns, world)
             if job.calibration is not None:
                 found["gradients"] += _gradients(job, prefix, names, settings, parts)
     return found
@@ -105,6 +109,17 @@ def row_bytes(job: Job, settings: Settings, columns: int) -> int:
     if settings.order in _COUPLED and settings.quality != "plain":
         found += 4 * columns  # what is aimed at
     return found
+
+
+def _chosen(settings: Settings, columns: int, world: int) -> Traffic:
+    """Tables of counts, where so many weights of the whole matrix go: csrc/obs/obs.h for a sweep,
+    csrc/mask/mask.h for each projection of ADMM.
+    """
+    if world == 1 or settings.sparsity is None:
+        return Traffic.none(world)
+    one = -(-columns // _BLOCK) * _COUNTS
+    zeros, told = (0,) * world, _PROJECTED if settings.quality == "high" else one
+    return Traffic(zeros, zeros, (told,) * world)
 
 
 def _groups(settings: Settings, columns: int) -> int:
