@@ -38,12 +38,17 @@ def weights(folder: Path) -> str:
 
 
 def run(
-    source: Path, out: Path, fields: dict[str, Any], parts: int | None, windows: int = 25
+    source: Path,
+    out: Path,
+    fields: dict[str, Any],
+    parts: int | None,
+    windows: int = 25,
+    **more: Any,
 ) -> dict[str, Any]:
     fields = dict(fields)
     calibration = {"tokens": 1 << 20, **fields.pop("calibration", {}), "parts": parts}
     recipe = tiny.recipe(fields.pop("method", "sparsegpt"), calibration=calibration, **fields)
-    report = compress(source, out, recipe, tiny.windows(windows))
+    report = compress(source, out, recipe, tiny.windows(windows), **more)
     return report.summary()
 
 

@@ -25,6 +25,7 @@ from ..device import find_device
 from ..durable import sync_all
 from ..errors import UsageError
 from ..finished import complete
+from ..ranks import team
 from ..recipe import Recipe
 from ..resume.identity import difference, fingerprint, model_identity, texts_identity
 from . import ready, steps
@@ -50,6 +51,7 @@ def run_chain(
     device: str = "cpu",
     offline: bool = False,
     strict: bool = False,
+    spill: Path | None = None,
 ) -> Chained:
     """Run a recipe that chooses layers, heals or evaluates, step by step; see compress().
 
@@ -62,20 +64,56 @@ def run_chain(
     strict       NumericsError as soon as a module is degraded, also where an earlier run without
                  it made the compression; no part of what the steps depend on
     on_progress  what evaluate() tells: tokens scored, tokens in all, language
+
+    In a team of several processes each of them calls this: rank 0 has the folder and says what is
+    done next, all do it together.
     """
-    tell = on_event or (lambda event: None)
+    us = team()
+    tell = on_event if on_event is not None and us.first else lambda event: None
     find_device(device, kernels=True)
     local = Path(model).expanduser()
-    if restart or not place(Path(out)).exists():  # else the output may be that of this very run
+    fresh = restart or not place(Path(out)).exists()  # else the output may be that of this very run
+    if us.first and fresh:
         check_output(Path(out), overwrite=overwrite, source=local if local.is_dir() else None)
     recipe = as_run(recipe, model, texts)
     ready.check(recipe, texts)
     checkpoint = open_checkpoint(model, offline=offline)
     check_companions(checkpoint.folder)
-    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline, strict)
+    task = steps.Task(checkpoint, recipe, texts, tell, on_progress, device, offline, strict, spill)
     ready.check_model(task)
+    if not us.first:
+        return _follow(task, WorkFolder(Path(out)), Path(out))
     with WorkFolder(Path(out), restart=restart) as work:
-        return _Chain(task, work, Path(out), overwrite).go()
+        done = _Chain(task, work, Path(out), overwrite).go()
+        us.tell(["done", sorted(done.kept)])
+        return done
+
+
+def _follow(task: steps.Task, work: WorkFolder, out: Path) -> Chained:
+    """Do what rank 0 says, step after step."""
+    while True:
+        what, told = team().tell()
+        if what == "done":
+            return Chained.read(out, set(told))
+        _run(task, work, what, *told)
+
+
+def _run(
+    task: steps.Task, work: WorkFolder, name: str, dropped: list[int], written: list[str]
+) -> None:
+    """One step, on all ranks. dropped: the layers that go, as far as they are chosen; written: the
+    steps that have written models.
+    """
+    part, scratch = work.part(name), work.path / f"{name}.scratch"
+    match name:
+        case "drop":
+            steps.drop(task, part, scratch)
+        case "compress":
+            steps.shrink(task, dropped, part, work.work("compress"))
+        case "heal":
+            steps.heal(task, work.folder("compress"), part, work.work("heal"))
+        case "evaluate":
+            steps.measure(task, {n: work.folder(n) for n in written}, part, scratch)
 
 
 class _Chain:
@@ -142,7 +180,10 @@ class _Chain:
         if name not in self.kept:
             start = time.perf_counter()
             if not self.work.begin(name, Done(self.inputs[name], self.prints[name])):
-                self._run(name)
+                how = self._dropped() if name != "drop" else []
+                written = [n for n in ("compress", "heal") if n in self.prints]
+                team().tell([name, [how, written]])
+                _run(self.task, self.work, name, how, written)
             self.work.finish(name, round(time.perf_counter() - start, 3))
         if name == "compress":
             steps.judge_fallbacks(self.task, self.work.folder(name), kept=name in self.kept)
@@ -150,21 +191,6 @@ class _Chain:
             self._note(f"layers that go: {', '.join(map(str, self._dropped()))}")
         seconds = self.work.steps[name].seconds
         self.task.on_event(StepFinished(number, count, name, seconds, name in self.kept))
-
-    def _run(self, name: str) -> None:
-        part, scratch = self.work.part(name), self.work.path / f"{name}.scratch"
-        match name:
-            case "drop":
-                steps.drop(self.task, part, scratch)
-            case "compress":
-                steps.shrink(self.task, self._dropped(), part, self.work.work("compress"))
-            case "heal":
-                student = self.work.folder("compress")
-                steps.heal(self.task, student, part, self.work.work("heal"))
-            case "evaluate":
-                written = [n for n in ("compress", "heal") if n in self.prints]
-                models = {n: self.work.folder(n) for n in written}
-                steps.measure(self.task, models, part, scratch)
 
     def _dropped(self) -> list[int]:
         if "drop" in self.prints:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..compress.calibrate import load_calibration
 from ..compress.driver import compress
 from ..compress.fallbacks import Fallbacks
+from ..compress.shared import shared_calibration
 from ..errors import GateError
+from ..ranks import team
 from ..recipe import Recipe
 
 LAYERS = "layers.json"
@@ -34,6 +35,7 @@ class Task:
     device: str
     offline: bool
     strict: bool = False
+    spill: Path | None = None
 
     @property
     def model(self) -> str:
@@ -48,8 +50,10 @@ def drop(task: Task, folder: Path, scratch: Path) -> None:
     spec, calibration = task.recipe.drop_layers, task.recipe.calibration
     few = calibration.model_copy(update={"tokens": spec.tokens})
     recipe = task.recipe.model_copy(update={"calibration": few})
-    windows = load_calibration(task.texts, recipe, task.checkpoint)
-    scratch.mkdir(exist_ok=True)
+    windows = shared_calibration(task.texts, recipe, task.checkpoint)
+    if team().first:
+        scratch.mkdir(exist_ok=True)
+    team().wait()
     choice = choose(
         task.checkpoint,
         windows,
@@ -59,9 +63,10 @@ def drop(task: Task, folder: Path, scratch: Path) -> None:
         scratch=scratch,
         max_ram=recipe.max_ram_bytes,
     )
-    told = choice.to_dict() | {"layers": choice.scores.to_dict()}
-    write_json(scratch / LAYERS, told)
-    scratch.rename(folder)
+    if team().first:
+        told = choice.to_dict() | {"layers": choice.scores.to_dict()}
+        write_json(scratch / LAYERS, told)
+        scratch.rename(folder)
 
 
 def dropped(folder: Path) -> list[int]:
@@ -84,6 +89,7 @@ def shrink(task: Task, layers: list[int], folder: Path, work: Path) -> None:
         offline=task.offline,
         strict=task.strict,
         work=work,
+        spill=task.spill,
     )
 
 
@@ -152,9 +158,10 @@ def measure(task: Task, models: dict[str, Path], folder: Path, scratch: Path) ->
         result.gate(**spec.gate)
     except GateError as error:
         gate = str(error)
-    scratch.mkdir()
-    write_json(scratch / EVALUATION, {"steps": found, "gate": gate})
-    scratch.rename(folder)
+    if team().first:
+        scratch.mkdir()
+        write_json(scratch / EVALUATION, {"steps": found, "gate": gate})
+        scratch.rename(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

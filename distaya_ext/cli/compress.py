@@ -78,6 +78,8 @@ def compress(
         bool,
         typer.Option("--strict", help="Stop (exit 4) at the first module whose numbers are bad."),
     ] = False,
+    parts: options.Parts = None,
+    spill_dir: options.SpillDir = None,
     max_ram: options.MaxRam = None,
     max_vram: options.MaxVram = None,
     overwrite: Annotated[
@@ -110,6 +112,7 @@ def compress(
             "tokens": tokens,
             "window": window,
             "seed": seed,
+            "parts": parts,
             "weights": parse_weights(language_weights) if language_weights else None,
             "quotas": parse_quotas(quota) if quota else None,
         },
@@ -135,6 +138,7 @@ def compress(
             device=device,
             offline=offline,
             strict=strict,
+            spill=spill_dir,
         )
         if report.dropped_layers:
             left = len(report.source_layers)

@@ -10,6 +10,7 @@ import typer
 from ..errors import GateError, UsageError
 from ..evaluate.continuations import CONTINUATIONS, NEW_TOKENS
 from ..evaluate.gate import GATES, check_possible, parse_gates
+from ..ranks import team
 from . import options
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def evaluate(
     from .progress import Reporter
     from .remember import evaluated
 
-    with Reporter(quiet) as reporter, kernels_told(strict):
+    first = team().first
+    with Reporter(quiet or not first) as reporter, kernels_told(strict):
         found = compare(
             model,
             texts,
@@ -122,16 +124,17 @@ def evaluate(
             on_progress=reporter.on_progress,
             **running,
         )
-    cut = "lines" if lines else f"windows of {window}, {tokens or 'all'} tokens"
-    how = f"{cut}, {dtype} on {device}{', exact' if exact else ''}"
-    evaluated(found, model, against, texts, how)
-    if json:
-        print_json(found.to_dict())
-    else:
-        show(found)
     broken = _broken(found, limits)
-    if report:
-        _store(model, found, broken, limits)
+    if first:  # all ranks have found the same
+        cut = "lines" if lines else f"windows of {window}, {tokens or 'all'} tokens"
+        how = f"{cut}, {dtype} on {device}{', exact' if exact else ''}"
+        evaluated(found, model, against, texts, how)
+        if json:
+            print_json(found.to_dict())
+        else:
+            show(found)
+        if report:
+            _store(model, found, broken, limits)
     if broken is not None:
         raise broken
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..ranks import team
 from . import options
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def layers(
     specs = [one for score in asked if (one := wanted(score, depth)) is not None]
     count = how_many(specs[0], depth)[0] if specs else 1
     run = count if "angular" in asked else 1
-    with Reporter(quiet) as reporter:
+    first = team().first
+    with Reporter(quiet or not first) as reporter:
         windows = given(texts, checkpoint, spec)
         reporter.say(f"{windows.tokens} tokens in windows of {window}, {depth} layers")
         study = Study(checkpoint, windows, asked, run=run, parts=parts)
@@ -87,6 +89,8 @@ def layers(
             on_event=reporter.on_event,
             max_ram=None if max_ram is None else parse_size(max_ram),
         )
+    if not first:  # which has found the same
+        return
     best = min(choices, key=lambda choice: float(choice.loss.kl.mean()), default=None)
     command = None if best is None else advice(model, best.dropped, depth)
     if plot is not None:

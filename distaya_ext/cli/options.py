@@ -42,5 +42,12 @@ Seed = Annotated[
 EmbedBits = Annotated[
     int | None, typer.Option(help="8: embedding and head as int8, one scale per row.")
 ]
+Parts = Annotated[
+    int | None,
+    typer.Option(help="Parts the statistics are summed in; without it one for each process."),
+]
+SpillDir = Annotated[
+    Path | None, typer.Option(help="Folder of this machine for activations; beside OUT without it.")
+]
 MaxVram = Annotated[str | None, typer.Option(help="GPU memory to stay within, such as 16GiB.")]
 MaxRam = Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GiB.")]

@@ -13,7 +13,7 @@ from . import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..search import Found
+    from ..search import Found, Options
 
 
 def search(
@@ -72,14 +72,9 @@ def search(
     debug: options.Debug = False,
 ) -> None:
     """Find what to do to each matrix of MODEL so that a size is met and least is lost."""
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists; name another file for the recipe")
+    from ..ranks import joined
     from ..recipe import CalibrationSpec
     from ..search import DEFAULT, Options
-    from ..search import search as run
-    from .output import console, print_json
-    from .progress import Reporter
-    from .remember import searched
 
     spec = {"tokens": tokens, "window": window, "seed": seed}
     asked = Options(
@@ -98,6 +93,18 @@ def search(
         quality=quality,
         max_ram=max_ram,
     )
+    with joined(device) as us:
+        if us.tell(out is not None and out.exists()):
+            raise UsageError(f"{out} exists; name another file for the recipe")
+        found = _run(model, calib, asked, device, offline, quiet or not us.first)
+        if us.first:
+            _put_out(found, model, calib, out, json)
+
+
+def _run(model: str, calib: Path, asked: Options, device: str, offline: bool, quiet: bool) -> Found:
+    from ..search import search as run
+    from .progress import Reporter
+
     with Reporter(quiet) as reporter:
         found = run(
             model,
@@ -109,14 +116,21 @@ def search(
             offline=offline,
         )
         reporter.say(summary(found))
+    return found
+
+
+def _put_out(found: Found, model: str, calib: Path, out: Path | None, json: bool) -> None:
+    """The recipe into its file, the run into the history, the table onto the screen."""
+    from .output import console, print_json
+    from .remember import searched
+
     if out is not None:
         found.recipe.to_yaml(out)
     searched(found, model, calib)
     if json:
         print_json({**found.to_dict(), "out": None if out is None else str(out)})
         return
-    screen = console()
-    screen.print(table(found))
+    console().print(table(found))
     if out is None:
         typer.echo(found.recipe.to_yaml(), nl=False)
     else:

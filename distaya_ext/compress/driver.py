@@ -48,7 +48,14 @@ from .plan import make_plan
 from .proof import PROOF_WINDOWS, prove
 from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
-from .shared import check_parts, parts_of, same_for_all, shared_calibration, spill_folder
+from .shared import (
+    check_parts,
+    parts_of,
+    same_for_all,
+    shared_calibration,
+    spill_folder,
+    told_of_ranks,
+)
 from .store import Store
 
 _TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
@@ -218,6 +225,7 @@ class _Run:
                 way.do(lambda: self._end(writer, self.architecture.embed))
             weightless = skeleton.get_submodule(self.architecture.layers)
             layers.run(weightless, self.replay, way, writer, keeper)
+        self.report.ranks = told_of_ranks(self.calibration)
         if team().first:
             self._finish(work, keeper)
         told = team().tell(dump_report(self.report) if team().first else None)
@@ -264,6 +272,7 @@ class _Run:
         calibration, report = self.calibration, self.report
         report.tokens, report.window = calibration.tokens, calibration.ids.shape[1]
         report.tokens_per_language = calibration.tokens_per_language
+        report.parts = calibration.parts.count
         report.languages = LanguageReport.of(calibration, self.recipe.calibration.weights)
         self.on_event(
             events.Calibrated(

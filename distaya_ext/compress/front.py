@@ -27,6 +27,7 @@ def compress(
     device: str = "cpu",
     offline: bool = False,
     strict: bool = False,
+    spill: str | Path | None = None,
 ) -> Report | Chained:
     """Compress a model layer by layer and write it to the folder `out`.
 
@@ -39,6 +40,8 @@ def compress(
     device     "cpu" or "cuda"
     strict     NumericsError at the first module that is degraded, nothing is written then; what
                counts as degraded is in compress.fallbacks. Decides nothing of the result
+    spill      folder where activations wait that the memory does not hold, such as a disk of this
+               machine; None: beside `out`
 
     Only the embedding and one decoder layer are in memory at a time; a proof first shows that layer
     by layer gives the model's own logits. `out` appears when it is complete. Until then what is
@@ -48,6 +51,10 @@ def compress(
     A recipe that chooses layers by score, heals or evaluates is a chain of steps, and a Chained is
     returned: each finished step is kept, too, and on_progress is told how far an evaluation is. See
     chain.run_chain.
+
+    In several processes (torchrun, ranks.joined) all of them call this with the same arguments.
+    Each runs its share of the windows and of the rows, rank 0 writes, and `out` and what is kept
+    beside it must lie where all of them can see it; see docs/scaling.md.
 
     Where something lesser than asked was done, it is in `fallbacks` of the report.
 
@@ -59,8 +66,10 @@ def compress(
         return run_chain(
             model, out, recipe, texts, on_event=on_event, on_progress=on_progress,
             overwrite=overwrite, restart=restart, device=device, offline=offline, strict=strict,
+            spill=None if spill is None else Path(spill),
         )  # fmt: skip
     return driver.compress(
         model, out, recipe, texts, on_event=on_event, overwrite=overwrite, restart=restart,
         device=device, offline=offline, strict=strict,
+        spill=None if spill is None else Path(spill),
     )  # fmt: skip

@@ -110,6 +110,8 @@ class Report:
     left_out: list[int] = field(default_factory=list)
     strict: bool = False
     machine: dict[str, Any] = field(default_factory=dict)  # what the run ran on
+    parts: int = 1  # that the statistics were summed in
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # of the last run, see shared.told
 
     def account_end(self, name: str, rows: int, columns: int, bits: int, size: int) -> None:
         """Note what the embedding or the head takes on disk."""
@@ -254,6 +256,7 @@ class Report:
                 "weights": self.languages.weights,
                 "languages": self.languages.summary(),
                 "spilled_to_disk": self.spilled,
+                "parts": self.parts,
             },
             "proof": {**asdict(self.proof), "exact": self.proof.exact} if self.proof else None,
             "totals": {
@@ -277,6 +280,7 @@ class Report:
             "reconstruction": {str(layer): each for layer, each in self.trained.items()},
             "fallbacks": self.fallbacks.summary(len(self.modules)),
             "notices": self.notices,
+            "ranks": self.ranks,
         }
 
 

@@ -69,6 +69,22 @@ def same_for_all(made_of: dict[str, Any]) -> dict[str, Any]:
     return made_of
 
 
+def told_of_ranks(calibration: Calibration | None) -> list[dict[str, Any]]:
+    """What each process of the run had to do, for its report; nothing where there is one alone.
+
+    windows: of the calibration; read: bytes of the checkpoint from the disk; sent: bytes given to
+    others; waited: seconds, for others or for the wire.
+    """
+    us = team()
+    if us.alone:
+        return []
+    windows = 0
+    if calibration is not None:
+        windows = calibration.own_tokens // calibration.ids.shape[1]
+    about = {"windows": windows, "read": us.read, "sent": us.sent, "waited": round(us.waited, 3)}
+    return us.gather(about)
+
+
 @contextmanager
 def spill_folder(scratch: Path, spill: Path | None) -> Iterator[Path]:
     """Where this process's activations wait: `scratch`, which goes with the run, or a folder of its

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
+from ..ranks import team
 from ..tokenizer import check_rows, encode
+from .dealt import Meter, deal
 from .load import Loaded
 from .scripts import Letters, letters, scripts_of
 from .statistics import difference_interval
@@ -88,6 +90,16 @@ def beginnings(
     return prompts
 
 
+def prompts_of_first(make: Callable[[], list[Prompt]]) -> list[Prompt]:
+    """The prompts that rank 0 makes, on every rank."""
+    us = team()
+    if us.alone:
+        return make()
+    made = make() if us.first else []
+    told = us.tell([(p.language, p.text, p.ids.tolist()) for p in made])
+    return [Prompt(language, text, torch.tensor(ids)) for language, text, ids in told]
+
+
 def speak(
     loaded: Loaded,
     prompts: Sequence[Prompt],
@@ -96,15 +108,22 @@ def speak(
 ) -> Spoken:
     """Greedy continuations of at most `new_tokens` tokens each, the same in every run.
 
-    Prompts of one length run together, whatever their language, so that none is padded.
+    Prompts of one length run together, whatever their language, so that none is padded. Ranks deal
+    the batches out and all get everything.
     """
-    texts: dict[int, str] = {}
-    for batch in _batches(prompts):
+    us, cut = team(), list(_batches(prompts))
+    # A step reads all weights, however few prompts run together.
+    dealt = deal([_ROWS + len(batch) for batch in cut], us.world)
+    own = [cut[number] for number in dealt[us.rank]]
+    meter = Meter(len(prompts), sum(map(len, own)), on_done)
+    texts: list[tuple[int, str]] = []
+    for batch in own:
         rows = torch.stack([prompts[i].ids for i in batch])
         for i, ids in zip(batch, write(loaded, rows, new_tokens), strict=True):
-            texts[i] = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        on_done(len(batch), prompts[batch[-1]].language)
-    return Spoken(prompts, [texts[i] for i in range(len(prompts))])
+            texts.append((i, loaded.tokenizer.decode(ids, skip_special_tokens=True)))
+        meter.advance(len(batch), prompts[batch[-1]].language)
+    every = dict(pair for of_rank in us.gather(texts) for pair in of_rank)
+    return Spoken(prompts, [every[i] for i in range(len(prompts))])
 
 
 def write(

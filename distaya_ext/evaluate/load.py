@@ -45,13 +45,15 @@ def load(
     device: str = "cpu",
     offline: bool = False,
     exact: bool = False,
+    together: bool = False,
 ) -> Loaded:
     """Load a local folder or hub id after checking it. InputError in one sentence for what is
     wrong.
 
     dtype "auto" is float32 for checkpoints under 2 GiB (when dense) and the checkpoint's own
     otherwise. exact runs packed weights with full-precision activations on the CPU too. Remote code
-    is never run, and only safetensors are read.
+    is never run, and only safetensors are read. together: all ranks call this, and each has the
+    whole model, of which it has read its share.
     """
     chosen = parse_dtype(dtype)
     place = find_device(device)
@@ -61,7 +63,7 @@ def load(
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     if chosen is None:
         chosen = torch.float32 if _dense_bytes(checkpoint) < _FLOAT32_BELOW else checkpoint.dtype
-    network = load_opened(checkpoint, chosen, exact=exact)
+    network = load_opened(checkpoint, chosen, exact=exact, together=together)
     for name, weight in network.named_parameters():
         check_finite(name, weight.data)
     network = network.to(place)

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..errors import InputError
+from ..ranks import team
 from ..texts import check_window, read_texts
 from ..tokenizer import check_rows
 from .continuations import (
@@ -20,14 +19,16 @@ from .continuations import (
     NEW_TOKENS,
     Prompt,
     beginnings,
+    prompts_of_first,
     side_by_side,
     speak,
     wrong_script,
 )
+from .dealt import from_first, score_all
 from .load import Loaded, check_same_vocabulary, load
 from .result import Evaluation, LanguageResult
 from .samples import Samples, cut_lines, cut_windows
-from .score import Scores, score
+from .score import Scores
 from .statistics import interval
 
 # (tokens scored so far, tokens in all, language at work)
@@ -62,19 +63,25 @@ def evaluate(
     ones full-precision activations on the CPU too. Raises InputError and UsageError in one
     sentence.
     """
-    if not isinstance(texts, Mapping):
+    if team().first and not isinstance(texts, Mapping):
         texts = read_texts(texts, parallel=per_line)
-    loaded = load(model, dtype=dtype, device=device, offline=offline, exact=exact)
-    base = None
+    how = {"dtype": dtype, "device": device, "offline": offline, "exact": exact}
+    loaded, base = load(model, **how, together=True), None
     if against is not None:
-        base = load(against, dtype=dtype, device=device, offline=offline, exact=exact)
+        base = load(against, **how, together=True)
         check_same_vocabulary(loaded, base)
-    if per_line:
-        samples = cut_lines(texts, loaded.tokenizer, longest=_longest(loaded))
-    else:
+    if not per_line:
         check_window(window, loaded.model.config)
-        samples = cut_windows(texts, loaded.tokenizer, window=window, tokens=tokens)
-    prompts = beginnings(texts, loaded, continuations, new_tokens) if continuations else []
+
+    def cut() -> list[Samples]:
+        if per_line:
+            return cut_lines(texts, loaded.tokenizer, longest=_longest(loaded))
+        return cut_windows(texts, loaded.tokenizer, window=window, tokens=tokens)
+
+    def begin() -> list[Prompt]:
+        return beginnings(texts, loaded, continuations, new_tokens) if continuations else []
+
+    samples, prompts = from_first(cut), prompts_of_first(begin)
     (found,) = evaluate_loaded(
         [loaded], samples, base=base, window=None if per_line else window, on_progress=on_progress
     )
@@ -123,7 +130,7 @@ def with_continuations(
                 wrong_script_interval=script.interval,
             )
         )
-    seconds = time.perf_counter() - start
+    seconds = team().tell(time.perf_counter() - start)
     notes = list(found.notes)
     if unknown:
         notes.append(
@@ -154,23 +161,23 @@ def evaluate_loaded(
     """Score models already in memory on samples already cut, one Evaluation each.
 
     With a base its forward pass is shared by all of them. window None means the rows are parallel
-    lines.
+    lines. Under ranks all of them call this with the same samples and get the same Evaluations.
     """
     start = time.perf_counter()
     networks = [m.model for m in ([base] if base else []) + list(models)]
+    # Without a base nothing is compared, so each model is scored as if it were the first.
+    groups = [networks] if base is not None else [[network] for network in networks]
     total, done = sum(len(row) - 1 for s in samples for row in s.rows), 0
     _check_ids(models[0], samples)
-    scores: list[list[Scores]] = []
-    for sample in samples:
 
-        def advance(count: int, language: str = sample.language) -> None:
-            nonlocal done
-            done += count
-            if on_progress is not None:
-                on_progress(done, total, language)
+    def advance(count: int, language: str) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total, language)
 
-        scores.append(_score(networks, sample, base is None, advance))
-    seconds = time.perf_counter() - start
+    scores = score_all(groups, samples, advance)
+    seconds = team().tell(time.perf_counter() - start)
     return [
         Evaluation(
             model=model.name,
@@ -182,19 +189,6 @@ def evaluate_loaded(
         )
         for which, model in enumerate(models, start=1 if base else 0)
     ]
-
-
-def _score(
-    networks: list[torch.nn.Module], sample: Samples, alone: bool, advance: Callable[[int], None]
-) -> list[Scores]:
-    device = next(networks[0].parameters()).device
-    try:
-        if not alone:
-            return score(networks, sample.rows, device=device, on_tokens=advance)
-        # Without a base nothing is compared, so each model is scored as if it were the first.
-        return [score([n], sample.rows, device=device, on_tokens=advance)[0] for n in networks]
-    except InputError as error:
-        raise InputError(f"{error} of language {sample.language}") from None
 
 
 def _languages(

@@ -30,7 +30,16 @@ class Scores:
     kl_tokens: np.ndarray
 
 
-@torch.inference_mode()
+@dataclass
+class Part:
+    """Of one batch of rows: sums float64 [models, 3, rows] of nll, kl and same; kls float32
+    [models - 1, tokens], the KL of every scored token, row after row.
+    """
+
+    sums: np.ndarray
+    kls: np.ndarray
+
+
 def score(
     models: Sequence[torch.nn.Module],
     rows: Sequence[torch.Tensor],
@@ -41,32 +50,62 @@ def score(
     """Scores of each model; the first one is the base that the others are compared with.
 
     All models see the same batches, so a difference between two of them is a difference of weights.
-    InputError with the row number for logits that are not finite.
+    All rows are scored here, whatever other ranks do. InputError with the row number for logits
+    that are not finite.
     """
-    tokens = np.array([len(row) - 1 for row in rows], dtype=np.float64)
-    sums = [np.zeros((3, len(rows))) for _ in models]
-    kls: list[list[np.ndarray]] = [[] for _ in models]
-    vocabulary = models[0].config.vocab_size
-    for batch in _batches(rows, vocabulary):
-        ids = _pad([rows[i] for i in batch]).to(device)
-        logits = [model(input_ids=ids, use_cache=False).logits for model in models]
-        for place, i in enumerate(batch):
-            length = len(rows[i])
-            targets = ids[place, 1:length]
-            for which, stats in enumerate(
-                _row([lg[place, : length - 1] for lg in logits], targets)
-            ):
-                if not np.isfinite(stats[0]).all():
-                    raise InputError(f"the model gives NaN or infinite logits in sample {i + 1}")
-                sums[which][:, i] = stats.sum(axis=1)
-                if which:
-                    kls[which].append(stats[1].astype(np.float32))
+    cut, parts = list(batches(rows, models[0].config.vocab_size)), []
+    for batch in cut:
+        parts.append(measure(models, rows, batch, device))
         if on_tokens is not None:
-            on_tokens(int(sum(tokens[i] for i in batch)))
-    return [
-        Scores(tokens, *part, np.concatenate(kl) if kl else np.zeros(0, np.float32))
-        for part, kl in zip(sums, kls, strict=True)
-    ]
+            on_tokens(scored(rows, batch))
+    return put_together(len(models), rows, cut, parts)
+
+
+@torch.inference_mode()
+def measure(
+    models: Sequence[torch.nn.Module],
+    rows: Sequence[torch.Tensor],
+    batch: Sequence[int],
+    device: str | torch.device = "cpu",
+) -> Part:
+    """One batch (numbers of rows) through all models. InputError as of score()."""
+    ids = _pad([rows[i] for i in batch]).to(device)
+    logits = [model(input_ids=ids, use_cache=False).logits for model in models]
+    sums = np.zeros((len(models), 3, len(batch)))
+    kls: list[np.ndarray] = []
+    for place, i in enumerate(batch):
+        length = len(rows[i])
+        found = _row([lg[place, : length - 1] for lg in logits], ids[place, 1:length])
+        for which, stats in enumerate(found):
+            if not np.isfinite(stats[0]).all():
+                raise InputError(f"the model gives NaN or infinite logits in sample {i + 1}")
+            sums[which, :, place] = stats.sum(axis=1)
+        each = [stats[1] for stats in found[1:]]
+        kls.append(np.array(each, dtype=np.float32).reshape(len(each), length - 1))
+    return Part(sums, np.concatenate(kls, axis=1))
+
+
+def put_together(
+    models: int,
+    rows: Sequence[torch.Tensor],
+    cut: Sequence[Sequence[int]],
+    parts: Sequence[Part],
+) -> list[Scores]:
+    """Scores of each of so many models out of the parts of all batches."""
+    tokens = np.array([len(row) - 1 for row in rows], dtype=np.float64)
+    found = []
+    for which in range(models):
+        sums = np.zeros((3, len(rows)))
+        for batch, part in zip(cut, parts, strict=True):
+            sums[:, batch] = part.sums[which]
+        kls = [part.kls[which - 1] for part in parts if which]
+        found.append(Scores(tokens, *sums, np.concatenate([np.zeros(0, np.float32), *kls])))
+    return found
+
+
+def scored(rows: Sequence[torch.Tensor], batch: Sequence[int]) -> int:
+    """Tokens of a batch that are scored."""
+    return sum(len(rows[i]) - 1 for i in batch)
 
 
 def _row(logits: list[torch.Tensor], targets: torch.Tensor) -> list[np.ndarray]:
@@ -89,7 +128,7 @@ def _row(logits: list[torch.Tensor], targets: torch.Tensor) -> list[np.ndarray]:
     return [torch.cat(part, dim=1).double().cpu().numpy() for part in parts]
 
 
-def _batches(rows: Sequence[torch.Tensor], vocabulary: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[torch.Tensor], vocabulary: int) -> Iterator[list[int]]:
     """Row numbers that run together: of similar length, as many as the logits leave room for."""
     room = max(1, _LOGIT_BYTES // (4 * vocabulary))
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))

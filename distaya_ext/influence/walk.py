@@ -9,7 +9,6 @@ forwards in all.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,8 +29,10 @@ from ..errors import InputError
 from ..finite import all_finite
 from ..models.skeleton import build_skeleton, feed_whole
 from ..ops import influence
+from ..ranks import team
 from ..search.whole import run_dtype
 from .candidate import PARTS, Candidate, silent
+from .dealt import Dealt, read_together
 from .events import Measured
 from .head import Head
 
@@ -61,6 +62,8 @@ class Walk:
              wait: on the device, in the host's memory, or in files under `scratch` (None: a
              temporary folder)
     max_ram  bytes to stay within; None: they may fill a quarter of the memory
+
+    Under ranks each walks its own windows (dealt.Dealt) and all of them read every layer together.
     """
 
     def __init__(
@@ -74,18 +77,21 @@ class Walk:
         max_ram: int | None = None,
         on_event: Callable[[Any], None] | None = None,
     ):
-        self.checkpoint = copy.copy(checkpoint)
+        self.checkpoint = read_together(checkpoint)
         self.checkpoint.dtype = run_dtype(checkpoint)  # weights are read in it
-        self.windows, self.device = windows, device
-        self.on_event = on_event or (lambda event: None)
+        self.device = device
         self.layers = tuple(range(checkpoint.config.num_hidden_layers))
         if device.type == "cuda":
             most = max(windows.chunk_tokens or 0, CUDA_CHUNK_TOKENS)
-            self.windows = windows = dataclasses.replace(windows, chunk_tokens=most)
-        self.ids = list(windows.chunks())
+            windows = dataclasses.replace(windows, chunk_tokens=most)
+        self.dealt = Dealt(windows)
+        self.ids = self.dealt.own
+        self.on_event = self.dealt.only_first(on_event or (lambda event: None))
         self._folder: tempfile.TemporaryDirectory | None = None
         self._streams, self._scratch = streams, scratch
         self._budget = Budget(checkpoint, max_ram)
+        # Without a limit of its own a rank has its part of the memory that the host's ranks share.
+        self._sharing = team().local_world if max_ram is None else 1
         self._done = self._total = 0
 
     def __enter__(self) -> Walk:
@@ -116,9 +122,9 @@ class Walk:
     def _store(self) -> Store:
         """Where the streams wait, and the first and the last states of the dense model."""
         width = self.checkpoint.config.hidden_size * self.checkpoint.dtype.itemsize
-        needed = (self._streams + 3) * self.windows.tokens * width
-        if self._budget.spills(needed):
-            check_disk(self._scratch or Path(tempfile.gettempdir()), needed)
+        needed = (self._streams + 3) * sum(map(torch.numel, self.ids)) * width
+        if self._budget.spills(needed * self._sharing):
+            check_disk(self._scratch or Path(tempfile.gettempdir()), needed * team().local_world)
             self._folder = tempfile.TemporaryDirectory(dir=self._scratch, prefix="distaya-layers-")
             return Store(Path(self._folder.name))
         away = self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0] // 2
@@ -245,19 +251,28 @@ class _State:
         compared = self.met if self.removal else []
         for chunk, ids in enumerate(walk.ids):
             ids, dense = ids.to(walk.device), store.get(("dense", chunk))
-            if chunk == 0:
+            if chunk == 0 and walk.dealt.begins:
                 head.check(ids, dense)
             streams = [store.get((key, chunk)) for key in ("here", *compared)]
             lost.append(head.compare(dense, streams, ids))
             walk.tell(told, 1 + len(compared))
-        sums = np.concatenate(lost, axis=1)
-        self.found.base = sums[0]
-        self.found.lost = dict(zip(compared, sums[1:], strict=True))
+        sums = np.concatenate([np.zeros((1 + len(compared), 0, 4)), *lost], axis=1)
+        base, *others = walk.dealt.gather(list(sums))
+        self.found.base = base
+        self.found.lost = dict(zip(compared, others, strict=True))
 
     def forget(self) -> None:
-        """Put the similarities of all chunks together and let the streams go."""
-        for (kind, who), chunks in self._near.items():
-            every, last = (np.concatenate(part) for part in zip(*chunks, strict=True))
+        """Put the similarities of all chunks, of all ranks, together; let the streams go."""
+        begins = self.left[: len(self.left) - self.run + 1] if self.run > 1 else ()
+        keys = [*(("near", who) for who in self.met), *(("run", first) for first in begins)]
+        none = (np.zeros((0, 3)), np.zeros((0, 3)))  # all that a rank without windows has
+        tables = [
+            np.concatenate(part)
+            for key in keys
+            for part in zip(none, *self._near.get(key, ()), strict=True)
+        ]
+        gathered = iter(self.walk.dealt.gather(tables))
+        for (kind, who), every, last in zip(keys, gathered, gathered, strict=True):
             if kind == "near":
                 self.found.near[who], self.found.last[who] = every, last
             else:

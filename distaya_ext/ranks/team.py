@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Team:
     """world processes, of which this is number `rank`; local_*: the same among those of this host.
 
     sent: bytes of tensors that this process has given to others; read: bytes of checkpoints that it
-    has read itself. All methods that pass something on are to be called by every rank, in the same
+    has read itself; waited: seconds in which it waited for others or for the wire. All methods that pass something on are to be called by every rank, in the same
     order. LostError when another rank has ended or does not answer in time.
     """
 
@@ -32,6 +33,7 @@ class Team:
     watch: Any = None  # tells who was lost; see watch.Watch
     sent: int = 0
     read: int = 0
+    waited: float = 0.0
 
     @property
     def alone(self) -> bool:
@@ -134,12 +136,15 @@ class Team:
         """What the backend says of another rank's end becomes a sentence."""
         if self.watch is not None:
             self.watch.check()
+        begin = time.perf_counter()
         try:
             yield
         except RuntimeError as error:
             if self.watch is not None:
                 raise self.watch.lost(error) from None
             raise LostError(f"another rank does not answer: {one_line(error)}") from None
+        finally:
+            self.waited += time.perf_counter() - begin
 
 
 _alone = Team()

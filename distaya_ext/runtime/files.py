@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from safetensors import safe_open
@@ -13,13 +13,17 @@ from ..checkpoint import Entry, aligned, check_finite
 from .modules import Packed
 
 
-def fill(modules: Mapping[str, Packed], entries: Mapping[str, Entry], device: Any = "cpu") -> None:
-    """Read, decode and pack the modules by name, one after another.
+def fill(
+    modules: Mapping[str, Packed],
+    read: Callable[[Iterable[str]], Mapping[str, Tensor]],
+    device: Any = "cpu",
+) -> None:
+    """Read, decode and pack the modules by name, one after another. read: tensors by name.
 
     At no time is more than one module unpacked in memory, and none is ever dense.
     """
     for name, module in modules.items():
-        tensors = read(entries, [f"{name}.{suffix}" for suffix in module.tensors()])
+        tensors = read([f"{name}.{suffix}" for suffix in module.tensors()])
         module.take({full[len(name) + 1 :]: t for full, t in tensors.items()}, name, device)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.whole import load_whole
+from ..checkpoint.whole import load_together, load_whole
 from ..device import find_device
 from ..dtypes import parse_dtype
+from ..ranks import team
 from .paths import tell
 from .register import METHOD, HandedOver, register
 from .swap import set_exact
@@ -48,25 +49,37 @@ def load(
     return model
 
 
-def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False) -> Any:
-    """The model of a folder that is checked, on the CPU in eval mode."""
+def load_opened(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, exact: bool = False, together: bool = False
+) -> Any:
+    """The model of a folder that is checked, on the CPU in eval mode.
+
+    together: all ranks call this and read every weight once between them, an adapter's each by
+    itself. Without it a rank reads all by itself, whatever others do.
+    """
     if checkpoint.adapter is None:
-        return _load_base(checkpoint, dtype, exact)
+        return _load_base(checkpoint, dtype, exact, together)
     from ..train.adapter import attach, need_peft, read_adapter
 
     need_peft(f"the adapter in {checkpoint.folder.name}")
     adapter = read_adapter(checkpoint.adapter, checkpoint)
-    return attach(_load_base(checkpoint, dtype, exact), adapter)
+    return attach(_load_base(checkpoint, dtype, exact, together), adapter)
 
 
-def _load_base(checkpoint: Checkpoint, dtype: torch.dtype, exact: bool) -> Any:
+def _load_base(checkpoint: Checkpoint, dtype: torch.dtype, exact: bool, together: bool) -> Any:
     if checkpoint.scheme is None:
-        return load_whole(checkpoint.folder, dtype)
+        return (
+            load_together(checkpoint, dtype) if together else load_whole(checkpoint.folder, dtype)
+        )
     register()
     # Stock methods go through our hooks too, under our name; the model's config keeps theirs.
     config = copy.deepcopy(checkpoint.config)
     about = HandedOver(config.quantization_config)
     config.quantization_config = {"quant_method": METHOD, "holds": about}
-    model = load_whole(checkpoint.folder, dtype, config)
+    if together and not team().alone:
+        about.together = checkpoint
+        model = load_together(checkpoint, dtype, config)
+    else:
+        model = load_whole(checkpoint.folder, dtype, config)
     set_exact(model, exact)
     return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from ..checkpoint.folder import adapter_of
 from ..checkpoint.reader import read_header
 from ..errors import InputError, UsageError
 from ..formats import read_scheme
+from ..ranks import read_shared
 from .dense import to_dense
-from .files import fill
+from .files import fill, read
 from .glu import fuse
 from .modules import Packed
 from .place import check_held, place, prefix
@@ -39,6 +41,7 @@ class FolderConfig(QuantizationConfigMixin):
     def __init__(self, **fields: Any) -> None:
         held = fields.get("holds")
         self.ours = isinstance(held, HandedOver)  # distaya_ext loads, and attaches adapters
+        self.together = held.together if isinstance(held, HandedOver) else None
         self.fields = dict(held) if isinstance(held, HandedOver) else fields
         self.quant_method = METHOD
 
@@ -57,6 +60,8 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FolderConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        # Taken out of the configuration, which the model keeps.
+        self._together, quantization_config.together = quantization_config.together, None
         self._modules: dict[str, Packed] = {}
         self._entries: dict[str, Entry] = {}
         self.trains = False  # what runtime.trainable says
@@ -79,6 +84,22 @@ class PackedQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **_: Any,
     ) -> None:
+        together = self._together
+        entries = together.entries if together is not None else self._found(checkpoint_files)
+        scheme = read_scheme({"quantization_config": self.quantization_config.to_dict()})
+        assert scheme is not None
+        self._modules = place(model, scheme, dtype or torch.get_default_dtype())
+        self._entries = entries
+        mine = check_held(self._modules, self._entries)
+        # transformers need not read them, and should not say that nobody does.
+        endings = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mine}))
+        names = "|".join(re.escape(name.removeprefix(prefix(model))) for name in self._modules)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        pattern = rf"^({re.escape(prefix(model))})?({names})\.({endings})$"
+        model._keys_to_ignore_on_load_unexpected = {*ignored, pattern}
+
+    def _found(self, checkpoint_files: list[str] | None) -> dict[str, Entry]:
+        """The tensors of the folder that transformers loads."""
         files = [Path(name) for name in checkpoint_files or []]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise InputError("packed weights are read from safetensors files and there are none")
@@ -88,21 +109,14 @@ class PackedQuantizer(HfQuantizer):
                 "from_pretrained leaves out; use distaya_ext.load",
                 stacklevel=2,
             )
-        scheme = read_scheme({"quantization_config": self.quantization_config.to_dict()})
-        assert scheme is not None
-        self._modules = place(model, scheme, dtype or torch.get_default_dtype())
-        self._entries = {n: entry for file in files for n, entry in read_header(file).items()}
-        mine = check_held(self._modules, self._entries)
-        # transformers need not read them, and should not say that nobody does.
-        endings = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in mine}))
-        names = "|".join(re.escape(name.removeprefix(prefix(model))) for name in self._modules)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        pattern = rf"^({re.escape(prefix(model))})?({names})\.({endings})$"
-        model._keys_to_ignore_on_load_unexpected = {*ignored, pattern}
+        return {n: entry for file in files for n, entry in read_header(file).items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        fill(self._modules, self._entries, next(model.parameters()).device)
-        self._modules, self._entries = {}, {}
+        how = partial(read, self._entries)
+        if self._together is not None:
+            how = partial(read_shared, self._together)
+        fill(self._modules, how, next(model.parameters()).device)
+        self._modules, self._entries, self._together = {}, {}, None
         fuse(model)
         return freeze(model)
 

@@ -12,14 +12,22 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 _TABLE = "transformers.quantizers.auto"
 METHOD = "distaya"
 
 
 class HandedOver(dict):
-    """The configuration of another method, which load() gives to our hooks; no JSON makes one."""
+    """The configuration of another method, which load() gives to our hooks; no JSON makes one.
+
+    together: the checkpoint, where all ranks read it together.
+    """
+
+    together: Checkpoint | None = None
 
 
 def register_when_imported() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from .choices import Choice, Costs
 from .objective import Dropped, UnitTable
-from .sensitivity import Sensitivities, Unit, Variants, by_language, measure
-from .whole import Windows
+from .sensitivity import Sensitivities, Unit
+from .variants import Variants
+from .whole import Windows, by_language, measure
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,17 @@ _HEADER = 96
 
 
 class Judge:
-    """Measures candidates as assembled from the stored variants."""
+    """Measures candidates as assembled from the stored variants; to be called by all ranks."""
 
     def __init__(self, space: Space, variants: Variants):
         self.space, self.variants = space, variants
 
-    def __call__(self, candidate: Candidate, windows: Windows) -> np.ndarray:
-        """Mean KL(dense || candidate) per window, float64."""
+    def __call__(self, candidate: Candidate, windows: Windows, keep: bool = False) -> np.ndarray:
+        """Mean KL(dense || candidate) per window, float64. keep: every rank keeps its variants."""
 
         def layer_weights(layer: int) -> dict[str, torch.Tensor]:
             return {
-                name: self.variants.weight(name, unit.choices[pick])
+                name: self.variants.lent(name, unit.choices[pick], keep)
                 for unit, pick in zip(self.space.units, candidate.picks, strict=True)
                 if unit.layer == layer and not unit.choices[pick].dense
                 for name in unit.names
@@ -139,5 +140,7 @@ class Judge:
         return measure(windows, each, candidate.dropped)
 
     def languages(self, candidate: Candidate, windows: Windows) -> np.ndarray:
-        """The same per language."""
-        return by_language(windows, self(candidate, windows))
+        """The same per language. Candidates that are compared have most variants in common, and the
+        ranks keep them.
+        """
+        return by_language(windows, self(candidate, windows, keep=True))

@@ -8,15 +8,53 @@ takes the most promising by that sum among those not tried yet, and measures it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..ranks import team
 from .candidate import Candidate, Space
 from .objective import weighted
 from .sensitivity import Sensitivities
 
 _DRAWN = 24
+
+
+def polish_together(
+    space: Space,
+    found: Sensitivities,
+    start: Candidate,
+    start_kl: np.ndarray,
+    budget: int,
+    alpha: float,
+    steps: int,
+    seed: int,
+    judge: Callable[[Candidate], np.ndarray],
+    on_step: Callable[[int, int, float], None],
+) -> tuple[Candidate, np.ndarray, int]:
+    """polish() by rank 0; all ranks judge its candidates with it, and return what it returns."""
+    us = team()
+
+    def asked(candidate: Candidate) -> np.ndarray:
+        us.tell([candidate.picks, sorted(candidate.dropped)])
+        return judge(candidate)
+
+    end = None
+    if us.first:
+        best, kl, accepted = polish(
+            space, found, start, start_kl, budget, alpha, steps, seed, asked, on_step
+        )
+        us.tell(None)
+        end = [best.picks, sorted(best.dropped), kl.tolist(), accepted]
+    else:
+        while (told := us.tell()) is not None:
+            judge(_told(space, *told))
+    picks, dropped, kl, accepted = us.tell(end)
+    return _told(space, picks, dropped), np.array(kl), accepted
+
+
+def _told(space: Space, picks: Sequence[int], dropped: Sequence[int]) -> Candidate:
+    return space.candidate(tuple(picks), frozenset(dropped))
 
 
 def polish(

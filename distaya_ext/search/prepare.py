@@ -11,6 +11,7 @@ from ..checkpoint import Checkpoint
 from ..compress.budget import GIB, activation_bytes, physical_bytes, working_bytes
 from ..compress.calibrate import load_calibration
 from ..errors import InputError, ResourceError
+from ..ranks import team
 from ..recipe import Recipe, parse_size
 from .choices import Costs
 from .options import Options
@@ -37,6 +38,22 @@ class Sets:
 
 
 def cut(texts: Any, options: Options, checkpoint: Checkpoint) -> Sets:
+    """The three sets of windows, on every rank as rank 0 cuts them; errors as in cut_here."""
+    us = team()
+    own = cut_here(texts, options, checkpoint) if us.first else None
+    if us.alone:
+        return own
+    sets = own and [(own.hessian, []), own.decide, own.report]
+    told = us.tell(sets and [[list(ids.shape), languages] for ids, languages in sets])
+    if sets:
+        come = [ids for ids, _ in sets]
+    else:
+        come = [torch.empty(shape, dtype=torch.int64) for shape, _ in told]
+    hessian, decide, report = (us.broadcast_(ids) for ids in come)
+    return Sets(hessian, (decide, told[1][1]), (report, told[2][1]))
+
+
+def cut_here(texts: Any, options: Options, checkpoint: Checkpoint) -> Sets:
     """The three sets out of one cut of the texts, each balanced over the languages.
 
     Where texts are short the search gets at most half of the windows; where search_tokens are fewer
@@ -107,23 +124,43 @@ class Memory:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, costs: Costs, sets: Sets, limit: str | None, place: torch.device
+    checkpoint: Checkpoint,
+    costs: Costs,
+    sets: Sets,
+    limit: str | None,
+    place: torch.device,
+    parts: int = 1,
 ) -> Memory:
-    """What fits where. ResourceError when the model itself has no room beside its work."""
+    """What fits where, which no other rank has to know. ResourceError when the model itself has no
+    room beside its work. limit: of each process; without one those of a host share its memory.
+    parts: of the Hessians that this rank sums.
+    """
+    us = team()
     itemsize = run_dtype(checkpoint).itemsize
     model = sum(e.nbytes // e.dtype.itemsize for e in checkpoint.entries.values()) * itemsize
     window = 12 * sets.hessian.shape[1] * checkpoint.config.vocab_size
     least = model + working_bytes(checkpoint) + max(3 * CHUNK_BYTES, window)
-    have = parse_size(limit) if limit is not None else physical_bytes()
+    if parts > 1:  # sums of those before the one at work, see ranks.sums
+        least += (parts - 1).bit_length() * _moments_bytes(checkpoint, costs)
+    have = parse_size(limit) if limit is not None else physical_bytes() // us.local_world
     if place.type == "cuda":
         _check(least, torch.cuda.mem_get_info(place)[0], f"on {place}")
     _check(least, have, "in memory")
-    tokens = sets.hessian.numel() + sets.decide[0].numel() + sets.report[0].numel()
+    tokens = sets.hessian.numel() // us.world + sets.decide[0].numel() + sets.report[0].numel()
     waiting = 3 * activation_bytes(checkpoint, tokens) + KEPT_BYTES
     packed = [choice for choice in costs.choices if not choice.dense]
     weights = sum(rows * columns for rows, columns in map(costs.shape, costs.names))
     room = have - least
-    return Memory(waiting > room // 2, len(packed) * weights * 9 // 8 > room // 4)
+    # A rank keeps its share of all variants, and what the candidates that decide are made of.
+    kept = len(packed) if us.alone else len(packed) / us.world + 1
+    return Memory(waiting > room // 2, kept * weights * 9 // 8 > room // 4)
+
+
+def _moments_bytes(checkpoint: Checkpoint, costs: Costs) -> int:
+    """The Hessians of all stages of a layer."""
+    architecture = checkpoint.architecture
+    first = [f"{architecture.layers}.0.{stage.names[0]}" for stage in architecture.stages]
+    return 4 * sum(costs.shape(name)[1] ** 2 for name in first)
 
 
 def _check(needed: int, have: int, where: str) -> None:

@@ -18,16 +18,18 @@ from ..compress.packing import Packing
 from ..compress.store import Store
 from ..device import find_device
 from ..errors import UsageError
+from ..ranks import Parts, team
 from .allocate import least_bytes
 from .candidate import Candidate, Judge, Space
 from .choices import Choice, Costs, parse_choices, untouched
 from .objective import best_allocation, parse_weights, parts_of, weighted
 from .options import Options
-from .polish import polish
+from .polish import polish_together
 from .prepare import Sets, cut, make_units, plan_memory
 from .result import Found, Row, row, same_size
 from .rules import to_recipe
-from .sensitivity import OnProgress, Seconds, Sensitivities, Variants, Walk
+from .sensitivity import OnProgress, Seconds, Sensitivities, Walk
+from .variants import Variants
 from .whole import Whole, Windows
 
 
@@ -48,7 +50,12 @@ def search(
     others that decide and others that the table reports; the recipe that is found calibrates on
     the folder. scratch is where variants lie that have no room in memory (None: the system's
     folder). Raises InputError, UsageError and ResourceError in one sentence.
+
+    Under ranks each is to call this with the same arguments, and gets the same; rank 0 cuts the
+    texts, decides, and calls on_event and on_progress.
     """
+    if not team().first:
+        on_event = on_progress = None
     place = find_device(device, kernels=True)
     alpha, choices = parse_weights(options.weights), parse_choices(options.choices)
     checkpoint = open_checkpoint(model, offline=offline)
@@ -115,10 +122,13 @@ class _Task:
         """Cut the texts, load the model, and note what the dense one says of the windows."""
         sets = cut(texts, self.options, self.checkpoint)
         self._tell_few(sets)
-        memory = plan_memory(self.checkpoint, self.costs, sets, self.options.max_ram, place)
+        parts = Parts.dealt(self.options.calibration.parts or team().world)
+        memory = plan_memory(
+            self.checkpoint, self.costs, sets, self.options.max_ram, place, len(parts.own)
+        )
         self.whole = Whole(self.checkpoint, place)
         spill = folder if memory.spills else None
-        self.hessian, self.streams = sets.hessian, Store(spill)
+        self.hessian, self.parts, self.streams = sets.hessian, parts, Store(spill)
         self.decide = Windows(self.whole, *sets.decide, spill)
         self.report = Windows(self.whole, *sets.report, spill)
         if self.options.embed_bits:
@@ -139,6 +149,7 @@ class _Task:
             self.decide,
             self.variants,
             self.streams,
+            parts=self.parts,
             drop=self.options.drop,
             seconds=self.seconds,
             on_progress=on_progress,
@@ -174,12 +185,15 @@ class _Task:
         self.on_event(events.Notice(message))
 
     def _allocate(self, found: Sensitivities) -> tuple[Candidate, bool]:
-        start = time.perf_counter()
-        units, base, dropped = self.space.tables(found)
-        room = self.budget - self.space.fixed
-        _, best = best_allocation(units, base, dropped, room, self.alpha)
+        start, told = time.perf_counter(), None
+        if team().first:
+            units, base, dropped = self.space.tables(found)
+            room = self.budget - self.space.fixed
+            _, best = best_allocation(units, base, dropped, room, self.alpha)
+            told = (best.picks, best.exact)
+        picks, exact = team().tell(told)
         self.seconds.since("allocate", start)
-        return self.space.from_parts(best.picks), best.exact
+        return self.space.from_parts(picks), exact
 
     def _polish(
         self, found: Sensitivities, candidate: Candidate, on_progress: OnProgress
@@ -191,7 +205,7 @@ class _Task:
         kl = self.judge.languages(candidate, self.decide)
         start, accepted = self.seconds.since("verify", start), 0
         if self.options.polish:
-            candidate, kl, accepted = polish(
+            candidate, kl, accepted = polish_together(
                 self.space,
                 found,
                 candidate,
@@ -239,6 +253,7 @@ class _Task:
     ) -> Found:
         space, rows = self.space, self._rows(candidate)
         predicted = space.predicted(found, candidate) if found is not None else np.zeros(1)
+        seconds = {"seconds": time.perf_counter() - self.start, **asdict(self.seconds)}
         return Found(
             recipe=to_recipe(space, candidate, self.common),
             rows=rows,
@@ -261,10 +276,8 @@ class _Task:
                 for name in unit.names
             },
             dropped=sorted(candidate.dropped),
-            cost={
-                "variants": self.made,
-                "seconds": round(time.perf_counter() - self.start, 3),
-                **{k: round(v, 3) for k, v in asdict(self.seconds).items()},
-            },
+            cost=team().tell(
+                {"variants": self.made, **{k: round(v, 3) for k, v in seconds.items()}}
+            ),
             notices=self.notices,
         )

@@ -4,6 +4,9 @@ At a layer the Hessians of all its stages are gathered from the dense stream in 
 Hessian windows. Each is factorised once, and every choice is one sweep with that factor. Then each
 matrix in turn is exchanged for each of its variants and the search windows are run from this layer
 on; where they stand when they enter it is all that is kept of what lies before.
+
+Under ranks the Hessian windows are dealt out and their sums added; a Hessian is factorised by one
+rank; and measurements are dealt out with the sweeps that they need (deal.Dealt).
 """
 
 from __future__ import annotations
@@ -17,17 +20,14 @@ import torch
 
 from ..compress.calibrate import CHUNK_TOKENS
 from ..compress.capture import Calls
-from ..compress.refine import pattern, rounding
 from ..compress.store import Store
-from ..errors import InputError
-from ..finite import all_finite
-from ..formats import Grid
 from ..models import Stage
-from ..ops import obs as obs_op
-from ..ops.cholesky import Factor, cholesky
 from ..ops.hessian import Hessian
+from ..ranks import Parts, PartSums, Sum, Team, team
 from .choices import Choice, Costs
-from .whole import Whole, Windows
+from .deal import Dealt
+from .variants import Variants, factors
+from .whole import Whole, Windows, by_language, measure
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -39,6 +39,19 @@ class Unit:
     layer: int
     names: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A unit with one of its choices, and the stage whose Hessian its matrices share."""
+
+    unit: Unit
+    choice: Choice
+    stage: Stage
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.unit.names
 
 
 @dataclass
@@ -72,28 +85,10 @@ class Sensitivities:
     ends: np.ndarray | None = None  # what rounding embedding and head costs by itself
 
 
-class Variants:
-    """Compressed matrices by (name, choice): codes, scales and zeros in a Store."""
-
-    def __init__(self, store: Store, costs: Costs, whole: Whole):
-        self.store, self.costs, self.whole = store, costs, whole
-
-    def put(self, name: str, choice: Choice, grid: Grid) -> None:
-        self.store.put((name, choice), (grid.codes, grid.scales, grid.zeros))
-
-    def weight(self, name: str, choice: Choice) -> torch.Tensor:
-        """The weight as the model would run it."""
-        if choice.dense:
-            return self.whole.model.get_submodule(name).weight.data
-        codes, scales, zeros = self.store.get((name, choice))
-        settings = self.costs.settings[choice]
-        group = settings.group if settings.group < codes.shape[1] else 0
-        grid = Grid(codes, scales, zeros, settings.bits, group)
-        return grid.dense(self.whole.dtype).to(self.whole.device)
-
-
 class Walk:
-    """The walk: hessian windows ids [N, length] for the sweeps, windows for the measurements."""
+    """The walk: hessian windows ids [N, length] for the sweeps, in parts that are summed one by one
+    (see ranks.sums), windows for the measurements.
+    """
 
     def __init__(
         self,
@@ -105,6 +100,7 @@ class Walk:
         variants: Variants,
         streams: Store,
         *,
+        parts: Parts,
         drop: bool,
         seconds: Seconds,
         on_progress: OnProgress,
@@ -120,22 +116,16 @@ class Walk:
             layer: [unit for unit in units if unit.layer == layer]
             for layer in range(len(whole.layers))
         }
-        self.hessian = hessian.split(max(1, CHUNK_TOKENS // hessian.shape[1]))
+        self.hessian, self.parts, self.team = hessian, parts, team()
+        self.chunks: list[range] = []  # of each part that this rank runs
         self.calls = Calls()
-        self.total = sum(self._variants(layer) for layer in self.units)
-        self.done = 0
-
-    def _variants(self, layer: int) -> int:
-        each = (sum(not choice.dense for choice in unit.choices) for unit in self.units[layer])
-        return sum(each) + self.drop
+        self.total = sum(len(self._work(layer)) + self.drop for layer in self.units)
+        self.done = self.told = 0
 
     def go(self) -> Sensitivities:
         """All layers."""
         found = Sensitivities()
-        for chunk, ids in enumerate(self.hessian):
-            hidden, calls = self.whole.inputs(ids.to(self.whole.device))
-            self.streams.put(chunk, hidden)
-            self.calls.add(calls)
+        self._begin()
         for chunk in range(self.windows.chunks):
             self.windows.store.put(("here", chunk), self.windows.store.get(("first", chunk)))
         if self.whole.rounded:
@@ -147,18 +137,47 @@ class Walk:
         self.streams.clear()
         return found
 
+    def _begin(self) -> None:
+        """The first hidden states of this rank's parts; no chunk crosses a part."""
+        each = max(1, CHUNK_TOKENS // self.hessian.shape[1])
+        spans = Team(world=self.parts.count).shares(len(self.hessian))
+        for part in self.parts.own:
+            start = len(self.calls)
+            for ids in self.hessian[spans[part]].split(each):
+                if len(ids):  # there may be more parts than windows
+                    hidden, calls = self.whole.inputs(ids.to(self.whole.device))
+                    self.streams.put(len(self.calls), hidden)
+                    self.calls.add(calls)
+            self.chunks.append(range(start, len(self.calls)))
+
     def _layer(self, layer: int, found: Sensitivities) -> None:
         start = time.perf_counter()
         moments = self._gather(layer)
         start = self.seconds.since("gather", start)
-        for stage, moment in moments.items():
-            self._solve(layer, stage, moment)
+        work = self._work(layer)
+        dealt = self.windows.deal(len(work) + self.drop)
+        self._solve(work, dealt, moments)
         start = self.seconds.since("solve", start)
-        self._measure(layer, found)
+        self._measure(layer, work, dealt, found)
         self.seconds.since("measure", start)
 
-    def _gather(self, layer: int) -> dict[Stage, Hessian]:
-        """Second moments of the inputs of all stages of a dense layer; the stream moves on."""
+    def _work(self, layer: int) -> list[Measured]:
+        """What is measured in a layer. Neighbours have one choice, so that a rank has few stacks to
+        sweep and every rank about as many large matrices.
+        """
+        stages = {name: s for s in self.whole.architecture.stages for name in s.names}
+        prefix = f"{self.whole.prefix}.{layer}."
+        return [
+            Measured(unit, choice, stages[unit.names[0].removeprefix(prefix)])
+            for choice in self.costs.choices
+            for unit in self.units[layer]
+            if choice in unit.choices and not choice.dense
+        ]
+
+    def _gather(self, layer: int) -> dict[Stage, torch.Tensor]:
+        """Second moments of the inputs of all stages of a dense layer, fp32 [C, C], as the upper
+        triangles of sums over all tokens; the stream moves on.
+        """
         module = self.whole.layers[layer]
         moments: dict[Stage, Hessian] = {}
         hooks = []
@@ -171,117 +190,94 @@ class Walk:
                 to.add(args[0])
 
             hooks.append(first.register_forward_pre_hook(see))
+        sums = PartSums(self.parts, [Sum(moment.H, upper=True) for moment in moments.values()])
         try:
             with torch.no_grad():
-                for chunk in range(len(self.calls)):
-                    call = self.calls.of(layer, chunk)
-                    self.streams.put(chunk, call.run(module, self.streams.get(chunk)))
+                for chunks in self.chunks:
+                    for chunk in chunks:
+                        call = self.calls.of(layer, chunk)
+                        self.streams.put(chunk, call.run(module, self.streams.get(chunk)))
+                    sums.close()
         finally:
             for hook in hooks:
                 hook.remove()
-        return moments
+        sums.finish()
+        return {stage: moment.H for stage, moment in moments.items()}
 
-    def _solve(self, layer: int, stage: Stage, moment: Hessian) -> None:
-        """Every variant of a stage's matrices, with one factorisation."""
-        prefix = f"{self.whole.prefix}.{layer}"
-        names = [f"{prefix}.{name}" for name in stage.names]
-        factor = cholesky(moment.finish(), self.costs.common.get("damp", 0.01), overwrite=True)
-        for choice in self.costs.choices:
-            able = [name for name in names if self.costs.fits(name, choice)]
-            if choice.dense or not able:
-                continue
-            # Rows of a sweep do not know of each other but for an unstructured mask's threshold.
-            stacks = [[name] for name in able] if choice.sparsity is not None else [able]
-            for stack in stacks:
-                self._sweep(stack, choice, factor)
+    def _solve(
+        self, work: list[Measured], dealt: Dealt, moments: dict[Stage, torch.Tensor]
+    ) -> None:
+        """The variants that this rank measures. It also keeps those whose first chunk is its own.
 
-    def _sweep(self, names: list[str], choice: Choice, factor: Factor) -> None:
-        settings = self.costs.settings[choice]
-        weights = [self.whole.model.get_submodule(name).weight.data for name in names]
-        result = obs_op.obs(
-            torch.cat(weights), factor=factor, **pattern(settings), **rounding(settings)
-        )
-        if not all_finite(result.scales):
-            raise InputError(
-                f"the {choice.name} variant of {names[0]} is not finite; give more texts"
-            )
-        zeros = None if settings.symmetric else result.zeros.to(torch.uint8)
-        group = settings.group if settings.group < result.W.shape[1] else 0
-        whole = Grid(
-            result.codes, result.scales.to(settings.scale_dtype), zeros, settings.bits, group
-        )
-        row = 0
-        for name, W in zip(names, weights, strict=True):
-            self.variants.put(name, choice, whole.part(row, row + len(W)))
-            row += len(W)
+        A measurement runs all windows through all layers behind, 2 tokens x parameters each; a
+        sweep is rows x columns^2, a hundredth of that. So measurements are dealt out evenly, and a
+        sweep is done where its variants are measured: on two ranks where they share one.
+        """
+        for number, one in enumerate(work):
+            for name in one.names:
+                self.variants.owner[name, one.choice] = dealt.rank_of(number)
+        damp = self.costs.common.get("damp", 0.01)
+        found = factors(moments, self.hessian.numel(), damp)
+        stacks: dict[tuple[Stage, Choice], list[str]] = {}
+        for number in dealt.needs(self.team.rank):
+            if number < len(work):
+                one = work[number]
+                stacks.setdefault((one.stage, one.choice), []).extend(one.names)
+        for (stage, choice), names in stacks.items():
+            self.variants.sweep(names, choice, found[stage])
 
-    def _measure(self, layer: int, found: Sensitivities) -> None:
+    def _measure(
+        self, layer: int, work: list[Measured], dealt: Dealt, found: Sensitivities
+    ) -> None:
         """Every variant of a layer on every chunk; then the search windows move on."""
-        windows, units = self.windows, self.units[layer]
-        kl = {unit: np.zeros((len(unit.choices), windows.count)) for unit in units}
-        dropped = np.zeros(windows.count)
-        for chunk in range(windows.chunks):
-            here = windows.store.get(("here", chunk))
-            reference = windows.reference(chunk)
-            place = slice(chunk * windows.chunk, (chunk + 1) * windows.chunk)
-            for unit in units:
-                for index, choice in enumerate(unit.choices):
-                    if choice.dense:  # costs nothing
-                        continue
-                    weights = {name: self.variants.weight(name, choice) for name in unit.names}
-                    with self.whole.exchanged(weights):
-                        last = windows.run(here, chunk, layer)
-                    kl[unit][index, place] = reference.divergence(last)
-                    self._step(chunk, f"layer {layer + 1}")
-            if self.drop:
-                dropped[place] = reference.divergence(windows.run(here, chunk, layer + 1))
-                self._step(chunk, f"layer {layer + 1}")
-            windows.store.put(("here", chunk), windows.run(here, chunk, layer, layer + 1))
-        ends = 0.0 if found.ends is None else found.ends
-        for unit in units:
-            each = np.stack([by_language(windows, row) for row in kl[unit]])
-            dense = np.array([choice.dense for choice in unit.choices])
-            found.kl[unit] = np.where(dense[:, None], 0.0, np.maximum(each - ends, 0.0))
-        if self.drop:
-            found.dropped[layer] = np.maximum(by_language(windows, dropped) - ends, 0.0)
-        variants = self._variants(layer)
+        windows = self.windows
+        table = np.zeros((dealt.variants, windows.count))
+        mine = [dealt.of_rank(self.team.rank, chunk) for chunk in range(windows.chunks)]
+        done, own = 0, sum(map(len, mine))
+        for chunk, numbers in enumerate(mine):
+            if not numbers:
+                continue
+            here, reference = windows.store.get(("here", chunk)), windows.reference(chunk)
+            for number in numbers:
+                last = self._last(layer, work[number : number + 1], here, chunk)
+                table[number, windows.place(chunk)] = reference.divergence(last)
+                done += 1
+                self._tell(layer, dealt.variants * done // own)
+        windows.send("here", "here", layer, layer + 1)
+        self._note(layer, work, dealt.gathered(table), found)
+        self._tell(layer, dealt.variants)
+        self.done += dealt.variants
         rest = len(self.whole.layers) - layer
-        self.seconds.forwards += (variants * rest + 1) * windows.tokens
+        self.seconds.forwards += (dealt.variants * rest + 1) * windows.tokens
 
-    def _step(self, chunk: int, what: str) -> None:
-        if chunk == self.windows.chunks - 1:
-            self.done += 1
-            self.on_progress(self.done, self.total, what)
+    def _last(
+        self, layer: int, one: list[Measured], here: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """Last hidden states with a variant in the layer; without the layer for none."""
+        if not one:
+            return self.windows.run(here, chunk, layer + 1)
+        weights = {name: self.variants.weight(name, one[0].choice) for name in one[0].names}
+        with self.whole.exchanged(weights):
+            return self.windows.run(here, chunk, layer)
 
+    def _note(
+        self, layer: int, work: list[Measured], table: np.ndarray, found: Sensitivities
+    ) -> None:
+        """The KLs of a layer, from those of its windows; what is dense costs nothing."""
+        ends = 0.0 if found.ends is None else found.ends
+        each = [np.maximum(by_language(self.windows, row) - ends, 0.0) for row in table]
+        for unit in self.units[layer]:
+            kl = np.zeros((len(unit.choices), len(self.windows.languages)))
+            for one, row in zip(work, each, strict=False):
+                if one.unit == unit:
+                    kl[unit.choices.index(one.choice)] = row
+            found.kl[unit] = kl
+        if self.drop:
+            found.dropped[layer] = each[-1]
 
-def measure(
-    windows: Windows,
-    weights: dict[int, Callable[[], dict[str, torch.Tensor]]],
-    skip: frozenset[int],
-) -> np.ndarray:
-    """Mean KL(dense || model) per window, the model being the dense one without the layers in skip
-    and with what weights[layer]() gives (by full name) in the place of its Linears.
-
-    One layer's weights are in memory at a time beside the dense model's.
-    """
-    whole, store = windows.whole, windows.store
-    for chunk in range(windows.chunks):
-        store.put(("run", chunk), store.get(("first", chunk)))
-    for layer in range(len(whole.layers)):
-        if layer in skip:
-            continue
-        with whole.exchanged(weights[layer]() if layer in weights else {}):
-            for chunk in range(windows.chunks):
-                hidden = windows.run(store.get(("run", chunk)), chunk, layer, layer + 1)
-                store.put(("run", chunk), hidden)
-    found = []
-    for chunk in range(windows.chunks):
-        found.append(windows.reference(chunk).divergence(store.get(("run", chunk))))
-        store.drop(("run", chunk))
-    return np.concatenate(found)
-
-
-def by_language(windows: Windows, per_window: np.ndarray) -> np.ndarray:
-    """Means per language, float64 [languages]."""
-    sums = np.bincount(windows.of_window, weights=per_window, minlength=len(windows.languages))
-    return sums / np.bincount(windows.of_window, minlength=len(windows.languages))
+    def _tell(self, layer: int, done: int) -> None:
+        """So many of the layer's measurements are done; each is told of once."""
+        done += self.done
+        if done > self.told:
+            self.told = done
+            self.on_progress(done, self.total, f"layer {layer + 1}")

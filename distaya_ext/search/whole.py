@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.whole import load_whole
 from ..compress.capture import Calls, Ends
 from ..compress.packing import Packing
 from ..compress.store import Store
-from ..models.skeleton import feed_whole
+from ..models.skeleton import build_skeleton, feed_whole, is_tied
+from ..ranks import read_shared, team
+from .deal import Dealt
 
 _LOGIT_BYTES = 64 << 20  # float32 logits worked on at once
 _LOGIT_TOKENS = 1024  # at most: masks, which nobody reads there, are made for the square of them
@@ -28,12 +31,32 @@ def run_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32 if checkpoint.nbytes < _FLOAT32_BELOW else checkpoint.dtype
 
 
+def load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model on the CPU. Ranks read it together, every byte once."""
+    if team().alone:
+        return load_whole(checkpoint.folder, dtype)
+    model = build_skeleton(checkpoint.config, dtype)
+    tied = is_tied(model, checkpoint.architecture)
+    parts: dict[str, list[str]] = {}  # by layer, so that little waits in the dtype of the files
+    for name in model.state_dict():
+        if not tied or name != f"{checkpoint.architecture.head}.weight":
+            parts.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    for names in parts.values():
+        tensors = read_shared(checkpoint, names)
+        state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        model.load_state_dict(state, strict=False, assign=True)
+    if tied:
+        embed = model.get_submodule(checkpoint.architecture.embed)
+        model.get_submodule(checkpoint.architecture.head).weight = embed.weight
+    return model
+
+
 class Whole(Ends):
     """The model and its layers, alive. No weight is changed but inside exchanged()."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.dtype = run_dtype(checkpoint)
-        model = load_whole(checkpoint.folder, self.dtype).to(device).requires_grad_(False)
+        model = load(checkpoint, self.dtype).to(device).requires_grad_(False)
         feed_whole(model.get_output_embeddings())
         super().__init__(model, checkpoint, device)
         self.device = device
@@ -90,7 +113,7 @@ class Whole(Ends):
 
 class Windows:
     """Token windows with what every layer is called with, their first hidden states and the dense
-    model's last ones.
+    model's last ones. Every rank has all of them.
     """
 
     def __init__(self, whole: Whole, ids: torch.Tensor, languages: list[str], folder: Path | None):
@@ -100,15 +123,41 @@ class Windows:
         self.of_window = np.array([place[lang] for lang in languages])
         self.count, self.length = ids.shape
         self.chunk = max(1, CHUNK_BYTES // (4 * whole.vocabulary * self.length))
+        self.dealt = self.deal(1)
         self.calls = Calls()
-        self.store = Store(folder)  # ("first" | "last" | "here", chunk)
+        self.store = Store(folder)  # ("first" | "last" | "here" | "run", chunk)
         self._references: dict[int, Reference] = {}
         for part in ids.split(self.chunk):
             _, calls = whole.inputs(part.to(whole.device))
             self.calls.add(calls)
         self.begin()
-        for chunk in range(self.chunks):
-            self.store.put(("last", chunk), self.run(self.store.get(("first", chunk)), chunk, 0))
+        self.send("first", "last", 0, len(whole.layers))
+
+    def deal(self, variants: int) -> Dealt:
+        """So many models measured on these windows, among the ranks."""
+        return Dealt(variants, self.count, self.chunk, team().world)
+
+    @property
+    def own(self) -> list[int]:
+        """The chunks that this rank runs when one model is measured."""
+        return [i for i in range(self.chunks) if self.dealt.rank_of(0, i) == team().rank]
+
+    def send(self, source: str, to: str, start: int, stop: int) -> None:
+        """All windows through the dense layers start to stop, from one key to another; each rank
+        runs its own and has the others' from those that do.
+        """
+        us, own = team(), self.own
+        for chunk in own:
+            hidden = self.run(self.store.get((source, chunk)), chunk, start, stop)
+            self.store.put((to, chunk), hidden if us.alone else hidden.contiguous())
+        for chunk in range(0 if us.alone else self.chunks):
+            key = (to, chunk) if chunk in own else (source, chunk)
+            hidden = self.store.get(key)
+            if chunk not in own:
+                hidden = torch.empty_like(hidden)
+            us.broadcast_(hidden, self.dealt.rank_of(0, chunk))
+            if chunk not in own:
+                self.store.put((to, chunk), hidden)
 
     def begin(self) -> None:
         """Note the first hidden states, as the embedding gives them now."""
@@ -119,6 +168,10 @@ class Windows:
     @property
     def chunks(self) -> int:
         return len(self.calls)
+
+    def place(self, chunk: int) -> slice:
+        """The windows of a chunk."""
+        return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
 
     @property
     def tokens(self) -> int:
@@ -167,3 +220,39 @@ class Reference:
         for (place, log), base, share in zip(parts, self._log, self._share, strict=True):
             found[place] = log.sub_(base).mul_(share).sum(dim=-1).neg_().clamp_min_(0.0).double()
         return found.view(windows, length).mean(dim=1).cpu().numpy()
+
+
+def measure(
+    windows: Windows,
+    weights: dict[int, Callable[[], dict[str, torch.Tensor]]],
+    skip: frozenset[int],
+) -> np.ndarray:
+    """Mean KL(dense || model) per window, the model being the dense one without the layers in skip
+    and with what weights[layer]() gives (by full name) in the place of its Linears.
+
+    One layer's weights are in memory at a time beside the dense model's. Ranks have windows of
+    their own, and all of them call weights[layer]() at the same time.
+    """
+    whole, store, own = windows.whole, windows.store, windows.own
+    for chunk in own:
+        store.put(("run", chunk), store.get(("first", chunk)))
+    for layer in range(len(whole.layers)):
+        if layer in skip:
+            continue
+        with whole.exchanged(weights[layer]() if layer in weights else {}):
+            for chunk in own:
+                hidden = windows.run(store.get(("run", chunk)), chunk, layer, layer + 1)
+                store.put(("run", chunk), hidden)
+    found = np.zeros((1, windows.count))
+    for chunk in own:
+        found[0, windows.place(chunk)] = windows.reference(chunk).divergence(
+            store.get(("run", chunk))
+        )
+        store.drop(("run", chunk))
+    return windows.dealt.gathered(found)[0]
+
+
+def by_language(windows: Windows, per_window: np.ndarray) -> np.ndarray:
+    """Means per language, float64 [languages]."""
+    sums = np.bincount(windows.of_window, weights=per_window, minlength=len(windows.languages))
+    return sums / np.bincount(windows.of_window, minlength=len(windows.languages))

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DistayaError, InputError, UsageError, one_line
 from ..evaluate.load import Loaded, load
+from ..ranks import team
 from .local import lay_over, leans_on_harness, nearby, read_folder
 from .result import TaskResults, rows_of
 
@@ -42,9 +43,14 @@ def run_tasks(
     limit      questions of each task at most, num_fewshot examples before each (None: the task's)
 
     Models are loaded by evaluate.load, so packed ones run packed; no remote code is ever run.
-    UsageError without the harness and for a task that there is not, InputError for data or a model
-    that cannot be used.
+    UsageError without the harness, for a task that there is not and under ranks, InputError for
+    data or a model that cannot be used.
     """
+    if not team().alone:
+        raise UsageError(
+            f"tasks of lm-evaluation-harness run in one process, not in {team().world}; start "
+            "distaya without torchrun"
+        )
     start = time.perf_counter()
     harness = _harness()
     names = [name.strip() for name in tasks if name.strip()]
