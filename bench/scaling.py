@@ -101,10 +101,10 @@ def run(model: Path, file: Path, out: Path, name: str, ranks: int = 1, times: in
     cpu = sum(finished(child, name) for child in at_work)
     wall = time.perf_counter() - start
     told = [json.loads((each / "results.json").read_text(encoding="utf-8")) for each in outs]
-    seconds = sum(float(each["seconds"]) for each in told) / times
+    seconds = sum(each["totals"]["seconds"] for each in told) / times
     found = {"name": name, "wall": wall, "run": seconds, "cpu": cpu, "weights": weights(outs[0])}
     print(f"{name:42} {wall:7.1f} s, run {seconds:7.1f} s, processor {cpu:7.1f} s", flush=True)
-    return {**found, "tokens": told[0].get("tokens"), "ranks": told[0].get("ranks")}
+    return {**found, "tokens": told[0]["calibration"]["tokens"], "ranks": told[0]["ranks"]}
 
 
 def weights(folder: Path) -> str:

@@ -60,14 +60,14 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _bytes(found: dict[str, Any], plan: dict[str, Any]) -> str:
-    """Bytes of a rank as the run counts them beside those expected."""
-    told = next((row["ranks"] for row in found["rows"] if row["name"] == _HEADS[1]), None)
-    if not told:
-        return f"Expected: a rank sends {plan['sent'] / 2**20:.1f} MiB."
-    sent, read = max(told["sent"]), max(told["read"])
+    """Bytes of a rank as the run counts them beside those expected, and how long it waited."""
+    runs = [row for row in found["rows"] if row["name"] == _HEADS[1]]
+    sent, read = (max(rank[what] for rank in runs[0]["ranks"]) for what in ("sent", "read"))
+    waited = statistics.median(max(rank["waited"] for rank in row["ranks"]) for row in runs)
     return (
-        f"A rank sent {sent / 2**20:.1f} MiB (expected {plan['sent'] / 2**20:.1f}) and read "
-        f"{read / 2**20:.1f} MiB of weights (expected {plan['read'] / 2**20:.1f})."
+        f"A rank sent {sent / 2**20:.1f} MiB ({plan['sent'] / 2**20:.1f} expected), read "
+        f"{read / 2**20:.1f} MiB of weights ({plan['read'] / 2**20:.1f} expected) and waited "
+        f"{waited:.1f} s for the other or for the wire."
     )
 
 
