@@ -15,6 +15,11 @@ After ``import distaya_ext`` transformers knows quant_method "distaya". The kern
 ``distaya_ext.ops``.
 """
 
+import os
+
+if os.environ.get("WORLD_SIZE", "1") != "1":  # of ranks that end, we say more with less
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch  # noqa: F401  (first: its OpenMP runtime must be the one our kernels share)
 
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """The errors a user can cause, each tied to the exit code the command line returns for it."""
 
+import errno
+
 _MOST = 16_000  # characters of a sentence; that of a hundred missing shards is shorter
 
 
@@ -76,3 +78,21 @@ def add_note(error: BaseException, note: str) -> None:
 def notes(error: BaseException) -> list[str]:
     """What add_note said of it."""
     return list(getattr(error, "__notes__", []))
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence for the user about any error, and the exit code."""
+    if isinstance(error, DistayaError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # what typer raises for flags and arguments
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        return " ".join(error.format_message().split()) + hint, error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).strip().splitlines()
+        return "out of memory" + (f": {first[0]}" if first else ""), 5
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{error.strerror or error}{where}", 5 if full else 3
+    return f"a fault in distaya: {type(error).__name__}: {error} (--debug shows where)", 1

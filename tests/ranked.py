@@ -37,7 +37,7 @@ def environment(world: int, rank: int, port: int) -> dict[str, str]:
 
 
 def _work(
-    told: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...], pipe: Any
+    told: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...], join: bool, pipe: Any
 ) -> None:
     os.environ.update(told)
     import torch
@@ -46,7 +46,7 @@ def _work(
     from distaya_ext.ranks import joined
 
     try:
-        if told["WORLD_SIZE"] == "1":
+        if told["WORLD_SIZE"] == "1" or not join:
             found = function(*args)
         else:
             with joined():
@@ -60,16 +60,23 @@ def _work(
 
 
 class Ranks:
-    """Processes at work; results() waits for them."""
+    """Processes at work; results() waits for them. join=False: the function joins, or not."""
 
     def __init__(
-        self, world: int, function: Callable[..., Any], *args: Any, **variables: str
+        self,
+        world: int,
+        function: Callable[..., Any],
+        *args: Any,
+        join: bool = True,
+        **variables: str,
     ) -> None:
         port, self.pipes, self.processes = free_port(), [], []
         for rank in range(world):
             here, there = _context.Pipe(duplex=False)
             told = environment(world, rank, port) | variables
-            made = _context.Process(target=_work, args=(told, function, args, there), daemon=True)
+            made = _context.Process(
+                target=_work, args=(told, function, args, join, there), daemon=True
+            )
             made.start()
             there.close()
             self.pipes.append(here)

@@ -1,6 +1,5 @@
 """distaya search under ranks: what is dealt out to whom, and the bits of one process."""
 
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,11 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from ranked import run_ranks
+from ranked import Ranks, run_ranks
 from speaking import save_model, save_texts
 from tiny import FAMILIES, VOCAB, WINDOW, make
 from typer.testing import CliRunner
 
-from distaya_ext import ranks
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration
 from distaya_ext.ranks import team
@@ -217,7 +215,6 @@ def test_ranks_load_the_model_that_one_process_loads(tmp_path: Path) -> None:
 
 
 def _command(arguments: list[str]) -> tuple[int, str, str]:
-    ranks.joined = lambda device: nullcontext(team())  # this process is a rank already
     from distaya_ext.cli.app import app
 
     ran = CliRunner().invoke(app, arguments)
@@ -230,11 +227,11 @@ def test_one_rank_writes_and_speaks(tmp_path: Path) -> None:
     arguments = ["search", model, "--calib", texts, "--target-size", "60KB", "--tokens", 1024]
     arguments += ["--window", 16, "--search-tokens", 384, "--group", 32, "--choices", "int8,int4"]
     arguments = [str(a) for a in [*arguments, "--out", out]]
-    first, second = run_ranks(2, _command, arguments)
+    first, second = Ranks(2, _command, arguments, join=False).results()
     assert (first[0], second[0]) == (0, 0)
     assert "all int8" in first[1] and first[1].endswith(f"{out}\n")
     assert "variants measured" in first[2]
     assert second[1:] == ("", "")
     assert "method: gptq" in out.read_text()
-    for code, _, said in run_ranks(2, _command, arguments):
-        assert code == 2 and "exists; name another file" in said
+    ends = Ranks(2, _command, arguments, join=False).ends()  # it is there now
+    assert ends == [(False, ("gone", 2, ""))] * 2

@@ -1,13 +1,13 @@
 """`distaya`: the commands, and the one place where errors become a sentence and an exit code.
 
 Exit codes: 0 done, 1 a fault of ours, 2 usage, 3 input cannot be used, 4 numbers gone bad under
---strict, 5 out of memory or disk, 6 a quality gate failed, 130 interrupted, 143 and 129 told to
-stop (SIGTERM, SIGHUP).
+--strict, 5 out of memory or disk, 6 a quality gate failed, 7 another rank of the run was lost
+(torchrun), 130 interrupted, 143 and 129 told to stop (SIGTERM, SIGHUP). All ranks of a run that
+fails end with the code of the one that failed first.
 """
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 import traceback
@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import DistayaError, notes
-from . import bench
+from ..errors import explain, notes
+from . import bench, ranked
 from .compress import compress
 from .demo import demo
 from .distill import distill, heal
@@ -45,52 +45,42 @@ class Group(TyperGroup):
     """All commands, under one handler of errors (also when a test runs them in its own process)."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
-        arguments = list(sys.argv[1:] if args is None else args)
+        self.arguments = list(sys.argv[1:] if args is None else args)
         extra["standalone_mode"] = False
         self.kept: list[str] = []
+        self.quiet = False  # another rank says it
         try:
-            code = super().main(args=arguments, **extra)
+            with ranked.silence():
+                code = super().main(args=self.arguments, **extra)
         except (KeyboardInterrupt, typer.Abort):
+            self._stopped("Interrupted", self.kept or ["nothing half-written was left behind"])
             code = INTERRUPTED
         except Exception as error:
-            if "--debug" in arguments:
+            if "--debug" in self.arguments:
                 traceback.print_exc()
             sentence, code = explain(error)
-            typer.echo(f"Error: {'; '.join([sentence, *notes(error)])}", err=True)
+            if not ranked.quiet(error):
+                typer.echo(f"Error: {'; '.join([sentence, *notes(error)])}", err=True)
         except SystemExit as stopped:  # SIGTERM, SIGHUP
             if self.kept:
-                typer.echo(f"Stopped; {'; '.join(self.kept)}.", err=True)
-            raise stopped
-        if code == INTERRUPTED:
-            left = self.kept or ["nothing half-written was left behind"]
-            typer.echo(f"Interrupted; {'; '.join(left)}.", err=True)
-        sys.exit(code if isinstance(code, int) else 0)
+                self._stopped("Stopped", self.kept)
+            code = stopped.code
+        ranked.end(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the command. What an interruption keeps is noted here: typer makes another of it."""
         try:
+            if ranked.under_torchrun():
+                with ranked.together(self.arguments):
+                    return super().invoke(ctx)
             return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
-            self.kept = notes(stop)
+            self.kept, self.quiet = notes(stop), ranked.quiet(stop)
             raise
 
-
-def explain(error: Exception) -> tuple[str, int]:
-    """One sentence for the user, and the exit code."""
-    if isinstance(error, DistayaError):
-        return str(error), error.exit_code
-    if hasattr(error, "format_message"):  # what typer raises for flags and arguments
-        context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context else ""
-        return " ".join(error.format_message().split()) + hint, error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        first = str(error).strip().splitlines()
-        return "out of memory" + (f": {first[0]}" if first else ""), 5
-    if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{error.strerror or error}{where}", 5 if full else 3
-    return f"a fault in distaya: {type(error).__name__}: {error} (--debug shows where)", 1
+    def _stopped(self, how: str, left: list[str]) -> None:
+        if not self.quiet:
+            typer.echo(f"{how}; {'; '.join(left)}.", err=True)
 
 
 app = typer.Typer(

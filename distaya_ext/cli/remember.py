@@ -13,6 +13,7 @@ import typer
 
 from ..errors import one_line
 from ..history import add, file
+from . import ranked
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
@@ -26,11 +27,13 @@ _PLACES = {"model", "path", "teacher", "max_ram"}  # fields of a recipe that dec
 
 
 def _never_fails(remember: Callable[..., None]) -> Callable[..., None]:
-    """Nothing where the history is off; a note, and no error, where a file cannot be read."""
+    """Nothing where the history is off or another rank remembers; a note, and no error, where a
+    file cannot be read.
+    """
 
     @functools.wraps(remember)
     def guarded(*args: Any) -> None:
-        if file() is None:
+        if file() is None or not ranked.speaks():
             return
         try:
             remember(*args)

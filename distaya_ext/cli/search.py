@@ -61,6 +61,7 @@ def search(
     tokens: options.CalibTokens = None,
     window: options.CalibWindow = None,
     seed: options.Seed = None,
+    parts: options.Parts = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write the recipe to; printed without it.")
     ] = None,
@@ -72,11 +73,11 @@ def search(
     debug: options.Debug = False,
 ) -> None:
     """Find what to do to each matrix of MODEL so that a size is met and least is lost."""
-    from ..ranks import joined
+    from ..ranks import team
     from ..recipe import CalibrationSpec
     from ..search import DEFAULT, Options
 
-    spec = {"tokens": tokens, "window": window, "seed": seed}
+    spec = {"tokens": tokens, "window": window, "seed": seed, "parts": parts}
     asked = Options(
         target_size=target_size,
         bits_per_weight=bits_per_weight,
@@ -93,12 +94,12 @@ def search(
         quality=quality,
         max_ram=max_ram,
     )
-    with joined(device) as us:
-        if us.tell(out is not None and out.exists()):
-            raise UsageError(f"{out} exists; name another file for the recipe")
-        found = _run(model, calib, asked, device, offline, quiet or not us.first)
-        if us.first:
-            _put_out(found, model, calib, out, json)
+    us = team()
+    if us.tell(out is not None and out.exists()):
+        raise UsageError(f"{out} exists; name another file for the recipe")
+    found = _run(model, calib, asked, device, offline, quiet or not us.first)
+    if us.first:
+        _put_out(found, model, calib, out, json)
 
 
 def _run(model: str, calib: Path, asked: Options, device: str, offline: bool, quiet: bool) -> Found:

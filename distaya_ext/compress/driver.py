@@ -25,7 +25,7 @@ from ..device import find_device
 from ..finished import complete
 from ..models.depth import cut_json, irregular
 from ..models.skeleton import build_skeleton
-from ..ranks import team
+from ..ranks import same_folder, team
 from ..recipe import Recipe
 from ..resume import Guest, Work
 from ..resume import place as work_place
@@ -113,7 +113,7 @@ def compress(
         if us.first:
             check_output(Path(out), overwrite=overwrite, source=checkpoint.folder)
             held.overwrite = overwrite
-        us.wait()  # until the folder is as this run needs it
+        same_folder(held.root)
         scratch = stack.enter_context(spill_folder(held.scratch, spill))
         return run.go(held, scratch)
 

@@ -275,8 +275,8 @@ def obs(
     later    is given the factor of H while it is only queued. Then nothing here waits for the
              device (but with reference=True, which looks for dead columns): W is not searched for
              NaN, see need_finite, and `floored` is -1, see the factor
-    among    W is this rank's rows of a matrix (see ``sweep_``), H is the same on all ranks; an order
-             that looks at W must come as the permutation of the whole matrix
+    among    W is this rank's rows of a matrix (see ``sweep_``), H is the same on all ranks; an
+             order that looks at W must come as the permutation of the whole matrix
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """

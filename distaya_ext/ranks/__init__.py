@@ -5,10 +5,12 @@ team() is all that the rest of the package asks: who takes part, which share is 
 and the few ways in which processes tell each other something. Without torchrun it is a team of one.
 """
 
+from .folder import same_folder
 from .join import joined, world_size
 from .reading import read_shared
 from .sums import Parts, PartSums, Sum
 from .team import Team, team
+from .watch import leave
 
 __all__ = [
     "PartSums",
@@ -16,7 +18,9 @@ __all__ = [
     "Sum",
     "Team",
     "joined",
+    "leave",
     "read_shared",
+    "same_folder",
     "team",
     "world_size",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,14 +17,18 @@ from torch import Tensor
 
 from ..errors import LostError, one_line
 
+_LOOK = timedelta(seconds=0.5)  # how long a collective is waited for before a look around
+
 
 @dataclass
 class Team:
     """world processes, of which this is number `rank`; local_*: the same among those of this host.
 
     sent: bytes of tensors that this process has given to others; read: bytes of checkpoints that it
-    has read itself; waited: seconds in which it waited for others or for the wire. All methods that pass something on are to be called by every rank, in the same
-    order. LostError when another rank has ended or does not answer in time.
+    has read itself; waited: seconds in which it waited for others or for the wire; begun:
+    collectives; left_behind: those that nobody waits for any more, whose group must not be taken
+    down. All methods that pass something on are to be called by every rank, in the same order.
+    LostError when another rank has ended or does not answer in time.
     """
 
     rank: int = 0
@@ -34,6 +40,9 @@ class Team:
     sent: int = 0
     read: int = 0
     waited: float = 0.0
+    begun: int = 0
+    left_behind: list[Any] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # of joining, for the user
 
     @property
     def alone(self) -> bool:
@@ -70,8 +79,7 @@ class Team:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        with self._together():
-            dist.all_gather(sizes, torch.tensor([len(own)]))
+        self._together(dist.all_gather, sizes, torch.tensor([len(own)]))
         found = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
         found[self.rank].copy_(own)
         for rank, part in enumerate(found):
@@ -89,9 +97,9 @@ class Team:
         if not self.alone and tensor.numel():
             if self.rank == source:
                 self.sent += tensor.nbytes
-            with self._together():
-                # As bytes: no backend has all dtypes.
-                dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=group)
+            # As bytes: no backend has all dtypes.
+            plain = tensor.view(-1).view(torch.uint8)
+            self._together(dist.broadcast, plain, source, group=group)
         return tensor
 
     def spread_(self, tensor: Tensor, shares: list[slice], group: Any = None) -> Tensor:
@@ -117,8 +125,8 @@ class Team:
         given = torch.cat(parts)
         come = given.new_empty(sum(sizes))
         self.sent += given.nbytes - parts[self.rank].nbytes
-        with self._together():
-            dist.all_to_all_single(come, given, sizes, [len(part) for part in parts])
+        lengths = [len(part) for part in parts]
+        self._together(dist.all_to_all_single, come, given, sizes, lengths)
         return list(come.split(sizes))
 
     def all_gather(self, row: Tensor) -> Tensor:
@@ -127,24 +135,43 @@ class Team:
             return row[None]
         rows = [torch.empty_like(row) for _ in range(self.world)]
         self.sent += row.nbytes
-        with self._together():
-            dist.all_gather(rows, row)
+        self._together(dist.all_gather, rows, row)
         return torch.stack(rows)
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """What the backend says of another rank's end becomes a sentence."""
+    def _together(self, begin: Callable[..., Any], *args: Any, **named: Any) -> None:
+        """Begin a collective and wait for it. What the backend says of another rank's end becomes
+        a sentence.
+        """
         if self.watch is not None:
             self.watch.check()
-        begin = time.perf_counter()
+        since = time.perf_counter()
+        self.begun += 1
         try:
-            yield
+            self._over(begin(*args, async_op=True, **named), args)
         except RuntimeError as error:
             if self.watch is not None:
                 raise self.watch.lost(error) from None
             raise LostError(f"another rank does not answer: {one_line(error)}") from None
         finally:
-            self.waited += time.perf_counter() - begin
+            self.waited += time.perf_counter() - since
+
+    def _over(self, work: Any, args: tuple[Any, ...]) -> None:
+        """Wait such that signals and news of other ranks get through. On a GPU only its stream
+        waits.
+        """
+        if self.watch is None or any(isinstance(t, Tensor) and t.is_cuda for t in args):
+            work.wait()
+            return
+        try:
+            while not work.is_completed():
+                with contextlib.suppress(RuntimeError):  # not yet; what went wrong is raised below
+                    work.wait(_LOOK)
+                self.watch.check()
+        except BaseException:
+            if not work.is_completed():
+                self.left_behind.append((work, args))
+            raise
+        work.wait()
 
 
 _alone = Team()

@@ -71,7 +71,9 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], words: str = "{name} was {old} and is {new}"
+) -> str:
     """Everything that differs between two records, in words; of more than MOST_TOLD things the
     first, and how many there are.
     """
@@ -79,7 +81,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changed = [key for key in {**now, **was} if _get(was, key) != _get(now, key)]
     if not changed:
         return "nothing"
-    told = [f"{k} was {_short(was, k)} and is {_short(now, k)}" for k in changed[:MOST_TOLD]]
+    told = [
+        words.format(name=key, old=_short(was, key), new=_short(now, key))
+        for key in changed[:MOST_TOLD]
+    ]
     more = f" (and {len(changed) - MOST_TOLD} more)" if len(changed) > MOST_TOLD else ""
     return "; ".join(told) + more
 
