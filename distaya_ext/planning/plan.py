@@ -29,7 +29,7 @@ from .clock import Rehearsal
 from .fits import check_ram, check_space, nearest
 from .parts import Part, Rival, parts_of, rivals
 from .ranks import Rank, ranks_of
-from .scaling import Scaling, check_ranks, simulate
+from .scaling import Scaling, check_ranks, left_out, simulate
 from .times import Estimate, costs, estimate, layer_work
 
 SCHEMA = 1
@@ -144,7 +144,7 @@ def plan(
     check_companions(source.folder)
     check_tied(source, build_skeleton(source.config, source.dtype))
     alone, notices = _alone(recipe, source, texts, device, offline)
-    between = _network(ranks, network)
+    between = wire.asked(ranks, network)
     job = _job(alone, source, texts, place)
     check_ranks(ranks, job.calibration, alone.calibration.parts)
     budget = Budget(job.checkpoint, alone.max_ram_bytes, job.needs)
@@ -170,7 +170,7 @@ def plan(
         scaling = simulate(
             job, ranks, between or wire.measured(), spent, parts=alone.calibration.parts,
             budget=budget if place.type == "cpu" else None, process=told["process"],
-            notices=_beside(recipe, place, rehearse),
+            notices=left_out(recipe, place, rehearse),
         )  # fmt: skip
     parts = parts_of(job.packing)
     inner = [parts[name] for name in ("attention", "mlp") if name in parts]
@@ -187,27 +187,6 @@ def plan(
         ranks=ranks_of(job.checkpoint, job.packing.plan, job.tokens), rivals=others, time=time,
         scaling=scaling, notices=notices,
     )  # fmt: skip
-
-
-def _network(ranks: Sequence[int], network: str | None) -> wire.Wire | None:
-    if network is None:
-        return None
-    if not ranks:
-        raise UsageError("wire says how fast ranks reach each other, so it needs --ranks")
-    return wire.given(network)
-
-
-def _beside(recipe: Recipe, place: torch.device, rehearse: bool) -> list[str]:
-    """What a simulation leaves out."""
-    found = []
-    if rehearse and place.type != "cpu":
-        found.append("the rehearsal ran on the processor, so no seconds of GPUs are told")
-    others = (("drop_layers", not isinstance(recipe.drop_layers, list)), ("heal", recipe.heal),
-              ("evaluate", recipe.evaluate))  # fmt: skip
-    left = [name for name, there in others if there]
-    if left:
-        found.append(f"of the compression alone: {', '.join(left)} of the recipe are not in it")
-    return found
 
 
 def _absent_gpu(device: str, recipe: Recipe) -> bool:

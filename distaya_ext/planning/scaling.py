@@ -14,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..compress.budget import Budget, device_bytes
 from ..compress.calibrate import Calibration
 from ..compress.phases import Job, layer_kinds, memory
 from ..compress.shared import check_parts
 from ..errors import UsageError
 from ..ranks import sums
+from ..recipe import Recipe
 from .passed import KINDS, in_parts, of_layer, outside, windows_of, with_windows
 from .traffic import Traffic
 from .wire import Wire
@@ -118,6 +121,22 @@ def check_ranks(worlds: Sequence[int], calibration: Calibration | None, parts: i
             raise UsageError(f"a run has at least 1 rank, not {world}")
         if calibration is not None:
             check_parts(parts or world, calibration, parts)
+
+
+def left_out(recipe: Recipe, place: torch.device, rehearse: bool) -> list[str]:
+    """What a simulation does not tell of the recipe's run, a sentence each."""
+    found = []
+    if rehearse and place.type != "cpu":
+        found.append("the rehearsal ran on the processor, so no seconds of GPUs are told")
+    others = {
+        "drop_layers": not isinstance(recipe.drop_layers, list),
+        "heal": recipe.heal is not None,
+        "evaluate": recipe.evaluate is not None,
+    }
+    if any(others.values()):
+        names = ", ".join(name for name, there in others.items() if there)
+        found.append(f"of the compression alone: {names} of the recipe not counted")
+    return found
 
 
 def simulate(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,15 @@ def given(text: str) -> Wire:
     if not rate:
         raise UsageError(f"wire {text!r} is not a rate above 0 such as 10GB/s or 100Gbit/s")
     return Wire(rate, "given")
+
+
+def asked(ranks: Sequence[int], text: str | None) -> Wire | None:
+    """What the user gave for these numbers of ranks. UsageError as given(), and without ranks."""
+    if text is None:
+        return None
+    if not ranks:
+        raise UsageError("wire says how fast ranks reach each other, so it needs --ranks")
+    return given(text)
 
 
 def measured() -> Wire:
