@@ -58,12 +58,11 @@ def test_sums_pass_what_is_counted(monkeypatch, world, count, piece):
 
 
 def test_a_hessian_costs_each_of_n_ranks_its_triangle_less_its_own_share():
-    columns = 24576
-    for world in (2, 4, 8):
+    for columns, world in itertools.product((4096, 14336, 24576), (2, 4, 8)):
         one = traffic.summed(columns, columns, Parts.dealt(world, Team(0, world)), upper=True)
         share = 4 * columns**2 / 2 * (world - 1) / world
-        assert max(one.come) == pytest.approx(share, rel=0.08)  # out of the others' sums
-        assert max(one.arrived) == pytest.approx(2 * share, rel=0.08)  # and the whole of them
+        assert max(one.come) == pytest.approx(share, rel=0.13)  # out of the others' sums
+        assert max(one.arrived) == pytest.approx(2 * share, rel=0.13)  # and the whole of them
     assert traffic.summed(columns, columns, Parts(), upper=True) == Traffic.none(1)
 
 
@@ -136,6 +135,6 @@ def test_a_run_passes_and_reads_what_was_said(tmp_path, monkeypatch):
             model, _fields(name), tiny.windows(17), ranks=[2], network="1GB/s", rehearse=False
         ).scaling
         sent = max(each[name][0] for each in ranks)
-        assert said.rows[0].sent == pytest.approx(sent, rel=0.05), name
+        assert said.rows[0].sent == pytest.approx(sent, rel=0.02), name
         read = max(each[name][1] for each in ranks)
         assert said.rows[0].read == pytest.approx(read, rel=0.01), name  # who has the small ones

@@ -97,11 +97,7 @@ def _pieces(rows: int, columns: int, *, upper: bool) -> Iterable[int]:
         whole = rows * columns
         yield from (min(sums.PIECE, whole - start) for start in range(0, whole, sums.PIECE))
         return
-    start = 0
-    while start < rows:
-        stop = min(rows, start + max(1, sums.PIECE // (rows - start)))
-        yield (stop - start) * (columns - start)
-        start = stop
+    yield from ((stop - start) * (columns - start) for start, stop in sums.panels(rows))
 
 
 def spread(rows: int, row_bytes: int, world: int, unit: int = 1) -> Traffic:
