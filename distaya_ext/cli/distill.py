@@ -75,6 +75,8 @@ def distill(
     seed: training.Seed = None,
     precision: training.Precision = None,
     gradient_checkpointing: training.Checkpointing = None,
+    shard: training.Shard = None,
+    parts: training.PartsOf = None,
     overwrite: training.Overwrite = False,
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -121,6 +123,8 @@ def heal(
     seed: training.Seed = None,
     precision: training.Precision = None,
     gradient_checkpointing: training.Checkpointing = None,
+    shard: training.Shard = None,
+    parts: training.PartsOf = None,
     overwrite: training.Overwrite = False,
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -147,6 +151,7 @@ def _run(
 ) -> None:
     """Distil as the flags of the command say, over the spec's file, over the defaults."""
     asked, where = _asked(defaults, flags)
+    from ..ranks import team
     from ..train.distill import distill as run
     from .output import print_json
     from .remember import trained
@@ -164,6 +169,8 @@ def _run(
             overwrite=flags["overwrite"],
             on_event=reporter.on_event,
         )
+        if not team().first:
+            return
         training.told(reporter, found)
         for line in _gained(found.record):
             reporter.say(line)

@@ -28,6 +28,8 @@ def finetune(
     seed: training.Seed = None,
     precision: training.Precision = None,
     gradient_checkpointing: training.Checkpointing = None,
+    shard: training.Shard = None,
+    parts: training.PartsOf = None,
     overwrite: training.Overwrite = False,
     device: options.Device = "cpu",
     offline: options.Offline = False,
@@ -59,7 +61,10 @@ def finetune(
         seed=seed,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        shard=shard,
+        parts=parts,
     )
+    from ..ranks import team
     from ..train.finetune import finetune as run
     from .output import print_json
 
@@ -74,6 +79,8 @@ def finetune(
             overwrite=overwrite,
             on_event=reporter.on_event,
         )
+        if not team().first:
+            return
         training.told(reporter, found)
     if json:
         print_json({"out": str(out), **found.record, "written": found.merged.summary()})

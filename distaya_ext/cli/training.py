@@ -60,6 +60,14 @@ Checkpointing = Annotated[
     bool | None,
     typer.Option("--gradient-checkpointing", help="Less memory, a third more time."),
 ]
+Shard = Annotated[
+    str | None,
+    typer.Option("--fsdp", help="Under torchrun: full has each rank hold a share of what learns."),
+]
+PartsOf = Annotated[
+    int | None,
+    typer.Option("--parts", help="Sums per step: as many give the same bits on fewer ranks."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result of ours.")]
 
 

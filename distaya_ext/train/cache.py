@@ -7,7 +7,8 @@ at t + 1, so there is one less than a row has tokens. What losses.sparse_diverge
 not depend on the temperature it is used at.
 
 The bytes are known before the first forward pass, to the last one. A shard appears under its name
-only when it is whole, so a run that was killed goes on at the first one that is missing.
+only when it is whole, so a run that was killed goes on at the first one that is missing. Ranks
+share the shards that are missing; whoever writes a shard writes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from ..checkpoint import Checkpoint
 from ..durable import write_whole
 from ..errors import InputError, ResourceError, UsageError
+from ..ranks import team
 from . import losses
 from .head import chunk_tokens, final_hidden, head_logits
 
@@ -211,17 +213,37 @@ class Cache:
                 "another work folder"
             )
 
-    def write(self, model: Any, ids: torch.Tensor, on_rows: OnRows | None = None) -> None:
-        """Run the teacher over ids [rows, length], for the shards that are missing. prepare() was
-        called before. InputError for logits that are not finite.
+    def write(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        on_rows: OnRows | None = None,
+        missing: list[int] | None = None,
+    ) -> None:
+        """Run the teacher over ids [rows, length], for this rank's share of the shards that are
+        missing (None: those that it finds missing). prepare() was called before. InputError for
+        logits that are not finite, and where this rank does not see the folder.
         """
-        missing = self.missing()
-        for shard in missing:
+        if not self.folder.is_dir():
+            raise InputError(
+                f"rank {team().rank} does not see {self.folder}, where the teacher's record is to "
+                "be; it must lie where all ranks can write"
+            )
+        missing = self.missing() if missing is None else missing
+        for shard in missing[team().rank :: team().world]:
             part = self.layout.shards[shard]
             held = self._record(model, ids[part])
             write_whole(self.path(shard), lambda path, held=held: save_file(held, path))
             if on_rows is not None:
                 on_rows(part.stop, self.layout.rows)
+
+    def check(self) -> None:
+        """InputError where this rank does not see a shard that was written."""
+        if missing := self.missing():
+            raise InputError(
+                f"rank {team().rank} does not see {self.path(missing[0])} and {len(missing) - 1} "
+                "others of the teacher's record; it must lie where all ranks can read"
+            )
 
     @torch.no_grad()
     def _record(self, model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -102,6 +102,17 @@ class TrainingData:
         return found.hexdigest()
 
 
+def labelled(data: TrainingData, rows: list[int] | None = None) -> list[int]:
+    """Those of the rows (None: all) that have something to learn. InputError where none of all has,
+    and nothing is to be learnt at all.
+    """
+    labels = data.labels[:, 1:] if rows is None else data.labels[rows][:, 1:]
+    found = (labels != IGNORED).any(dim=1).nonzero()[:, 0].tolist()
+    if rows is None and not found:
+        raise InputError(f"none of {len(data)} windows has a label to learn from")
+    return found if rows is None else [rows[i] for i in found]
+
+
 def from_texts(
     texts: Texts, tokenizer: Any, spec: TrainSpec, *, vocabulary: int | None = None
 ) -> tuple[TrainingData, TrainingData | None]:

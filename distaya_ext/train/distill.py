@@ -11,6 +11,7 @@ import torch
 from ..checkpoint import open_checkpoint
 from ..device import find_device
 from ..errors import UsageError
+from ..ranks import team
 from ..texts import check_window
 from ..tokenizer import check_rows, load_tokenizer
 from . import pairing
@@ -29,9 +30,11 @@ from .parts import prepare
 from .publish import Trained, check_place, train_and_publish, work_folder
 from .route import choose_route
 from .sequence import sequence_data
+from .sharding import shard, wanted
 from .spans import SpanObjective
 from .spec import TrainSpec
 from .teacher import Cached, Online, Teacher
+from .together import by_all, by_first
 
 
 def distill(
@@ -58,6 +61,9 @@ def distill(
             goes when `out` is written and stays when the run fails or is stopped: the same call
             then goes on from there
 
+    Under torchrun all ranks call it and share the work, see fit(); each has a whole teacher, or
+    they write its record together, in a folder that all of them see.
+
     training.json in `out` holds nll and kl per language on held-out text, before and after.
     InputError, UsageError or ResourceError in one sentence, as far as it can be told before either
     model is loaded; `out` is written whole or not at all.
@@ -69,11 +75,13 @@ def distill(
         check_window(run.spec.window, checkpoint.config)
     pairing.check_sizes(*run.pair)
     pairing.check_loss(run.spec.loss)
+    wanted(run.spec)
     ready = run.ready()
     run.say(*ready.training.notes)
-    model = load_to_train(run.pair[1], run.spec, device)
+    model = load_to_train(run.pair[1], run.spec, device, resting=wanted(run.spec))
     parts = prepare(model, run.spec)
     run.say(*parts.notices)
+    shard(model, ready.objective.modules, run.spec, run.place)
 
     def measured(when: str) -> dict[str, Any]:
         if ready.held_out is None:
@@ -126,7 +134,8 @@ class _Run:
         check_packages()
         models = (teacher, student)
         self.pair = [open_checkpoint(each, offline=offline, packed=True) for each in models]
-        self.texts, self.spec, self.device, self.tell = texts, spec, device, on_event
+        self.texts, self.spec, self.device = texts, spec, device
+        self.tell = on_event if team().first else None
         self.place = find_device(device)
         self.precision = precision(spec.precision, self.place)
 
@@ -212,12 +221,19 @@ class _Run:
         about = fingerprint(teacher, f"{teacher.dtype}, {self.precision}", ids, k)
         vocabulary = few or teacher.config.vocab_size
         cache = Cache(self.folder, Layout(len(ids), ids.shape[1] - 1, k, vocabulary, about))
-        cache.prepare(self.spec.loss.cache_bytes)
-        if missing := cache.missing():
+        by_first(lambda: cache.prepare(self.spec.loss.cache_bytes))
+        if missing := by_first(cache.missing):
             self.say(
                 f"the teacher's {k} most probable tokens of {len(ids)} windows are written once, "
                 f"{cache.layout.nbytes} bytes in {len(cache.layout.shards)} shards "
                 f"({len(missing)} missing)"
             )
-            cache.write(load_to_train(teacher, self.spec, self.device), ids)
+
+            def write() -> None:
+                if missing[team().rank :: team().world]:
+                    model = load_to_train(teacher, self.spec, self.device)
+                    cache.write(model, ids, missing=missing)
+
+            by_all(write)
+        by_all(cache.check)
         return Cached(cache)

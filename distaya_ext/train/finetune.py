@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..device import find_device
+from ..ranks import team
 from ..runtime.load import load_opened
 from ..texts import check_window
 from ..tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from .held_out import by_language
 from .loop import precision
 from .objective import Batch
 from .publish import Trained, check_place, train_and_publish
+from .sharding import shard, wanted
 from .spec import TrainSpec
 
 
@@ -66,16 +68,17 @@ def finetune(
     work   folder for checkpoints: hidden beside `out` unless named. It goes when `out` is written
            and stays when the run fails or is stopped: the same call then goes on from there
 
-    training.json in `out` is the record, with the loss per language on held-out rows before and
-    after. InputError, UsageError or ResourceError in one sentence; `out` is written whole or not at
-    all.
+    Under torchrun all ranks call it and share the work, see fit(). training.json in `out` is the
+    record, with the loss per language on held-out rows before and after. InputError, UsageError or
+    ResourceError in one sentence; `out` is written whole or not at all.
     """
     from .parts import prepare
 
     spec = spec or TrainSpec()
-    tell = on_event or (lambda event: None)
+    tell = on_event if on_event and team().first else lambda event: None
     check_packages()
-    find_device(device)
+    sharded = wanted(spec)
+    place = find_device(device)
     checkpoint = open_checkpoint(model, offline=offline, packed=True)
     check_place(out, checkpoint.folder, overwrite)
     check_window(spec.window, checkpoint.config)
@@ -84,10 +87,11 @@ def finetune(
     training, held_out = from_texts(texts, tokenizer, spec, vocabulary=rows)
     for note in training.notes:
         tell(Notice(note))
-    network = load_to_train(checkpoint, spec, device)
+    network = load_to_train(checkpoint, spec, device, resting=sharded)
     parts = prepare(network, spec)
     for note in parts.notices:
         tell(Notice(note))
+    shard(network, None, spec, place)
     where = next(network.parameters()).device
 
     def measured(when: str) -> dict[str, Any]:
@@ -112,11 +116,14 @@ def finetune(
     )
 
 
-def load_to_train(checkpoint: Checkpoint, spec: TrainSpec, device: str) -> Any:
+def load_to_train(
+    checkpoint: Checkpoint, spec: TrainSpec, device: str, *, resting: bool = False
+) -> Any:
     """The model of a folder on the device, in the dtype its passes run in: float32 where spec asks
     for float32 (auto: where the machine has no bfloat16), else its own, or bfloat16 for float16.
 
     Packed weights run with full-precision activations, since nothing learns from rounded ones.
+    resting: it stays on the CPU, from where sharding.shard takes each rank's share to the device.
     """
     place = find_device(device, kernels=checkpoint.scheme is not None)
     dtype = checkpoint.dtype
@@ -124,4 +131,5 @@ def load_to_train(checkpoint: Checkpoint, spec: TrainSpec, device: str) -> Any:
         dtype = torch.float32
     elif dtype == torch.float16:
         dtype = torch.bfloat16
-    return load_opened(checkpoint, dtype, exact=True).to(place)
+    model = load_opened(checkpoint, dtype, exact=True)
+    return model if resting else model.to(place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -12,20 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.whole import quiet_transformers
 from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
+from ..ranks import team, world_size
 from ..resume.held import Held
 from ..resume.identity import difference
 from . import saved
 from .data import TrainingData
 from .events import Event, Notice, Resumed, Started, Stopped
 from .identity import identity
-from .loop import Diverged, Loop, precision
+from .loop import Diverged, Loop
+from .notes import notes
 from .objective import Objective
+from .sharding import shard
 from .spec import TrainSpec
+from .together import by_first
 from .trainer import run_steps, told_to_stop
 
 # Copies of what learns on the disk at once: two checkpoints and a third being written, with two
@@ -44,7 +45,8 @@ class Course:
     best_step and best_loss are of the parameters the model was left with (None without held-out
     text, where they are those of the last step); held_out the loss after each evaluation, step 0
     before the first step. seconds and tokens_per_second are of the steps alone, over all
-    interruptions. resumed_from is the step of the checkpoint the run began with.
+    interruptions. resumed_from is the step of the checkpoint the run began with. ranks took part;
+    each step's gradient was summed in so many parts.
     """
 
     steps: int
@@ -57,6 +59,8 @@ class Course:
     parameters: int
     precision: str
     resumed_from: int | None
+    ranks: int
+    parts: int
     metrics: Path
     work: Path
 
@@ -90,6 +94,13 @@ def fit(
     with a checkpoint. TrainingError when a loss or gradient is not finite: the model then holds the
     best parameters so far. InputError when the folder holds another run, UsageError when another
     process uses it, nothing learns, or accelerate or matplotlib is missing.
+
+    Of several ranks all call it with the same arguments and get the same result; the first one
+    alone writes, and tells events. Each learns from its share of a step's rows; a step needs a row
+    for every rank. The same number of parts (spec.parts; None: as many as there are ranks, or what
+    the checkpoint was made with) gives the same bits with any number of ranks up to it, unless what
+    learns is sharded (spec.shard): then with the same number of ranks. Accidents and signals of one
+    rank end the run on all of them after the same step.
     """
     check_packages()
     if not len(training):
@@ -98,6 +109,8 @@ def fit(
         raise InputError("there are 0 held-out windows; pass None to do without")
     work = Path(work)
     with _alone(work), _as_it_was(model, spec), quiet_transformers():
+        where = next(model.parameters()).device
+        shard(model, objective.modules, spec, where)
         loop = Loop(model, training, held_out, objective, spec, work, on_event)
         loop.identity = identity(loop)
         resumed = _begin(loop)
@@ -108,13 +121,18 @@ def fit(
             with told_to_stop() as told:
                 if loop.step < spec.steps:
                     run_steps(loop, told)
-                stopped = told()
+                else:
+                    loop.stop = next((s for s in team().gather(told()) if s is not None), None)
+                stopped = loop.stop
         except Diverged as error:
             raise _given_up(loop, str(error)) from None
+        finally:
+            loop.gradients.leave()
         if stopped is not None:
             name = signal.Signals(stopped).name
             done = f"{name} after step {loop.step} of {spec.steps}"
             loop.tell(Stopped(f"{done}; the same call goes on from there"))
+            team().wait()  # the first rank to end may have the others ended, and one has written
             signal.raise_signal(stopped)
             raise KeyboardInterrupt  # where the signal was handled and ignored
         saved.load_best(work, loop.parameters)
@@ -122,11 +140,11 @@ def fit(
 
 
 def check_packages() -> None:
-    """UsageError unless what training needs is installed, and this is the only process of it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """UsageError unless what training needs is installed, and torchrun's processes are one team."""
+    if world_size() != team().world:
         raise UsageError(
-            f"training runs in one process, and WORLD_SIZE says {os.environ['WORLD_SIZE']}; start "
-            "it without torchrun"
+            f"WORLD_SIZE says {world_size()} processes, and {team().world} take part; train inside "
+            "ranks.joined(), or start without torchrun"
         )
     absent = [n for n in ("accelerate", "matplotlib") if importlib.util.find_spec(n) is None]
     if absent:
@@ -138,48 +156,37 @@ def _begin(loop: Loop) -> int | None:
     from transformers import set_seed
 
     set_seed(loop.spec.seed % (1 << 32))
-    found = saved.newest(loop.work)
+    found = by_first(lambda: _newest(loop.work))
     if found is None:
-        shutil.rmtree(loop.work / "best", ignore_errors=True)
-        (loop.work / saved.METRICS).unlink(missing_ok=True)
+        if team().first:
+            shutil.rmtree(loop.work / "best", ignore_errors=True)
+            (loop.work / saved.METRICS).unlink(missing_ok=True)
     else:
-        folder, state = found
+        folder, state = Path(found[0]), found[1]
         if (held := state.get("run", {})) != loop.identity:
             raise InputError(
                 f"{loop.work} holds step {state['step']} of another training: "
                 f"{difference(held, loop.identity)}; remove that folder to start anew"
             )
         loop.restore(folder, state)
-        shutil.copyfile(folder / saved.METRICS, loop.work / saved.METRICS)
+        if team().first:
+            shutil.copyfile(folder / saved.METRICS, loop.work / saved.METRICS)
     spec = loop.spec
     counts = len(loop.training), 0 if loop.held_out is None else len(loop.held_out)
     numbers = sum(p.numel() for p in loop.parameters.values())
     loop.tell(Started(spec.steps, loop.rows, *counts, numbers, loop.precision))
-    for note in _notes(loop, None if found is None else found[1]):
+    for note in notes(loop, None if found is None else found[1]):
         loop.tell(Notice(note))
     if found is None:
-        check_disk(loop.work, _COPIES * 4 * numbers)
+        by_first(lambda: check_disk(loop.work, _COPIES * 4 * numbers))
         return None
     loop.tell(Resumed(loop.step, spec.steps))
     return loop.step
 
 
-def _notes(loop: Loop, state: dict[str, Any] | None) -> list[str]:
-    """What the user should know of a run before its first step."""
-    notes = []
-    if loop.rows > len(loop.training):
-        notes.append(
-            f"a step takes {loop.rows} rows and there are {len(loop.training)}, so rows repeat "
-            "within it"
-        )
-    if loop.precision != precision("auto", loop.device) == "float32":
-        notes.append("this machine has no bfloat16 products; they are emulated, which takes longer")
-    if state is not None and state["threads"] != torch.get_num_threads():
-        notes.append(
-            f"the checkpoint was made with {state['threads']} threads and this run has "
-            f"{torch.get_num_threads()}, so it may end with other last bits"
-        )
-    return notes
+def _newest(work: Path) -> list[Any] | None:
+    found = saved.newest(work)
+    return None if found is None else [str(found[0]), found[1]]
 
 
 def _given_up(loop: Loop, reason: str) -> TrainingError:
@@ -191,9 +198,9 @@ def _given_up(loop: Loop, reason: str) -> TrainingError:
             f"are in {loop.work / 'best'}"
         )
     else:
-        found = saved.newest(loop.work)
+        found = by_first(lambda: _newest(loop.work))
         assert found is not None  # step 0 is saved before anything is learnt
-        saved.load_parameters(found[0] / "parameters.safetensors", loop.parameters)
+        saved.load_parameters(Path(found[0]) / "parameters.safetensors", loop.parameters)
         kept = f"the parameters of step {found[1]['step']} are in {found[0]}"
     rate = loop.optimizer.param_groups[0]["lr"]
     sentence = (
@@ -208,7 +215,9 @@ def _course(loop: Loop, resumed: int | None) -> Course:
     from .plot import plot_losses
 
     metrics = loop.work / saved.METRICS
-    plot_losses(metrics, loop.work)
+    if team().first:
+        plot_losses(metrics, loop.work)
+    loop.seconds = team().tell(loop.seconds)  # each has a clock of its own
     return Course(
         steps=loop.step,
         best_step=None if loop.best is None else loop.best[0],
@@ -220,6 +229,8 @@ def _course(loop: Loop, resumed: int | None) -> Course:
         parameters=sum(p.numel() for p in loop.parameters.values()),
         precision=loop.precision,
         resumed_from=resumed,
+        ranks=team().world,
+        parts=loop.dealt.parts.count,
         metrics=metrics,
         work=loop.work,
     )
@@ -227,13 +238,14 @@ def _course(loop: Loop, resumed: int | None) -> Course:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Hold the folder's lock. UsageError when another process does."""
+    """Hold the folder's lock, rank 0 for all. UsageError when another run does."""
     held = Held(work, ".lock")
-    held.enter()
+    by_first(held.enter)
     try:
         yield
     finally:
-        held.leave()
+        if team().first:
+            held.leave()
 
 
 @contextmanager

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from ..ranks import team
 from . import losses
 from .data import TrainingData
 from .head import chunked_logits, final_hidden
+from .sharding import whole_of
 from .teacher import Teacher
 
 _TOKENS = 4096  # run at once
@@ -25,19 +27,29 @@ def by_language(
     """Labels, nll and (with a teacher) kl = KL(teacher || model) in nats per label at temperature
     1, by language, and over all of them under "all". precision is that of the training's passes.
 
-    Of a teacher's record (teacher.Cached) kl is the KL over the tokens it keeps and the rest.
+    Of a teacher's record (teacher.Cached) kl is the KL over the tokens it keeps and the rest. Ranks
+    share the rows, and the result has the same bits with any number of them.
     """
     mode = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}
     step = max(1, _TOKENS // data.window)
-    for start in range(0, len(data), step):
-        rows = range(start, min(start + step, len(data)))
+    shares = team().shares(len(data), step)
+    own, whole = shares[team().rank], whole_of(model)
+
+    def run(rows: range) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            each = _rows(model, teacher, data, rows, device)
-        for row, found in zip(rows, each, strict=True):
-            lang = data.languages[row]
-            sums[lang] = sums.get(lang, torch.zeros(3, dtype=torch.float64)) + found
+            return whole.run(lambda: _rows(model, teacher, data, rows, device))
+
+    starts = range(own.start, own.stop, step)
+    each = [run(range(start, min(start + step, own.stop))) for start in starts]
+    if whole.shards:  # in step with the rank that has most
+        for _ in range(max(-(-(s.stop - s.start) // step) for s in shares) - len(starts)):
+            run(range(1))
+    found = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *each])
+    found = team().collect(found, len(data), shares)
+    for lang, row in zip(data.languages, found, strict=True):
+        sums[lang] = sums.get(lang, torch.zeros(3, dtype=torch.float64)) + row
     model.train(mode)
     sums = {lang: sums[lang] for lang in sorted(sums)}
     sums["all"] = torch.stack(list(sums.values())).sum(dim=0)

@@ -9,7 +9,9 @@ import torch
 
 from .loop import Loop
 
-_NOT_DECIDING = ("path", "save_every")  # of a spec: what the result does not depend on
+# Of a spec: what the result does not depend on, or (the last two) only in its last bits, which is
+# told when a run goes on.
+_NOT_DECIDING = ("path", "save_every", "shard", "parts")
 
 
 def identity(loop: Loop) -> dict[str, Any]:

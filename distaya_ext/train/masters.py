@@ -38,6 +38,7 @@ def master(
         found = before
     if shared is None:
         found.requires_grad_(True)
+        found.pruned = keep  # sharded parameters are others, without the hook
         if keep:
             found.register_hook(lambda gradient: gradient.masked_fill(found == 0, 0))
     return found

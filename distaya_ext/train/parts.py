@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UsageError
+from ..ranks import team
 from ..runtime.modules import Packed, PackedHead, PackedLinear
 from ..runtime.swap import trainable
 from . import masters, scales
@@ -36,7 +37,9 @@ from .choose import (
     weights,
 )
 from .learned import Learned
+from .sharding import gathered
 from .spec import TrainSpec
+from .together import by_first
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -92,7 +95,9 @@ class Parts:
                 parameter.copy_(tensors[name])
 
     def learned(self) -> Learned:
-        """What was found, by the names of the model's folder, on the CPU."""
+        """What was found, by the names of the model's folder, on the CPU; to be called by all ranks
+        where parameters are sharded.
+        """
         found = Learned(masked=True)
         for name, module in plain_modules(self.model):
             if is_lora(module):
@@ -103,7 +108,7 @@ class Parts:
         for name, parameter in self.trainable().items():
             plain = masters.plain_name(name)
             if ".lora_" not in plain and not plain.endswith(scales.PARAMETER):
-                found.tensors[plain] = parameter.detach().cpu()
+                found.tensors[plain] = gathered(parameter.detach()).cpu()
         return found
 
     def write(
@@ -114,12 +119,23 @@ class Parts:
         overwrite: bool = False,
         extra: Callable[[Path, Merged], None] | None = None,
     ) -> Merged:
-        """Write the folder of `source` with what was learnt in it; see merge.write_trained."""
-        from .merge import write_trained
+        """Write the folder of `source` with what was learnt in it; see merge.write_trained. All
+        ranks call it, and the first one writes.
+        """
+        from .merge import Merged, write_trained
 
-        return write_trained(
-            source, self.learned(), out, overwrite=overwrite, notices=self.notices, extra=extra
-        )
+        learned = self.learned()
+        if team().alone:
+            return write_trained(
+                source, learned, out, overwrite=overwrite, notices=self.notices, extra=extra
+            )
+
+        def written() -> dict[str, Any]:
+            return write_trained(
+                source, learned, out, overwrite=overwrite, notices=self.notices, extra=extra
+            ).summary()
+
+        return Merged(Path(out), **by_first(written))
 
     def write_adapter(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write LoRA, norms and embeddings that learnt as a PEFT adapter folder alone."""

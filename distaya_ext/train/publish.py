@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import check_output
 from ..errors import DistayaError
+from ..ranks import team
 from ..versions import versions
 from .data import TrainingData
 from .events import Event
 from .fit import Course, fit
 from .objective import Objective
 from .spec import TrainSpec
+from .together import by_first
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -48,7 +50,7 @@ def work_folder(out: str | Path) -> Path:
 
 def check_place(out: str | Path, source: Path, overwrite: bool) -> None:
     """InputError, before anything is learnt, for an output that could not be written."""
-    check_output(Path(out), overwrite=overwrite, source=source)
+    by_first(lambda: check_output(Path(out), overwrite=overwrite, source=source))
 
 
 def train_and_publish(
@@ -71,7 +73,7 @@ def train_and_publish(
     about is added to the record, and so is what found() tells of the trained model, which holds its
     best parameters when it is called. The work folder stays when anything fails or interrupts,
     which an error's sentence says, so that the same call goes on where it stopped; work names
-    another one.
+    another one. All ranks call it, the first one writes, and all get the same result.
     """
     folder = work or work_folder(out)
     check_place(out, checkpoint.folder, overwrite)
@@ -98,7 +100,8 @@ def train_and_publish(
             note = f"{error} (what was trained is kept in {folder})"
             raise type(error)(note) from error
         raise
-    shutil.rmtree(folder)
+    if team().first:
+        shutil.rmtree(folder)
     return Trained(Path(out), course, record, merged)
 
 

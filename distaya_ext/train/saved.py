@@ -5,15 +5,20 @@ optimizer's state (optimizer.safetensors), the random generators (generators.saf
 metrics up to there and state.json, which is written last and says how large the others are. It is
 made under another name and renamed when all of it is on the disk. The weights that do not learn are
 in none of them: they are the model's.
+
+Of several ranks the first one alone writes and reads here, and the others have its tensors from it;
+what is sharded is gathered. So a folder looks the same whatever ran, and any number of ranks can go
+on from it. Functions that tensors are given to are called by all ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,9 @@ from safetensors.torch import load_file, save_file
 
 from ..durable import sync, write_whole
 from ..errors import InputError
+from ..ranks import team
+from .sharding import gathered, shared_out
+from .together import by_first
 
 _PREFIX, _PARTIAL = "checkpoint-", ".partial-"
 _KEPT = 2
@@ -37,13 +45,25 @@ def save_checkpoint(
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-) -> Path:
+) -> None:
     """Write the checkpoint of `step`, and remove all but the newest two. state is plain JSON."""
+    plain, moments = _plain(parameters), _moments(parameters, optimizer)
+    if team().first:
+        _write(work, step, plain, moments, state)
+
+
+def _write(
+    work: Path,
+    step: int,
+    parameters: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> None:
     partial, final = work / f"{_PARTIAL}{step:08d}", work / f"{_PREFIX}{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(_plain(parameters), partial / "parameters.safetensors")
-    save_file(_moments(parameters, optimizer), partial / "optimizer.safetensors")
+    save_file(parameters, partial / "parameters.safetensors")
+    save_file(moments, partial / "optimizer.safetensors")
     tensors, rest = get_generators()
     save_file(tensors, partial / "generators.safetensors")
     if (work / METRICS).is_file():
@@ -59,7 +79,6 @@ def save_checkpoint(
     sync(work)
     for old in _folders(work)[:-_KEPT]:
         shutil.rmtree(old)
-    return final
 
 
 def newest(work: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -82,35 +101,45 @@ def restore(
 ) -> None:
     """Put a checkpoint's parameters, moments and random generators back."""
     load_parameters(folder / "parameters.safetensors", parameters)
-    found = load_file(folder / "optimizer.safetensors")
+    file = folder / "optimizer.safetensors"
+    names = by_first(lambda: list(load_file(file)))
+    found = load_file(file) if team().first else {}
     moments: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in found.items():
+    for key in names:
         name, _, part = key.rpartition(":")
-        moments.setdefault(name, {})[part] = tensor
+        parameter = parameters[name]
+        if part == "step":
+            like = torch.empty((), dtype=torch.float32)
+            moments.setdefault(name, {})[part] = _given(found.get(key), like)
+        else:
+            whole = _given(found.get(key), parameter)
+            moments.setdefault(name, {})[part] = shared_out(whole, parameter)
     for name, parameter in parameters.items():
         if name in moments:
-            optimizer.state[parameter] = {
-                part: tensor if part == "step" else tensor.to(parameter.device)
-                for part, tensor in moments[name].items()
-            }
-    set_generators(load_file(folder / "generators.safetensors"), state["generators"])
+            optimizer.state[parameter] = moments[name]
+    if team().first:  # the others draw what seed_all says
+        set_generators(load_file(folder / "generators.safetensors"), state["generators"])
 
 
 def save_best(work: Path, parameters: Mapping[str, torch.Tensor], step: int, loss: float) -> None:
     """Replace the best parameters, in one rename."""
-    target = work / _BEST
-    target.parent.mkdir(exist_ok=True)
-    about = {"step": str(step), "loss": repr(loss)}
-    write_whole(target, lambda path: save_file(_plain(parameters), path, about))
+    plain = _plain(parameters)
+    if team().first:
+        target = work / _BEST
+        target.parent.mkdir(exist_ok=True)
+        # One entry: the library writes several in an order of chance.
+        about = {"best": json.dumps({"step": step, "loss": loss})}
+        write_whole(target, lambda path: save_file(plain, path, about))
 
 
 def load_best(work: Path, parameters: Mapping[str, torch.Tensor]) -> tuple[int, float] | None:
     """Put the best parameters back; (step, held-out loss) of them, None where there are none."""
     path = work / _BEST
-    if not path.is_file():
+    if not by_first(path.is_file):
         return None
     about = load_parameters(path, parameters)
-    return int(about["step"]), float(about["loss"])
+    found = json.loads(about["best"]) if "best" in about else about  # older runs had two entries
+    return int(found["step"]), float(found["loss"])
 
 
 def load_parameters(path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -118,35 +147,69 @@ def load_parameters(path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[
 
     InputError when the file cannot be read or holds others.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
+
+    def opened() -> dict[str, str]:
+        with _readable(path), safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if names != set(parameters):
                 raise InputError(
                     f"{path} holds {len(names)} trained tensors, {len(names - set(parameters))} of "
                     f"which are none of the {len(parameters)} that learn now"
                 )
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(file.get_tensor(name))
             return dict(file.metadata() or {})
+
+    about = by_first(opened)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(_readable(path))
+        first = team().first
+        file = stack.enter_context(safe_open(path, framework="pt")) if first else None
+        for name, parameter in parameters.items():
+            whole = _given(None if file is None else file.get_tensor(name), parameter)
+            parameter.copy_(shared_out(whole, parameter))
+    return about
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def _given(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of rank 0 on every rank, on the CPU; like: its shape and dtype."""
+    if tensor is None:
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+    elif tensor.shape != like.shape:
+        raise RuntimeError(f"it has {list(tensor.shape)} where {list(like.shape)} learns")
+    return team().broadcast_(tensor.contiguous()).view(like.shape)
+
+
 def _plain(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+    return _copied({name: p.detach() for name, p in parameters.items()}, copy=True)
 
 
 def _moments(
     parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     """The optimizer's tensors as "name:exp_avg" and so on."""
-    return {
-        f"{name}:{part}": tensor.detach().cpu().contiguous()
+    held = {
+        f"{name}:{part}": tensor.detach()
         for name, parameter in parameters.items()
         for part, tensor in optimizer.state.get(parameter, {}).items()
     }
+    return _copied(held, copy=False)
+
+
+def _copied(tensors: Mapping[str, torch.Tensor], copy: bool) -> dict[str, torch.Tensor]:
+    """Whole, on the CPU of rank 0; the others keep none."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = gathered(tensor)
+        if team().first:
+            found[name] = whole.to("cpu", copy=copy).contiguous()
+    return found
 
 
 def get_generators() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ import torch
 from ..compress.events import Notice
 from ..documents import open_texts
 from ..errors import InputError, UsageError
+from ..ranks import team
 from ..texts import windows
 from ..tokenizer import encode
 from .chat import chat_files
 from .data import IGNORED, Texts, TrainingData, _split
 from .spec import TrainSpec
+from .together import by_all, by_first
 
 BATCH = 16  # prompts continued at once
 _BROKEN = "\ufffd"  # what half a character is decoded as
@@ -111,8 +114,9 @@ def write(
     tokens as the rest holds are written, or fewer where the teacher ends. temperature 0 takes the
     most probable token each time, above 0 samples with spec.seed.
 
-    A run that was stopped goes on behind the last whole batch and ends with the same text.
-    InputError when the file holds what another teacher wrote or with other settings.
+    Ranks share the batches of prompts, rank 0 keeps the file, and all get the same text, whatever
+    their number. A run that was stopped goes on behind the last whole batch and ends with the same
+    text. InputError when the file holds what another teacher wrote or with other settings.
     """
     if temperature < 0:
         raise UsageError(f"the temperature is {temperature:g}, and must be 0 or above")
@@ -139,7 +143,7 @@ def write(
         "seed": spec.seed,
         "teacher": _sample(teacher),
     }
-    lines = _begun(cache, settings)
+    lines = by_first(lambda: _begun(cache, settings))
     if on_event is not None:
         how = f"sampled at {temperature:g}" if temperature else "greedily"
         on_event(
@@ -148,17 +152,29 @@ def write(
                 f"{how}; {len(lines)} are there already"
             )
         )
-    with open(cache, "a", encoding="utf-8") as file:
-        for start in range(len(lines), len(prompts), BATCH):
-            rows = prompts[start : start + BATCH]
-            ids = _continue(teacher, rows, more, temperature, [spec.seed, start])
-            for lang, (prompt, text) in zip(
-                cut.languages[start : start + BATCH], _texts(tokenizer, rows, ids), strict=True
-            ):
-                lines.append({"language": lang, "prompt": prompt, "text": text})
-                file.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+    def batch(start: int) -> list[dict[str, str]]:
+        rows = prompts[start : start + BATCH]
+        if not len(rows):
+            return []
+        ids = _continue(teacher, rows, more, temperature, [spec.seed, start])
+        languages = cut.languages[start : start + BATCH]
+        return [
+            {"language": lang, "prompt": prompt, "text": text}
+            for lang, (prompt, text) in zip(languages, _texts(tokenizer, rows, ids), strict=True)
+        ]
+
+    us = team()
+    with open(cache, "a", encoding="utf-8") if us.first else nullcontext() as file:
+        for start in range(len(lines), len(prompts), BATCH * us.world):
+            own = start + BATCH * us.rank
+            for new in (line for of_rank in by_all(lambda own=own: batch(own)) for line in of_rank):
+                lines.append(new)
+                if file is not None:
+                    file.write(json.dumps(new, ensure_ascii=False) + "\n")
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
     return [Written(**line) for line in lines]
 
 

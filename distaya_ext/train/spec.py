@@ -61,6 +61,11 @@ class TrainSpec(Strict):
               evaluate_every steps, which parameters are kept (0: the last ones are)
     save_every  steps between checkpoints, from which a stopped run goes on
     path, tokens, quotas  texts, how many tokens of them (None: all there are), and of a language
+    shard     under torchrun: "full" has every rank hold a share of what learns, of its gradient and
+              its moments (FSDP), for students too large for one device; "none": every rank has all
+    parts     into how many parts a step's rows are cut, which are summed one by one and then
+              together (None: one for each rank that the run begins with); the same number gives the
+              same bits with any number of ranks up to it
     precision of the forward and backward passes: auto is bfloat16 where the machine multiplies it
               in hardware; what learns is always float32
     """
@@ -81,6 +86,8 @@ class TrainSpec(Strict):
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    shard: Literal["none", "full"] = "none"
+    parts: Annotated[int, Field(ge=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=1)] = 100
     save_every: Annotated[int, Field(ge=1)] = 100
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
