@@ -41,7 +41,7 @@ RESULTS = ROOT / "bench" / "results" / "scaling.json"
 VOCABULARY = 8192  # that of the bundled tokenizer; the embedding is not what is measured
 SMALL = {"small": Model(1024, 3584, 16, 4, VOCABULARY), "tiny": Model(256, 512, 8, 2, VOCABULARY)}
 RANKS = 2
-_ONE, _TWO = "one process", "two ranks"
+_ONE, _TWO, _BOTH = "one process", "two ranks", "two runs at once that share nothing"
 
 
 def sizes_of(name: str) -> Model:
@@ -126,14 +126,14 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         files[parts] = work / f"recipe-{parts}.yaml"
         files[parts].write_text(json.dumps({"model": str(model), **recipe(args, parts)}))
     rows = []
-    for _ in range(args.repeats):
-        rows.append(run(model, files[None], out, _ONE))
-        rows.append(run(model, files[None], out, _TWO, ranks=RANKS))
+    both = []
+    for turn in range(max(args.repeats, args.pairs)):
+        if turn < args.repeats:
+            rows.append(run(model, files[None], out, _ONE))
+            rows.append(run(model, files[None], out, _TWO, ranks=RANKS))
+        if turn < args.pairs:
+            both.append(run(model, files[None], out, _BOTH, times=RANKS))
     alike = run(model, files[RANKS], out, "one process, two parts")
-    both = [
-        run(model, files[None], out, "two runs at once that share nothing", times=RANKS)
-        for _ in range(args.pairs)
-    ]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": harness.machine(),
@@ -167,7 +167,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--quality", default="plain", choices=["plain", "default", "high"])
     parser.add_argument("--repeats", type=int, default=3, help="of one process and of two ranks")
-    parser.add_argument("--pairs", type=int, default=1, help="of two runs at once")
+    parser.add_argument("--pairs", type=int, default=2, help="of two runs at once")
     parser.add_argument("--folder", type=Path, help="where model and output are for a while")
     parser.add_argument("--out", type=Path, help="where the figures go; --readme: the usual place")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")

@@ -43,8 +43,10 @@ def text(found: dict[str, Any]) -> str:
     told["what two runs that share nothing reach here"] = found["ceiling"]
     for name, each in told.items():
         lines.append(f"| {name} | " + " | ".join(f"{each[c]:.2f}" for c in _CLOCKS) + " |")
+    layers = plan[1]["layer"] / (2 * plan[2]["layer"])
     lines.append(
-        f"| efficiency that `distaya plan --ranks` expected | {plan[2]['efficiency']:.2f} | |"
+        f"| efficiency that `distaya plan --ranks` expected | {plan[2]['efficiency']:.2f} | "
+        f"{layers:.2f} (of the layers) |"
     )
     model, machine = found["model"], found["machine"]
     runs = sum(row["name"] == _HEADS[0] for row in found["rows"])

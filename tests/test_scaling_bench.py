@@ -29,7 +29,7 @@ def _measured(weights: str = "b") -> dict:
         "rows": [
             {
                 "ranks": n, "parts": {"gather": 30.0 / n, "rows": 5.0, "train": 0.0},
-                "seconds": 40 / n + 2, "efficiency": 0.9, "sent": 4 << 20, "read": 3 << 20,
+                "seconds": 40 / n + 2, "layer": 36 / n + 4, "efficiency": 0.9, "sent": 4 << 20, "read": 3 << 20,
             }
             for n in (1, 2)
         ],
@@ -59,6 +59,7 @@ def test_what_follows_from_the_measurements():
     text = scaling_report.text(found)
     assert "| two ranks | 25.0 s | 21.0 s |" in text
     assert "| efficiency of two ranks, T1 / (2 T2) | 0.88 | 0.95 |" in text
+    assert "expected | 0.90 | 0.91 (of the layers) |" in text
     assert "the same bits" in text and "sent 3.0 MiB (4.0 expected)" in text
     assert "waited 1.5 s" in text and "A processor, 2026-01-02; medians of 3" in text
     assert "NOT the same bits" in scaling_report.text(scaling_report.judged(_measured("other")))
