@@ -29,7 +29,8 @@ def _measured(weights: str = "b") -> dict:
         "rows": [
             {
                 "ranks": n, "parts": {"gather": 30.0 / n, "rows": 5.0, "train": 0.0},
-                "seconds": 40 / n + 2, "layer": 36 / n + 4, "efficiency": 0.9, "sent": 4 << 20, "read": 3 << 20,
+                "seconds": 40 / n + 2, "layer": 36 / n + 4, "efficiency": 0.9, "sent": 4 << 20,
+                "read": 3 << 20,
             }
             for n in (1, 2)
         ],
