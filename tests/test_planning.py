@@ -287,7 +287,7 @@ def test_the_plan_is_plain_json(source):
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {
         "schema", "model", "recipe", "device", "tokens", "layers", "format", "ram", "vram", "disk",
-        "output", "ranks", "rivals", "time", "notices",
+        "output", "ranks", "rivals", "time", "scaling", "notices",
     } == told.keys()  # fmt: skip
     assert told["ram"]["peak"] == max(told["ram"]["phases"].values())
     assert told["disk"]["peak"] == sum(v for k, v in told["disk"].items() if k != "peak")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
+from . import options, scaling
 from .compress import build_recipe, check_flags
 from .languages import parse_quotas, parse_weights
 
@@ -55,6 +55,14 @@ def plan(
     no_rehearsal: Annotated[
         bool, typer.Option("--no-rehearsal", help="Run no layer; then no time is told.")
     ] = False,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Also as so many processes under torchrun: 8 or 1,2,8 (simulated)."),
+    ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option(help="What passes into each of them: 10GB/s; else measured on this host."),
+    ] = None,
     device: options.Device = "cpu",
     offline: options.Offline = False,
     json: options.Json = False,
@@ -93,12 +101,28 @@ def plan(
     from .output import print_json
 
     found = run(
-        whole.model, whole, out=out, device=device, rehearse=not no_rehearsal, offline=offline
+        whole.model,
+        whole,
+        out=out,
+        device=device,
+        rehearse=not no_rehearsal,
+        offline=offline,
+        ranks=_numbers(ranks),
+        network=wire,
     )
     if json:
         print_json(found.to_dict())
     else:
         show(found)
+
+
+def _numbers(text: str | None) -> list[int]:
+    from ..errors import UsageError
+
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--ranks takes numbers of processes such as 8 or 1,2,8, not {text!r}")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def show(found: Plan) -> None:
@@ -110,6 +134,9 @@ def show(found: Plan) -> None:
     screen.print(_gives(found))
     if found.rivals:
         screen.print(_rivals(found))
+    if found.scaling is not None:
+        for told in scaling.tables(found.scaling):
+            screen.print(told)
     for rank in found.ranks:
         screen.print(f"few tokens: {rank.sentence}")
     for notice in found.notices:

@@ -178,10 +178,15 @@ class AtWork:
                 replay.look_at_outputs(prefix, replay.dense[0], "dense output")
         if trains and held:
             walk.step_aside()
-            self.trained = reconstruct(layer, held, replay.course(index))
+            self.trained = self._train(layer, held, replay.course(index))
             for stack in held:
                 self._send(index, prefix, layer, stack, changed)
         return changed
+
+    def _train(
+        self, layer: nn.Module, held: list[Stack], course: Course
+    ) -> dict[str, torch.Tensor]:
+        return reconstruct(layer, held, course)
 
     def _rest(self) -> None:
         """Between stages: what is free goes back."""

@@ -3,7 +3,8 @@
 A layer's time is that of its tokens, linear in their number, and that of solving, which knows none.
 The rehearsal runs the layer in full on few tokens, and once more on three times as many without
 solving; the difference is the price of a token. Layers that are solved otherwise are scaled by
-their multiplications.
+their multiplications. Of solving it is told apart what processes share otherwise than rows (see
+scaling.py): reading, factorising, training, encoding.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from ..compress.twin import Twin
 from ..compress.walk import LayerWalk
 from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
+from .factors import factoring
+from .work import Work
 
 WINDOWS = 8  # of the first pass: layers of quality high are trained only with so many
 LONGEST = 256  # tokens of a window
@@ -43,7 +46,9 @@ _WRITTEN = 16 << 20  # bytes written to see how fast the disk is
 class Rehearsal:
     """Seconds. solve: of a layer, tokens apart; first: of its first `tokens` tokens; per_token: of
     every further one; proof: two windows over `proof_layers` layers; embed: of a token's first
-    hidden state; forward: of a token through the layer; disk: of a byte written and synced.
+    hidden state; forward: of a token through the layer; disk: of a byte written and synced. Parts
+    of solve: read, the layer's weights; factor, its factorisations, timed once more by themselves;
+    train, on `tokens` tokens; encode, what the file holds.
     """
 
     layer: int
@@ -56,16 +61,34 @@ class Rehearsal:
     proof_layers: int
     embed: float
     disk: float
+    read: float = 0.0
+    factor: float = 0.0
+    train: float = 0.0
+    encode: float = 0.0
 
     def of_layer(self, tokens: int, share: float = 1.0) -> float:
         """A layer with so many tokens whose solving takes `share` of the rehearsed one's."""
-        return share * self.solve + max(0.0, self.first + self.per_token * (tokens - self.tokens))
+        return self.work(share).seconds(tokens)
+
+    def work(self, share: float = 1.0) -> Work:
+        """The parts of such a layer. Without a factor there are no rows to share."""
+        rest = max(0.0, self.solve - self.read - self.train - self.encode)
+        factor = min(self.factor, rest) if self.factor else rest
+        return Work(
+            read=share * self.read,
+            gather=self.first - self.per_token * self.tokens,
+            token=self.per_token,
+            factor=share * factor,
+            rows=share * (rest - factor),
+            train=share * self.train / max(1, self.tokens),
+            write=share * self.encode,
+        )
 
 
 class _Timed(AtWork):
     """Adds up what gathering takes; solves nothing where solved is False."""
 
-    gathering = 0.0
+    gathering = training = encoding = 0.0
     solves = True
 
     def _gather(self, *args: Any) -> None:
@@ -82,7 +105,15 @@ class _Timed(AtWork):
 
     def _send(self, *args: Any) -> None:
         if self.solves:
+            start = time.perf_counter()
             super()._send(*args)
+            self.encoding += time.perf_counter() - start
+
+    def _train(self, *args: Any) -> dict[str, torch.Tensor]:
+        start = time.perf_counter()
+        found = super()._train(*args)
+        self.training += time.perf_counter() - start
+        return found
 
     def _trains(self, *args: Any) -> bool:
         return self.solves and super()._trains(*args)
@@ -104,19 +135,21 @@ def rehearse(
         disk = _disk(Path(scratch))
     learns = any(settings.statistic is not None for settings in plan.values())
     if not learns:
-        solve, _, _ = _run(checkpoint, recipe, plan, None, layer, solves=True)
-        return vars(Rehearsal(layer, 0, solve, 0.0, 0.0, 0.0, 0.0, 1, 0.0, disk))
+        once = _run(checkpoint, recipe, plan, None, layer, solves=True)
+        parts = {"read": once.read, "encode": once.encoding}
+        return vars(Rehearsal(layer, 0, once.solve, 0.0, 0.0, 0.0, 0.0, 1, 0.0, disk, **parts))
     start = time.perf_counter()
     prove(checkpoint, few.ids[:PROOF_WINDOWS], torch.device("cpu"), whole=False)
     proof = time.perf_counter() - start
-    solve, first, _ = _run(checkpoint, recipe, plan, few, layer, solves=True)
+    once = _run(checkpoint, recipe, plan, few, layer, solves=True)
     more = replace(few, ids=few.ids.repeat(3, 1), languages=few.languages * 3)
-    _, third, (embed, forward) = _run(checkpoint, recipe, plan, more, layer, solves=False)
-    each = max(0.0, third - first) / (2 * few.tokens)
+    again = _run(checkpoint, recipe, plan, more, layer, solves=False)
+    each = max(0.0, again.tokens - once.tokens) / (2 * few.tokens)
     return vars(
         Rehearsal(
-            layer, few.tokens, solve, first, each, forward / more.tokens, proof,
-            truncated_depth(checkpoint.config), embed / more.tokens, disk,
+            layer, few.tokens, once.solve, once.tokens, each, again.last / more.tokens, proof,
+            truncated_depth(checkpoint.config), again.embedding / more.tokens, disk, once.read,
+            factoring(checkpoint, plan, layer), once.training, once.encoding,
         )
     )  # fmt: skip
 
@@ -132,6 +165,21 @@ def _windows(checkpoint: Checkpoint, calibration: Calibration | None) -> Calibra
     return Calibration(ids, ["en"] * len(ids))
 
 
+@dataclass(frozen=True)
+class _Took:
+    """Seconds: solve, of which read, training and encoding are parts; tokens, of which `last` is
+    the last forward; embedding.
+    """
+
+    solve: float
+    tokens: float
+    embedding: float
+    last: float
+    read: float
+    training: float
+    encoding: float
+
+
 def _run(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -140,8 +188,7 @@ def _run(
     index: int,
     *,
     solves: bool,
-) -> tuple[float, float, tuple[float, float]]:
-    """Seconds: of solving and the rest; of the tokens; of embedding and of one forward."""
+) -> _Took:
     packing = Packing(recipe, plan, checkpoint)
     report = Report(recipe.method, checkpoint.architecture.model_type, Path())
     report.source_layers = checkpoint.source_layers
@@ -156,6 +203,7 @@ def _run(
         embedding = time.perf_counter() - start
     start = time.perf_counter()
     weights = read_layer(weightless, prefix, checkpoint)
+    read = time.perf_counter() - start
     layer, walk, twin = fill_layer(weightless, weights, device), None, None
     checks = Checks(late=False)
     if replay is not None:
@@ -175,7 +223,7 @@ def _run(
             replay.account()
     whole = time.perf_counter() - start
     tokens = work.gathering + last
-    return whole - tokens, tokens, (embedding, last)
+    return _Took(whole - tokens, tokens, embedding, last, read, work.training, work.encoding)
 
 
 def _replay(

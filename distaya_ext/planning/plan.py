@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from ..device import find_device
 from ..errors import UsageError
 from ..models.skeleton import build_skeleton
 from ..recipe import Recipe
-from . import probe
+from . import probe, wire
 from .clock import Rehearsal
 from .fits import check_ram, check_space, nearest
 from .parts import Part, Rival, parts_of, rivals
 from .ranks import Rank, ranks_of
-from .times import Estimate, estimate, layer_work
+from .scaling import Scaling, check_ranks, left_out, simulate
+from .times import Estimate, costs, estimate, layer_work
 
 SCHEMA = 1
 
@@ -44,6 +45,7 @@ class Plan:
     disk      what is written beside the output at most, by what it is
     output    of the weight files, headers included; parts: without headers
     time      None without a rehearsal
+    scaling   the same run as several processes, simulated; None where none were asked for
     """
 
     model: str
@@ -64,6 +66,7 @@ class Plan:
     ranks: list[Rank]
     rivals: list[Rival]
     time: Estimate | None
+    scaling: Scaling | None = None
     notices: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Plan:
             "ranks": [rank.to_dict() for rank in self.ranks],
             "rivals": [rival.to_dict() for rival in self.rivals],
             "time": None if self.time is None else self.time.to_dict(),
+            "scaling": None if self.scaling is None else self.scaling.to_dict(),
             "notices": list(self.notices),
         }
 
@@ -114,6 +118,8 @@ def plan(
     device: str = "cpu",
     rehearse: bool = True,
     offline: bool = False,
+    ranks: Sequence[int] = (),
+    network: str | None = None,
 ) -> Plan:
     """What compress() of the same arguments will take; nothing is written but a temporary folder.
 
@@ -122,6 +128,8 @@ def plan(
     max_ram    "8GiB", in the place of the recipe's; max_vram: of a GPU's memory, in the same way
     device     "cpu" or "cuda"; for a GPU that is not here pass max_vram
     rehearse   False: no layer is run, and no time is told
+    ranks      numbers of processes under torchrun to simulate the run with; network: what passes
+               between them, "10GB/s" into and out of each; None: as two processes of this host do
 
     Raises what compress() would before its first layer, in the same words, and ResourceError (exit
     code 5) where the run does not fit into the memory or onto the disk, saying what would.
@@ -136,7 +144,9 @@ def plan(
     check_companions(source.folder)
     check_tied(source, build_skeleton(source.config, source.dtype))
     alone, notices = _alone(recipe, source, texts, device, offline)
+    between = wire.asked(ranks, network)
     job = _job(alone, source, texts, place)
+    check_ranks(ranks, job.calibration, alone.calibration.parts)
     budget = Budget(job.checkpoint, alone.max_ram_bytes, job.needs)
     notices += [*glu.notices(alone, job.packing.plan, job.checkpoint), *job.packing.notices]
     vram, away = _device(job, alone, place)
@@ -152,6 +162,16 @@ def plan(
     if rehearse:
         rehearsal = Rehearsal(**told["rehearsal"])
         time = estimate(job, recipe, rehearsal, told["startup"], output, source)
+    scaling = None
+    if ranks:
+        spent = None
+        if rehearse and place.type == "cpu":
+            spent = costs(job, rehearsal, told["startup"], output, source)
+        scaling = simulate(
+            job, ranks, between or wire.measured(), spent, parts=alone.calibration.parts,
+            budget=budget if place.type == "cpu" else None, process=told["process"],
+            notices=left_out(recipe, place, rehearse),
+        )  # fmt: skip
     parts = parts_of(job.packing)
     inner = [parts[name] for name in ("attention", "mlp") if name in parts]
     weights = sum(part.weights for part in parts.values())
@@ -165,7 +185,7 @@ def plan(
         * sum(part.bytes for part in inner)
         / max(1, sum(part.weights for part in inner)),
         ranks=ranks_of(job.checkpoint, job.packing.plan, job.tokens), rivals=others, time=time,
-        notices=notices,
+        scaling=scaling, notices=notices,
     )  # fmt: skip
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..compress.phases import Job, layer_kinds
+from ..compress.phases import Job, layer_kinds, written
 from ..compress.plan import groups
 from ..compress.settings import Settings
 from ..errors import DistayaError
 from ..recipe import Recipe
 from .clock import Rehearsal
+from .scaling import Costs
 
 # The runs of bench/results/plan.json took 1.03 to 1.61 times the estimate: what happens between
 # layers is not in it.
@@ -33,11 +34,15 @@ def layer_work(checkpoint: Checkpoint, plan: Mapping[str, Settings], index: int)
             rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
             total += rows * columns * 64  # scores, rounding, packing
             if settings.statistic == "hessian":
-                prunes = settings.pattern is not None
-                passes = {"plain": 1, "default": 4 + 12 * prunes, "high": 5 + 42 * prunes}
-                factors = 10 if settings.quality == "high" and prunes else 1
-                total += factors * columns**3 + passes[settings.quality] * rows * columns**2
+                factors = 10 if settings.quality == "high" and settings.pattern is not None else 1
+                total += factors * columns**3 + passes(settings) * rows * columns**2
     return total
+
+
+def passes(settings: Settings) -> int:
+    """Products rows x columns^2 that solving by a Hessian takes, about."""
+    prunes = settings.pattern is not None
+    return {"plain": 1, "default": 4 + 12 * prunes, "high": 5 + 42 * prunes}[settings.quality]
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,7 @@ def estimate(
             rounds = gone if spec.greedy else 1
             passes += depth * rounds / 2  # a layer that is left out costs those behind it
         steps["drop"] = passes * spec.tokens * depth * rehearsal.forward
-    if job.calibration is not None:
-        depth_proved = min(depth, job.checkpoint.config.num_hidden_layers)
-        steps["proof"] = rehearsal.proof * depth_proved / rehearsal.proof_layers
-        steps["record"] = rehearsal.embed * job.tokens
+    steps |= _ends(job, rehearsal, source)
     steps["layers"] = layers
     steps["write"] = 2 * output * rehearsal.disk  # each layer once for resuming, then its shard
     left = job.checkpoint.config.num_hidden_layers
@@ -104,6 +106,32 @@ def estimate(
         else f"layer {rehearsal.layer} run in full: {rehearsal.solve:.2f} s"
     )
     return Estimate(steps, based)
+
+
+def costs(job: Job, rehearsal: Rehearsal, startup: float, output: int, source: Checkpoint) -> Costs:
+    """The compression alone, as scaling.simulate takes it; of one process it is what estimate()
+    gives for start, proof, record, layers and write.
+    """
+    worst, sizes = layer_work(job.checkpoint, job.plan, rehearsal.layer), written(job)
+    works = {}
+    for index in layer_kinds(job.checkpoint, job.plan):
+        share = layer_work(job.checkpoint, job.plan, index) / worst if worst else 1.0
+        work = rehearsal.work(share)
+        works[index] = replace(work, write=work.write + 2 * sizes[index] * rehearsal.disk)
+    kinds = layer_kinds(job.checkpoint, job.plan)
+    rest = output - sum(sizes[index] * count for index, count in kinds.items())
+    steps = _ends(job, rehearsal, source)
+    alone = startup + steps.get("proof", 0.0) + 2 * max(0, rest) * rehearsal.disk
+    return Costs(works, alone, steps.get("record", 0.0))
+
+
+def _ends(job: Job, rehearsal: Rehearsal, source: Checkpoint) -> dict[str, float]:
+    """Seconds of what comes before the layers."""
+    if job.calibration is None:
+        return {}
+    depth = min(source.config.num_hidden_layers, job.checkpoint.config.num_hidden_layers)
+    proof = rehearsal.proof * depth / rehearsal.proof_layers
+    return {"proof": proof, "record": rehearsal.embed * job.tokens}
 
 
 def _all_tokens(recipe: Recipe, source: Checkpoint) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .team import Team, team
 
 PIECE = 1 << 24  # elements that are under way at once
+_LEAST, _PANELS = 1 << 20, 16  # elements, and panels, that a triangle is worth cutting into
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,20 @@ def _pieces(one: Sum, blocks: list[Tensor]) -> Iterator[tuple[list[Tensor], list
             here = slice(start, start + PIECE)
             yield [block.view(-1)[here] for block in blocks], [flat[here]]
         return
-    rows, start = len(one.tensor), 0
-    while start < rows:  # panels of rows from the diagonal on
-        stop = min(rows, start + max(1, PIECE // (rows - start)))
+    for start, stop in panels(len(one.tensor)):
         yield [block[start:stop, start:] for block in blocks], [one.tensor[start:stop, start:]]
+
+
+def panels(rows: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of the pieces of an upper triangle, each from column `start` on: narrow
+    enough that little is sent of what lies below the diagonal.
+    """
+    start = 0
+    while start < rows:
+        width = rows - start
+        high = min(PIECE // width, max(_LEAST // width, -(-rows // _PANELS)))
+        stop = min(rows, start + max(1, high))
+        yield start, stop
         start = stop
 
 
