@@ -106,6 +106,7 @@ def _sharded(root: Path, shard: str) -> dict[str, torch.Tensor]:
         "after": done.record["after"]["all"],
         "replaced": done.merged.replaced,
         "best": done.course.best_step,
+        "read": team().read,
     }
 
 
@@ -113,6 +114,9 @@ def test_a_sharded_student_is_published_whole(root):
     whole, found = (run_ranks(2, _sharded, root, how) for how in ("none", "full"))
     assert found[0]["replaced"] == found[1]["replaced"] == whole[0]["replaced"]
     assert found[0]["after"] == found[1]["after"]
+    # Teacher and student are read once between the ranks.
+    models = [root / name / "model.safetensors" for name in ("teacher", "student")]
+    assert 0 < sum(one["read"] for one in found) <= sum(path.stat().st_size for path in models)
     assert found[0]["best"] == whole[0]["best"] > 0
     assert found[0]["after"] == pytest.approx(whole[0]["after"], rel=1e-4)
     start = teaching.load(root / "student").state_dict()

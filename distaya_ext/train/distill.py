@@ -231,7 +231,8 @@ class _Run:
 
             def write() -> None:
                 if missing[team().rank :: team().world]:
-                    model = load_to_train(teacher, self.spec, self.device)
+                    # Not every rank may have some to write, so each reads for itself.
+                    model = load_to_train(teacher, self.spec, self.device, together=False)
                     cache.write(model, ids, missing=missing)
 
             by_all(write)

@@ -117,13 +117,19 @@ def finetune(
 
 
 def load_to_train(
-    checkpoint: Checkpoint, spec: TrainSpec, device: str, *, resting: bool = False
+    checkpoint: Checkpoint,
+    spec: TrainSpec,
+    device: str,
+    *,
+    resting: bool = False,
+    together: bool = True,
 ) -> Any:
     """The model of a folder on the device, in the dtype its passes run in: float32 where spec asks
     for float32 (auto: where the machine has no bfloat16), else its own, or bfloat16 for float16.
 
     Packed weights run with full-precision activations, since nothing learns from rounded ones.
     resting: it stays on the CPU, from where sharding.shard takes each rank's share to the device.
+    together: all ranks call this, and read the folder once between them.
     """
     place = find_device(device, kernels=checkpoint.scheme is not None)
     dtype = checkpoint.dtype
@@ -131,5 +137,5 @@ def load_to_train(
         dtype = torch.float32
     elif dtype == torch.float16:
         dtype = torch.bfloat16
-    model = load_opened(checkpoint, dtype, exact=True)
+    model = load_opened(checkpoint, dtype, exact=True, together=together)
     return model if resting else model.to(place)
