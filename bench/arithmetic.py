@@ -101,7 +101,7 @@ def work_of(job: Job, index: int) -> Work:
     prefix = f"{job.checkpoint.architecture.layers}.{index}"
     hidden, streams = job.checkpoint.config.hidden_size, 1 + job.needs.twin
     bf16, fp32 = (PEAK[kind] * ASSUMED[kind] for kind in ("bf16", "fp32"))
-    weights = products = factor = rows_work = trained = 0.0
+    weights = products = factor = inverse = rows_work = trained = 0.0
     attention = 2.0 * LENGTH * hidden  # of a token, which sees half the window in the mean
     for stage in job.checkpoint.architecture.stages:
         rows, columns = shape_of(job, prefix, list(stage.names))
@@ -117,13 +117,14 @@ def work_of(job: Job, index: int) -> Work:
             trained += learned(own, rows, columns)
     for columns, once, inverses in factors.of_layer(job.checkpoint, job.plan, index):
         factor += once * columns**3 / 3 / (PEAK["fp32"] * ASSUMED["factor"])
-        factor += inverses * 2.0 * columns**3 / fp32
+        inverse += inverses * 2.0 * columns**3 / fp32
     step = STEP_BYTES * weights / (PEAK["memory"] * ASSUMED["memory"]) / BATCH_TOKENS
     training = EPOCHS * (3 * (2 * weights + attention) / bf16 + step)
     return Work(
         read=layer_bytes(job.checkpoint) / DISK_READ,
         token=(streams * (2 * weights + attention) + products) / bf16,
         factor=factor,
+        inverse=inverse,
         rows=rows_work / fp32,
         train=training if trained else 0.0,
         write=2 * written(job)[index] / DISK_WRITE,

@@ -15,7 +15,7 @@ from distaya_ext.planning.clock import Rehearsal
 from distaya_ext.planning.scaling import Costs, Work, simulate
 from distaya_ext.planning.wire import Wire
 
-REHEARSED = Rehearsal(0, 200, 2.0, 1.0, 0.001, 0.0001, 0.5, 2, 1e-6, 1e-9, 0.1, 0.4, 0.0, 0.2)
+REHEARSED = Rehearsal(0, 200, 2.0, 1.0, 0.001, 0.0001, 0.5, 2, 1e-6, 1e-9, 0.1, 0.4, 0.3, 0.0, 0.2)
 WIRE = Wire(1e9, "given")
 
 
@@ -56,13 +56,15 @@ def everywhere(monkeypatch):
 
 
 def test_every_part_is_shared_or_not_as_it_is_said(source, everywhere):
-    work = Work(read=0.5, gather=0.25, token=0.001, factor=2.0, rows=6.0, train=0.002, write=0.125)
+    work = Work(read=0.5, gather=0.25, token=0.001, factor=2.0, inverse=1.0, rows=6.0, train=0.002,
+                write=0.125)  # fmt: skip
     found, _ = _simulated(source, [1, 2, 4], work=work, quality="plain", wire=Wire(1e15, "given"))
     for row, world in zip(found.rows, (1, 2, 4), strict=True):
         tokens = 48 // world * tiny.WINDOW
         expected = {
             "read": 0.5, "gather": 0.25 + 0.001 * tokens, "factor": 2.0, "rows": 6.0 / world,
             "train": 0.002 * tokens, "write": 0.125, "reduce": 0, "spread": 0, "gradients": 0,
+            "inverse": {1: 1.0, 2: 0.5, 4: 0.3}[world],  # ten levels
         }  # fmt: skip
         assert row.parts == pytest.approx(expected, abs=1e-6)
         assert row.layer == pytest.approx(sum(expected.values()))
@@ -82,7 +84,7 @@ def test_what_passes_costs_its_bytes_at_the_rate_of_the_wire(source, everywhere)
         moved = passed.of_layer(here, 0, parts)
         hops = {2: 1, 3: 2}[world]
         for kind, part in (("weights", "read"), ("moments", "reduce"), ("rows", "spread"),
-                           ("gradients", "gradients")):  # fmt: skip
+                           ("inverses", "inverse"), ("gradients", "gradients")):  # fmt: skip
             assert 2 * a.parts[part] == pytest.approx(b.parts[part]) and a.parts[part] > 0
             assert b.parts[part] == pytest.approx(moved[kind].seconds(1e6, hops))
             assert b.bytes[kind] == (max(moved[kind].given), max(moved[kind].arrived))
@@ -122,8 +124,8 @@ def test_methods_without_a_hessian_share_no_rows(source):
 
 def test_a_rehearsal_tells_its_parts():
     work = REHEARSED.work(0.5)
-    assert work.rows == pytest.approx(0.5 * (2.0 - 0.1 - 0.4 - 0.2))
-    assert (work.read, work.factor, work.write) == (0.05, 0.2, 0.1)
+    assert work.rows == pytest.approx(0.5 * (2.0 - 0.1 - 0.4 - 0.3 - 0.2))
+    assert (work.read, work.factor, work.inverse, work.write) == (0.05, 0.2, 0.15, 0.1)
     assert work.seconds(1000) == pytest.approx(REHEARSED.of_layer(1000, 0.5))
     assert REHEARSED.of_layer(1000) == pytest.approx(2.0 + 1.0 + 0.001 * 800)
     nothing = Rehearsal(0, 200, 2.0, 1.0, 0.001, 0.0001, 0.5, 2, 1e-6, 1e-9)
@@ -184,10 +186,10 @@ def test_each_size_is_timed_once(source, monkeypatch):
 
     checkpoint = open_checkpoint(source)
     made = make_plan(tiny.recipe(quality="high"), checkpoint, 3)
-    assert factors.factoring(checkpoint, made, 0) == 4 * (1 + 10 * 10)  # four stages
+    assert factors.factoring(checkpoint, made, 0) == (4, 4 * 10 * 10)  # four stages
     assert asked == [(64, True), (96, True)]
     made = make_plan(tiny.recipe("wanda"), checkpoint, 3)
-    assert factors.factoring(checkpoint, made, 0) == 0
+    assert factors.factoring(checkpoint, made, 0) == (0, 0)
 
 
 def test_timing_a_factorisation():

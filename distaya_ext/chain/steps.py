@@ -137,7 +137,7 @@ def measure(task: Task, models: dict[str, Path], folder: Path, scratch: Path) ->
     from ..evaluate import evaluate
 
     spec = task.recipe.evaluate
-    texts = read_texts(spec.path, parallel=spec.per_line)
+    texts = read_texts(spec.path, parallel=spec.per_line) if team().first else {}
     found, gate = {}, None
     for name, model in models.items():
         result = evaluate(

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from ..ops.cholesky import solve_
-from ..ops.hessian import CrossMoment, cross_
+from ..ops.hessian import CrossMoment
+from ..ops.refit import multiply_
 from ..ranks import Sum
 
 
@@ -53,11 +54,13 @@ class Aim:
         R: torch.Tensor,
         *,
         rows: slice | None = None,
+        all_rows: int = 0,
         last: bool = True,
     ) -> torch.Tensor:
-        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T). rows: which
-        rows of Y belong to W, where it is a part of the matrix; a row's bits do not depend on the
-        others (on the CPU). last: what was gathered is given up.
+        """W' fp32 [rows, columns] for dense W, H fp32 and its factor R (H' = R R^T).
+
+        rows, all_rows: which of how many rows W has, where it is a part of the matrix; their bits
+        are those of the whole. last: what was gathered is given up.
         """
         share = shrink(self.tokens, W.shape[1])
         if not share:
@@ -72,29 +75,16 @@ class Aim:
         if self.outputs:
             shift = moment if rows is None else moment[rows]
             shift = shift if last else shift.clone()
-            _add_product(shift, W, H, -1.0)
+            multiply_(shift, -W.float(), H, all_rows)
         else:
             shift = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-            _add_product(shift, W, moment.sub_(H) if last else moment - H, 1.0)
-        solve_(shift, R)
+            multiply_(shift, W.float(), moment.sub_(H) if last else moment - H, all_rows)
+        solve_(shift, R, all_rows)
         return shift.mul_(share).add_(W)
 
     def _finish(self, moment: CrossMoment) -> torch.Tensor:
         # As finish(), which would wait for the weights, and knows of this process's tokens alone.
         return moment.G.div_(self.tokens if self._weight is None else self._weight)
-
-
-def _add_product(total: torch.Tensor, W: torch.Tensor, B: torch.Tensor, sign: float) -> None:
-    """total [rows, n] += sign * W [rows, k] B [k, n], fp32.
-
-    On the CPU by our own kernel: its rows have the same bits whichever others there are, which
-    those of a BLAS have not, and rows are dealt out to processes.
-    """
-    if total.is_cuda:
-        total.addmm_(W.float(), B, alpha=sign)
-        return
-    columns = torch.empty(W.shape[::-1], dtype=torch.float32, device=W.device).copy_(W.t())
-    cross_(total, columns.mul_(sign), B)
 
 
 def shrink(tokens: int, columns: int) -> float:

@@ -95,7 +95,8 @@ def refined(
     else:
         found = obs_op.obs(T, **given, **(pattern(settings, mask) | order), **quiet)
         start, mask = found.W, found.mask
-    kept = refit(T, mask, H, start=start, damp=settings.damp)
+    every_row = 0 if rows is None else rows.count
+    kept = refit(T, mask, H, start=start, damp=settings.damp, all_rows=every_row)
     if settings.bits is None:
         Q = kept.to(W.dtype)
         return obs_op.ObsResult(Q, mask, None, None, None, _loss(Q, T, H, factor), None, -1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 from torch import Tensor
 
 from ..ops.among import Among
@@ -29,7 +32,19 @@ class Rows:
         if not self.shared:
             return None
         counts = tuple(share.stop - share.start for share in self.shares)
-        return Among(self.team.rank, counts, self.team.all_gather)
+        return Among(self.team.rank, counts, self.team.all_gather, self._deal)
+
+    def _deal(self, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]:
+        """As many at once as there are processes, each makes another one; whoever has made one
+        passes it on when it is wanted. Each holds its own and the one in use.
+        """
+        us = self.team
+        for first in range(0, len(makers), us.world):
+            turn = makers[first : first + us.world]
+            own = turn[us.rank]() if us.rank < len(turn) else None
+            for source in range(len(turn)):
+                made = own if source == us.rank else torch.empty_like(like)
+                yield us.broadcast_(made, source)
 
     def part(self, tensor: Tensor) -> Tensor:
         """This process's rows of a tensor [count, ...]."""

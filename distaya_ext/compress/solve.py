@@ -114,14 +114,15 @@ class Statistic:
         return H
 
     def wanted(
-        self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor, rows: slice
+        self, W: torch.Tensor, H: torch.Tensor, factor: LateFactor, rows: Rows
     ) -> torch.Tensor:
         """The weights to compress towards, fp32: W itself where nothing is aimed at. W: these rows
         of the matrix.
         """
         if self.aim is None:
             return W.float()
-        return self.aim.weights(W, H, factor.R, rows=rows, last=self.readers <= 0)
+        own, last = rows.own, self.readers <= 0
+        return self.aim.weights(W, H, factor.R, rows=own, all_rows=rows.count, last=last)
 
     def norms(self) -> torch.Tensor:
         """Weighted root mean square of each input column, fp32 [columns]; of a Hessian before
@@ -263,7 +264,7 @@ def _sweep(
         factor = cholesky_late(H, settings.damp)
         judge(factor)
         part = rows.part(W)
-        T = statistic.wanted(part, H, factor, rows.own)
+        T = statistic.wanted(part, H, factor, rows)
         found = refined(part, T, H, factor, settings, kept, rows)
     return _whole(found, figures, settings, rows)
 

@@ -5,7 +5,7 @@ rank counts its own, and tables of counts are exchanged: the result is exactly t
 with all rows, for every way of dealing them out (csrc/core/among.h).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,14 @@ from torch import Tensor
 
 from distaya_ext import _C
 from distaya_ext.errors import InputError
+
+Maker = Callable[[], Tensor]
+Deal = Callable[[Sequence[Maker], Tensor], Iterator[Tensor]]
+
+
+def each_makes_all(makers: Sequence[Maker], like: Tensor) -> Iterator[Tensor]:
+    """Every rank makes everything itself."""
+    return (make() for make in makers)
 
 
 class Among(NamedTuple):
@@ -24,11 +32,15 @@ class Among(NamedTuple):
     exchange  int64 [n] of every rank -> int64 [world, n] on every rank and on the same device, such
               as ``Team.all_gather``; the tensor it is given is written again afterwards. Every rank
               calls the op, with the same options, and the op calls it equally often on all of them
+    deal      makers of tensors that do not depend on each other, and one of their shape and dtype:
+              what they make, in order, to be used one after the other. A rank may make some of them
+              and have the others from other ranks; without it each makes all
     """
 
     rank: int
     rows: tuple[int, ...]
     exchange: Callable[[Tensor], Tensor]
+    deal: Deal = each_makes_all
 
     @property
     def total(self) -> int:

@@ -12,6 +12,7 @@ matrix. See csrc/refit/refit.h for every rule and bound.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -195,8 +196,9 @@ def admm(
              layers of small language models than with the default, and with 10 levels again
     start    weights to begin with [rows, cols] (their largest count as kept), if not T itself
     among    T holds this rank's rows of a matrix that lies on several, H is the same on all: each
-             gets exactly its rows of what one process would give. Only `sparsity` of the matrix
-             exchanges anything: 8224 bytes per rank and iteration, and once before them
+             gets exactly its rows of what one process would give. `sparsity` of the matrix
+             exchanges 8224 bytes per rank and iteration, and once before them. The inverses do not
+             depend on each other: among.deal may have each rank make some of them
 
     D is the last projection: ``refit(T, mask, H, start=D)`` improves on it. Nothing waits for the
     device, and NaN is not looked for. Raises ValueError for shapes, dtypes and options that do not
@@ -221,17 +223,24 @@ def admm(
     G = X.clone() if start is None else (start.float() * d).contiguous()
     mask = project(G.abs())
     before = 0.0
-    for now, steps in schedule:
-        factor = cholesky_late(A, damp + now)
-        U = torch.empty_like(A)
-        inverse_factor_(factor.R, U)
-        inverse_(U, factor.R)  # in the factor's memory, which is not needed any more
+    makers = [partial(_inverse, A, damp + now) for now, _ in schedule]
+    made = (make() for make in makers) if among is None else among.deal(makers, A)
+    for (now, steps), inverse in zip(schedule, made, strict=True):
         for _ in range(steps):
-            admm_(G, X, mask, Y, factor.R, now, before / now, all_rows)
+            admm_(G, X, mask, Y, inverse, now, before / now, all_rows)
             mask = project(X)
             before = now
     D = torch.where(mask, G.mul_(inverse_d), 0.0)
     return D.to(T.dtype), mask
+
+
+def _inverse(A: Tensor, ridge: float) -> Tensor:
+    """(A + ridge I)^-1."""
+    factor = cholesky_late(A, ridge)
+    U = torch.empty_like(A)
+    inverse_factor_(factor.R, U)
+    inverse_(U, factor.R)  # in the factor's memory, which is not needed any more
+    return factor.R
 
 
 def reference(

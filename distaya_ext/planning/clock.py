@@ -47,8 +47,8 @@ class Rehearsal:
     """Seconds. solve: of a layer, tokens apart; first: of its first `tokens` tokens; per_token: of
     every further one; proof: two windows over `proof_layers` layers; embed: of a token's first
     hidden state; forward: of a token through the layer; disk: of a byte written and synced. Parts
-    of solve: read, the layer's weights; factor, its factorisations, timed once more by themselves;
-    train, on `tokens` tokens; encode, what the file holds.
+    of solve: read, the layer's weights; factor and inverse, its factorisations and inverses, timed
+    once more by themselves; train, on `tokens` tokens; encode, what the file holds.
     """
 
     layer: int
@@ -63,6 +63,7 @@ class Rehearsal:
     disk: float
     read: float = 0.0
     factor: float = 0.0
+    inverse: float = 0.0
     train: float = 0.0
     encode: float = 0.0
 
@@ -74,12 +75,14 @@ class Rehearsal:
         """The parts of such a layer. Without a factor there are no rows to share."""
         rest = max(0.0, self.solve - self.read - self.train - self.encode)
         factor = min(self.factor, rest) if self.factor else rest
+        inverse = min(self.inverse, rest - factor)
         return Work(
             read=share * self.read,
             gather=self.first - self.per_token * self.tokens,
             token=self.per_token,
             factor=share * factor,
-            rows=share * (rest - factor),
+            inverse=share * inverse,
+            rows=share * (rest - factor - inverse),
             train=share * self.train / max(1, self.tokens),
             write=share * self.encode,
         )
@@ -149,7 +152,7 @@ def rehearse(
         Rehearsal(
             layer, few.tokens, once.solve, once.tokens, each, again.last / more.tokens, proof,
             truncated_depth(checkpoint.config), again.embedding / more.tokens, disk, once.read,
-            factoring(checkpoint, plan, layer), once.training, once.encoding,
+            *factoring(checkpoint, plan, layer), once.training, once.encoding,
         )
     )  # fmt: skip
 

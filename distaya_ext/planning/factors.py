@@ -1,6 +1,7 @@
 """The factorisations that solving a layer takes: how many, of which size, and how long they take.
 
-Every process of a run factorises every Hessian itself, so this is what more of them do not shorten.
+Every process of a run factorises every Hessian itself, so this is what more of them do not shorten;
+the inverses of ADMM are dealt out among them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from ..compress.refine import _ADMM
 from ..compress.settings import Settings
 from ..ops.cholesky import cholesky_late, inverse_, inverse_factor_
 
+LEVELS = _ADMM["levels"]  # each has an inverse of its own
+
 
 def factorisations(settings: Settings) -> tuple[int, int]:
     """(factors, inverses) that one stack takes: solve._sweep and refine.refined."""
@@ -26,7 +29,7 @@ def factorisations(settings: Settings) -> tuple[int, int]:
     prunes, reordered = settings.pattern is not None, settings.order != "natural"
     sweeps = int(prunes) + int(settings.bits is not None)  # each factorises H in another order
     if prunes and settings.quality == "high":
-        return 1 + reordered * (sweeps - 1), _ADMM["levels"]
+        return 1 + reordered * (sweeps - 1), LEVELS
     return 1 + reordered * sweeps, 0
 
 
@@ -41,18 +44,26 @@ def of_layer(
             yield columns, *factorisations(plan[f"{prefix}.{names[0]}"])
 
 
-def factoring(checkpoint: Checkpoint, plan: Mapping[str, Settings], index: int) -> float:
-    """Seconds of all factorisations of a layer, each size timed once on the CPU."""
+def factoring(
+    checkpoint: Checkpoint, plan: Mapping[str, Settings], index: int
+) -> tuple[float, float]:
+    """Seconds of all factors and of all inverses of a layer, each size timed once on the CPU."""
     one: dict[int, tuple[float, float]] = {}
-    total = 0.0
+    all_factors = all_inverses = 0.0
     for columns, factors, inverses in of_layer(checkpoint, plan, index):
         if not factors:
             continue
         factor, inverse = one.get(columns, (0.0, 0.0))
         if columns not in one or (inverses and not inverse):
             one[columns] = factor, inverse = _seconds(columns, inverts=inverses > 0)
-        total += factors * factor + inverses * inverse
-    return total
+        all_factors += factors * factor
+        all_inverses += inverses * inverse
+    return all_factors, all_inverses
+
+
+def rounds(world: int) -> int:
+    """How many inverses one of so many processes makes of a stack, at most."""
+    return -(-LEVELS // world)
 
 
 def _seconds(columns: int, *, inverts: bool) -> tuple[float, float]:

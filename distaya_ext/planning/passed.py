@@ -15,9 +15,10 @@ from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
 from ..models import Stage
 from ..ranks import Parts, Team
+from .factors import factorisations
 from .traffic import Traffic, read_shared, spread, summed
 
-KINDS = ("weights", "moments", "rows", "gradients")
+KINDS = ("weights", "moments", "inverses", "rows", "gradients")
 _FIGURES = 8 + 8  # of a row: loss, energy
 _COUNTS = 8 * (2048 + 1024 + 1024)  # bytes of the tables that find one threshold
 _BLOCK = 128  # columns that a sweep chooses among at once
@@ -61,6 +62,7 @@ def of_layer(job: Job, index: int, parts: Parts) -> dict[str, Traffic]:
             if settings.statistic == "hessian":
                 found["rows"] += spread(rows, row_bytes(job, settings, columns), world, UNIT)
                 found["rows"] += _chosen(settings, columns, world)
+                found["inverses"] += _inverses(settings, columns, world)
             if job.calibration is not None:
                 found["gradients"] += _gradients(job, prefix, names, settings, parts)
     return found
@@ -120,6 +122,14 @@ def _chosen(settings: Settings, columns: int, world: int) -> Traffic:
     one = -(-columns // _BLOCK) * _COUNTS
     zeros, told = (0,) * world, _PROJECTED if settings.quality == "high" else one
     return Traffic(zeros, zeros, (told,) * world)
+
+
+def _inverses(settings: Settings, columns: int, world: int) -> Traffic:
+    """Of ADMM, whole: every rank passes on what it has made; see rows.Rows."""
+    count = factorisations(settings)[1] if world > 1 else 0
+    own = [len(range(rank, count, world)) for rank in range(world)]
+    zeros = (0,) * world
+    return Traffic(zeros, zeros, tuple(4 * columns * columns * n for n in own))
 
 
 def _groups(settings: Settings, columns: int) -> int:

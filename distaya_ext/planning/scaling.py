@@ -23,6 +23,7 @@ from ..compress.shared import check_parts
 from ..errors import UsageError
 from ..ranks import sums
 from ..recipe import Recipe
+from .factors import LEVELS, rounds
 from .passed import KINDS, in_parts, of_layer, outside, windows_of, with_windows
 from .traffic import Traffic
 from .wire import Wire
@@ -33,6 +34,7 @@ SHARED = {
     "gather": "every token runs through the layer once, on one of the ranks",
     "rows": "every rank sweeps its own rows",
     "train": "every rank trains on its own windows",
+    "inverse": "every rank inverts for its share of the levels of ADMM, and passes that on",
 }
 ALONE = {
     "read": "all ranks read the same layer from one disk and pass it on",
@@ -43,8 +45,13 @@ ALONE = {
     "write": "rank 0 encodes and writes alone",
     "outside": "start, proof, embedding and head are hardly shared",
 }
-PARTS = ("read", "gather", "reduce", "factor", "rows", "spread", "train", "gradients", "write")
-_OVER = {"weights": "read", "moments": "reduce", "rows": "spread", "gradients": "gradients"}
+PARTS = (
+    "read", "gather", "reduce", "factor", "inverse", "rows", "spread", "train", "gradients", "write"
+)  # fmt: skip
+_OVER = {
+    "weights": "read", "moments": "reduce", "inverses": "inverse", "rows": "spread",
+    "gradients": "gradients",
+}  # fmt: skip
 _BUFFERS = 4  # of a piece that is summed: given, come, the sum, and the sum of all
 
 
@@ -214,6 +221,7 @@ def _parts(
         "read": work.read,
         "gather": work.of_tokens(tokens),
         "factor": work.factor,
+        "inverse": work.inverse * rounds(world) / LEVELS,
         "rows": work.rows / world,
         "train": work.train * tokens,
         "write": work.write,

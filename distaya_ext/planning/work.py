@@ -15,6 +15,7 @@ class Work:
     gather: float = 0.0
     token: float = 0.0
     factor: float = 0.0
+    inverse: float = 0.0
     rows: float = 0.0
     train: float = 0.0
     write: float = 0.0
@@ -25,5 +26,5 @@ class Work:
 
     def seconds(self, tokens: int) -> float:
         """All of it, for so many tokens."""
-        rest = self.read + self.factor + self.rows + self.write
+        rest = self.read + self.factor + self.inverse + self.rows + self.write
         return rest + self.of_tokens(tokens) + self.train * tokens
