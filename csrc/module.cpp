@@ -96,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
         release_gil());
   m.def("inverse_factor", &inverse_factor, "R"_a, "U"_a, release_gil());
   m.def("inverse", &inverse, "U"_a, "out"_a, release_gil());
-  m.def("solve_", &solve_, "B"_a, "R"_a, release_gil());
+  m.def("solve_", &solve_, "B"_a, "R"_a, "all_rows"_a = 0, release_gil());
 
   // --- mask --------------------------------------------------------------------------------------
   m.attr("mask_table") = mask::kTable;
@@ -155,12 +155,12 @@ PYBIND11_MODULE(_C, m) {
 
   // --- refit -------------------------------------------------------------------------------------
   m.def("refit", &refit, "target"_a, "mask"_a, "H"_a, "start"_a, "damp"_a, "iterations"_a, "out"_a,
-        "before"_a, "after"_a, "work"_a,
+        "before"_a, "after"_a, "work"_a, "all_rows"_a = 0,
         "Least squares for the kept weights, by conjugate gradients", release_gil());
   m.def("refit_work", &refit_work, "out"_a);
   m.def("admm", &admm, "G"_a, "X"_a, "mask"_a, "Y"_a, "inverse"_a, "rho"_a, "ratio"_a,
-        release_gil());
-  m.def("multiply", &multiply, "C"_a, "X"_a, "B"_a, "C += X B", release_gil());
+        "all_rows"_a = 0, release_gil());
+  m.def("multiply", &multiply, "C"_a, "X"_a, "B"_a, "all_rows"_a = 0, "C += X B", release_gil());
 
   // --- influence ---------------------------------------------------------------------------------
   m.def("similarity", &similarity, "X"_a, "Y"_a, "out"_a,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_ranks import RanksByTurns, check_keep
 
 from distaya_ext.ops import mask as M
 
@@ -100,3 +101,25 @@ def test_empty_matrices(simulator, shape):
         for along in ALONG:
             assert M.keep_k(W, 0, along).shape == shape
         assert M.keep_nm(W, 2, 4).shape == M.keep_nm(W, 2, 4, "outputs").shape == shape
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "NaN"])
+def test_a_matrix_on_several_ranks(simulator, kind):
+    S = with_ties(70, 61) if kind == "ties" else randn(70, 61) * (kind != "zeros")
+    if kind == "NaN":
+        S[33, 5] = S[60] = math.nan
+    with simulator.use():
+        for k in (0, 1, 700, 2001, S.numel() - 1, S.numel()):
+            for rows in [(35, 35), (0, 1, 68, 1)]:
+                assert check_keep(S, k, rows, RanksByTurns).sizes == [[257] * 4] * len(rows)
+
+
+def test_ranks_under_every_schedule(simulator):
+    S = with_ties(70, 61)
+
+    def keep():
+        ranks = RanksByTurns((30, 40))
+        parts = ranks.results(lambda r, among: M.mask_keep_k_among(ranks.own(r, S), 2001, among))
+        return [t for part in parts for t in part]
+
+    simulator.same_always(keep)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_sim import build
 from cuda_sim.simulator import Simulator
+from fake_ranks import RanksByTurns, check_sweep
 from test_obs import (
     MODES,
     check_count,
@@ -25,6 +26,7 @@ from test_obs import (
 )
 
 from distaya_ext.ops import obs as room
+from distaya_ext.ops.cholesky import solve_
 from distaya_ext.ops.obs import Quant, sweep_
 from distaya_ext.ops.order import permutation
 
@@ -85,6 +87,69 @@ def test_ties_go_in_row_major_order(simulator, rows, cols, reference):
     """From 1025 rows on runs of rows are counted: the last tie is in the 2nd of 2, the 3rd of 3."""
     with simulator.use():
         check_ties(rows, cols, reference)
+
+
+@pytest.mark.parametrize("mode", ["half", "published 50%", "half int4 g64", "2:4"])
+def test_rows_on_several_ranks(simulator, mode):
+    W, H = problem(40, 140)
+    R = factor(damped(H))
+    with simulator.use():
+        for rows in [(20, 20), (0, 33, 1, 6)]:
+            ranks = check_sweep(W, R, rows, MODES[mode], RanksByTurns)
+            assert ranks.sizes == [[2048, 1024, 1024] * 2 * ("sparsity" in MODES[mode])] * len(rows)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "few", "rows"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_ties_of_several_ranks(simulator, kind, reference):
+    """Ties end in any of the ranks; 1030 rows are runs of two."""
+    W = torch.randint(-1, 2, (40, 20), generator=torch.Generator().manual_seed(2)).float()
+    W = {"zeros": W * 0, "few": W, "rows": W[:, :1].expand(40, 20).contiguous()}[kind]
+    with simulator.use():
+        for sparsity in (0.1, 0.5, 0.8):
+            options = {"sparsity": sparsity, "reference": reference}
+            check_sweep(W, torch.eye(20), (13, 0, 26, 1), options, RanksByTurns)
+        tall = torch.ones(1060, 3)
+        options = {"sparsity": 0.7, "reference": reference}
+        check_sweep(tall, torch.eye(3), (30, 1030), options, RanksByTurns)
+
+
+def test_ranks_under_every_schedule(simulator):
+    W, H = problem(20, 30)
+    R = factor(damped(H))
+
+    def sweep():
+        ranks = RanksByTurns((7, 13))
+        parts = ranks.results(
+            lambda r, among: sweep_(ranks.own(r, W).clone(), R, sparsity=0.5, among=among)
+        )
+        return [t for part in parts for t in part]
+
+    simulator.same_always(sweep)
+
+
+def test_rows_sum_as_in_the_whole_product(simulator):
+    """The tile of a product, and with it the order of its sums, follows from all rows."""
+    path = "csrc/core/gemm_cuda.cu"
+    text = (build.ROOT / path).read_text()
+    plain = "large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)"
+    assert text.count(plain) == 1
+    early = Simulator(build.build({path: text.replace(plain, "(g.m_all ? g.m_all : g.m) > 30")}))
+    W, H = problem(40, 300)
+    R = factor(damped(H))
+    with early.use():
+        whole, part = W.clone(), W[:20].clone()
+        sweep_(whole, R, nm=(2, 4))
+        sweep_(part, R, nm=(2, 4))
+        assert not torch.equal(whole[:20], part)  # the two tiles do differ
+        check_sweep(W, R, (20, 20), {"nm": (2, 4)}, RanksByTurns)
+        check_sweep(W, R, (20, 20), {"sparsity": 0.5}, RanksByTurns)
+        X = W.clone()
+        solve_(X, R)
+        for rows, want in zip(W.split(20), X.split(20), strict=True):
+            found = rows.clone()
+            solve_(found, R, 40)
+            assert torch.equal(found, want)
 
 
 def test_nm_ties_lower_index_goes(simulator):

@@ -7,6 +7,7 @@ import test_refit_admm as admms
 import torch
 from cuda_sim import build
 from cuda_sim.simulator import Simulator
+from fake_ranks import RanksByTurns, check_admm
 from test_obs import problem
 from test_refit import DTYPES, hessian, loss, masked
 
@@ -111,3 +112,29 @@ def test_all_schedules_give_the_same_bits(simulator):
     T, H = admms.weights(6, 40), hessian(40)
     for way in admms.WAYS.values():
         simulator.same_always(lambda way=way: admm(T, H, iterations=3, **way))
+
+
+def test_admm_of_several_ranks(simulator):
+    W, H = problem(40, 64)
+    with simulator.use():
+        for options in ({"sparsity": 0.5}, {"nm": (2, 4)}):
+            check_admm(
+                W, H.float(), (13, 0, 27), {**options, "iterations": 3, "levels": 2}, RanksByTurns
+            )
+
+
+def test_rows_sum_as_in_the_whole_product(simulator):
+    path = "csrc/core/gemm_cuda.cu"
+    text = (build.ROOT / path).read_text()
+    plain = "large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)"
+    assert text.count(plain) == 1
+    early = Simulator(build.build({path: text.replace(plain, "(g.m_all ? g.m_all : g.m) > 30")}))
+    W, H = problem(40, 64)
+    H, mask = H.float(), masked(40, 64, "half")
+    with early.use():
+        want = refitted(W, mask, H)
+        assert not torch.equal(refitted(W[:20], mask[:20], H).W, want.W[:20])
+        for rows in (slice(0, 20), slice(20, 40)):
+            got = refitted(W[rows], mask[rows], H, all_rows=40)
+            assert all(torch.equal(x, y[rows]) for x, y in zip(got, want, strict=True))
+        check_admm(W, H, (13, 0, 27), {"sparsity": 0.5, "iterations": 3, "levels": 2}, RanksByTurns)

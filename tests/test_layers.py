@@ -301,9 +301,9 @@ def test_one_layer_at_a_time_each_read_once(folders, monkeypatch):
     """A walk reads every layer once, and none while another one is alive."""
     alive, reads, load = [], [], walk_module.load_layer
 
-    def watched(layer, prefix, checkpoint, device):
+    def watched(layer, prefix, checkpoint, device, **more):
         assert not any(ref() for ref in alive)
-        found = load(layer, prefix, checkpoint, device)
+        found = load(layer, prefix, checkpoint, device, **more)
         alive.append(weakref.ref(found))
         reads.append(int(prefix.rpartition(".")[2]))
         return found

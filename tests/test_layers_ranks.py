@@ -1,5 +1,7 @@
 """Scoring and choosing layers by several ranks: the same bits as by one process."""
 
+import contextlib
+import io
 from dataclasses import replace
 from importlib import import_module
 
@@ -7,10 +9,10 @@ import pytest
 import tiny
 from loud import config
 from ranked import Ranks, run_ranks
+from speaking import save_texts, tokenizer
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration
-from distaya_ext.errors import InputError
 from distaya_ext.influence.choose import Study, choose
 from distaya_ext.influence.spec import SCORES, DropSpec
 from distaya_ext.ranks import team
@@ -107,26 +109,17 @@ def _overflowing(folder):
     windows = _windows(7)
     ids = windows.ids.clone()
     ids[4, 5] = 2  # a token that no other window holds
-    try:
-        choose(
-            open_checkpoint(folder),
-            replace(windows, ids=ids),
-            DropSpec(count=1, score="bi"),
-        )
-    except InputError as error:
-        return team().rank, str(error)
-    return None
+    choose(open_checkpoint(folder), replace(windows, ids=ids), DropSpec(count=1, score="bi"))
 
 
 def test_a_window_that_overflows_is_told_of_by_the_rank_that_has_it(tmp_path):
     folder = tiny.make(tmp_path / "hot", config("gemma", 3))
     _scale_token(folder, 2)
-    ((_, expected),) = run_ranks(1, _overflowing, folder)
-    assert "the output of layer" in expected and "not finite" in expected
-    ends = Ranks(2, _overflowing, folder).ends()
-    told = [what for good, what in ends if good and what is not None]
-    assert told == [(1, expected)]  # windows 4 to 6 are rank 1's
-    assert [what[0] for good, what in ends if not good] == ["LostError"]
+    ((_, (kind, expected, _)),) = Ranks(1, _overflowing, folder).ends()
+    assert kind == "InputError" and "the output of layer 0 is not finite" in expected
+    ends = [what for _, what in Ranks(2, _overflowing, folder).ends()]
+    assert ends[1][:2] == ("InputError", expected)  # windows 4 to 6 are rank 1's
+    assert ends[0][0] == "LostError"
 
 
 def _scale_token(folder, token):
@@ -136,3 +129,25 @@ def _scale_token(folder, token):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][token] = 3e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _commanded(folder, texts, plot):
+    """`distaya layers` as each rank runs it, and whether it opened a text."""
+    from distaya_ext.cli.layers import layers as command
+
+    if not team().first:
+        texts = texts / "not here"  # only rank 0 reads them
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        command(str(folder), texts, scores="bi,kl", tokens=192, window=32, plot=plot, json=True)
+    return printed.getvalue(), told.getvalue(), plot.exists()
+
+
+def test_the_command_reads_texts_speaks_and_draws_on_rank_0_alone(tmp_path):
+    folder = tiny.make(tmp_path / "model", config("cohere2", 2, vocab_size=300))
+    tokenizer().save_pretrained(folder)
+    texts = save_texts(tmp_path / "texts", repeat=12)
+    ((alone, _, _),) = run_ranks(1, _commanded, folder, texts, tmp_path / "one.png")
+    first, other = run_ranks(2, _commanded, folder, texts, tmp_path / "two.png")
+    assert first[0] == alone and "forwards " in first[1] and first[2]
+    assert other[:2] == ("", "")

@@ -76,14 +76,19 @@ void inverse(Tensor U, Tensor out) {
   inverse_cpu(p);
 }
 
-void solve_(Tensor B, Tensor R) {
+void solve_(Tensor B, Tensor R, int64_t all_rows) {
   const int64_t n = square(R, "R");
   const auto [rows, cols] = B.shape<2>("B");
   check(cols == n, "B (", B, ") must have as many columns as R (", R, ")");
   B.need_contiguous("B");
   same_device(B, "B", R, "R");
   check(rows == 0 || n == 0 || B.data != R.data, "B and R must not be the same tensor");
-  const Solve p{.B = B.as<float>("B"), .R = R.as<float>("R"), .rows = rows, .n = n};
+  check(all_rows == 0 || all_rows >= rows, rows, " rows cannot be some of ", all_rows);
+  const Solve p{.B = B.as<float>("B"),
+                .R = R.as<float>("R"),
+                .rows = rows,
+                .n = n,
+                .all_rows = all_rows ? all_rows : rows};
   if (rows == 0 || n == 0) return;
   if constexpr (has_cuda)
     if (R.on_cuda) return solve_cuda(p, stream_of(R), R.device);

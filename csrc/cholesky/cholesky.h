@@ -63,6 +63,7 @@ struct Solve {
   float* B;  // [rows, n]
   const float* R;
   int64_t rows, n;
+  int64_t all_rows;  // of the matrix, where these are some of its rows: sums on CUDA as for all
 };
 
 // Where the last of the blocks of `size` columns that end before column `end` begins.
@@ -90,7 +91,7 @@ int64_t cholesky_work(const Tensor& H);  // floats of `work` that H [n, n] needs
 void cholesky_(Tensor H, double damp, double floor, Tensor info, Tensor mean, Tensor work);
 void inverse_factor(Tensor R, Tensor U);
 void inverse(Tensor U, Tensor out);
-void solve_(Tensor B, Tensor R);
+void solve_(Tensor B, Tensor R, int64_t all_rows);  // 0: as many as B has
 
 void cholesky_cpu(const Cholesky& p);
 void inverse_factor_cpu(const InverseFactor& p);

@@ -129,23 +129,28 @@ void solve_cuda(const Solve& p, Stream s, int device) {
   const cudaStream_t stream = raw(s);
   const int64_t blocks = ceil_div<int64_t>(p.rows, kRows);
   check(blocks <= int64_t{1} << 30, "B of ", p.rows, " rows exceeds the CUDA grid");
+  const auto eliminate = [&](int64_t to, int64_t n, int64_t c, int64_t k, bool backward) {
+    Gemm g = elimination<Gemm>(p, to, n, c, k, backward);
+    g.m_all = p.all_rows;
+    gemm(g, stream);
+  };
   for (int64_t end = p.n, begin; end > 0; end = begin) {
     begin = start_of(end, kSlice);
     for (int64_t last = end, c; last > begin; last = c) {
       c = start_of(last, kBlock);
       solve_columns<true>(p, c, last - c, stream);
-      gemm(elimination<Gemm>(p, begin, c - begin, c, last - c, true), stream);
+      eliminate(begin, c - begin, c, last - c, true);
     }
-    gemm(elimination<Gemm>(p, 0, begin, begin, end - begin, true), stream);
+    eliminate(0, begin, begin, end - begin, true);
   }
   for (int64_t begin = 0, end; begin < p.n; begin = end) {
     end = begin + kSlice < p.n ? begin + kSlice : p.n;
     for (int64_t c = begin, next; c < end; c = next) {
       next = c + kBlock < end ? c + kBlock : end;
       solve_columns<false>(p, c, next - c, stream);
-      gemm(elimination<Gemm>(p, next, end - next, c, next - c, false), stream);
+      eliminate(next, end - next, c, next - c, false);
     }
-    gemm(elimination<Gemm>(p, end, p.n - end, begin, end - begin, false), stream);
+    eliminate(end, p.n - end, begin, end - begin, false);
   }
 }
 

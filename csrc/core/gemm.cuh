@@ -24,7 +24,7 @@
 // Inf would come apart as Inf and NaN: an element of C whose sum is not finite is computed again in
 // plain fp32, in the order of k, so that Inf and NaN spread exactly as there; it also makes good
 // operands so large that rounding to tf32 overflows. An element of C depends on nothing but its row
-// of A and its column of B.
+// of A, its column of B and the tile, which follows from m (or m_all) and n.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -47,6 +47,7 @@ struct Gemm {
   bool upper_only = false;  // leave C's elements below its diagonal alone
   bool overwrite = false;   // C = alpha A B: C is not read; but k = 0 leaves it alone
   bool lower_a = false;     // A[i, p] is 0 for p > i: such products are mostly left out
+  int64_t m_all = 0;        // if not 0: these m rows are some of so many, whose sums they have
 };
 
 void gemm(const Gemm& g, cudaStream_t stream);

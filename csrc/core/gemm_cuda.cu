@@ -44,7 +44,8 @@ void start(const Gemm& g, cudaStream_t stream) {
 void gemm(const Gemm& g, cudaStream_t stream) {
   if (g.m <= 0 || g.n <= 0 || g.k <= 0) return;
   check(g.k < int64_t{1} << 31, "gemm over ", g.k, " products exceeds 2^31");
-  if (large_tiles(g.m, g.n, g.upper_only)) return start<LargeTile>(g, stream);
+  // Sums over k are split differently in the two tiles, so rows of one product must agree on it.
+  if (large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)) return start<LargeTile>(g, stream);
   start<SmallTile>(g, stream);
 }
 

@@ -97,17 +97,17 @@ void mask_keep_k(const Tensor& scores, int64_t k, const std::string& along, cons
           " have nothing to do with rows on other ranks");
     check(tables != nullptr, "rows that lie on several ranks need tables to exchange");
     all = read_among(*among, *tables, mask::kTable, rows, scores);
-    p.among = &all;
+    if (all.world > 1) p.among = &all;
   }
   const int64_t group = p.along == Along::row      ? cols
                         : p.along == Along::column ? rows
-                        : among                    ? among->total * cols
+                        : p.among                  ? all.total * cols
                                                    : rows * cols;
   check(k >= 0 && k <= group, "cannot keep ", k, " of the ", group, " scores of a ", along, " (",
         scores, ")");
   check(p.along == Along::matrix || group <= INT32_MAX, "a ", along, " of ", group,
         " scores is longer than this kernel counts (", INT32_MAX, ")");
-  if ((rows == 0 && !among) || cols == 0) return;
+  if ((rows == 0 && !p.among) || cols == 0) return;
   if constexpr (has_cuda)
     if (scores.on_cuda) {
       if (p.along == Along::matrix) {

@@ -7,7 +7,7 @@
 
 namespace distaya::mask {
 
-void keep_matrix_cuda(const KeepK& p, cudaStream_t stream);  // matrix_cuda.cu
+void keep_matrix_cuda(const KeepK& p, int device, cudaStream_t stream);  // matrix_cuda.cu
 
 namespace {
 
@@ -160,7 +160,7 @@ void keep_k_cuda(const KeepK& p, int device, Stream stream) {
   } else if (p.along == Along::column) {
     launch(column_kernel, grid_of(ceil_div<int64_t>(p.cols, kSide)), kSide * kSlices, 0, s, p);
   } else {
-    return keep_matrix_cuda(p, s);
+    return keep_matrix_cuda(p, device, s);
   }
 }
 

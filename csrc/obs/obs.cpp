@@ -111,9 +111,9 @@ void obs(const Tensor& W, const Tensor& R, const MaybeView& mask, const MaybeVie
   if (among) {
     check(tables.has_value(), "rows that lie on several ranks need tables to exchange");
     all = read_among(*among, *tables, kBins, rows, W);
-    p.among = &all;
+    if (all.world > 1) p.among = &all;
   }
-  const bool idle = rows == 0 && !(among && p.select == Select::unstructured);
+  const bool idle = rows == 0 && !(p.among && p.select == Select::unstructured);
   if (idle || cols == 0) return;
   if constexpr (has_cuda)
     if (W.on_cuda) return obs_cuda(p, stream_of(W));

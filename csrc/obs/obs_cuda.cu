@@ -1,7 +1,8 @@
 // The blocked OBS sweep on the device (obs.h has the formulas). Before the blocks: all N_b in one
 // launch; before every few blocks: their panels P_b in one launch. Per block of columns: the panel
 // product E P_b, where a mask is chosen over all rows its threshold (four launches), and the sweep.
-// Nothing is allocated, copied to the host or waited for.
+// Nothing is allocated, copied to the host or waited for. Where the rows lie on several ranks, the
+// threshold's launches leave their counts to others and three more take up those of all ranks.
 #include "core/cuda.cuh"
 #include "core/gemm.cuh"
 #include "obs/obs.h"
@@ -96,7 +97,8 @@ void enter_block(const Obs& p, const Work& work, const float* P, int64_t i1, int
         .b_col = 1,
         .C = work.T,
         .ldc = kB,
-        .overwrite = true},
+        .overwrite = true,
+        .m_all = all_rows(p)},
        stream);
 }
 
@@ -120,17 +122,22 @@ void run(const Obs& p, cudaStream_t stream) {
     enter_block(p, work, work.P + index % together * p.cols * kB, i1, width, stream);
     const int64_t k = p.select == Select::unstructured ? prune_count(p, i1, i1 + width) : 0;
     if (k > 0)
-      select_block<T>({.T = work.T,
-                       .W = p.W,
-                       .D = work.D + i1,
-                       .rows = p.rows,
-                       .cols = p.cols,
-                       .i1 = i1,
-                       .width = width,
-                       .k = k,
-                       .all_ties = p.reference,
-                       .state = work.state},
-                      stream);
+      select_block<T>(
+          {.T = work.T,
+           .W = p.W,
+           .D = work.D + i1,
+           .rows = p.rows,
+           .cols = p.cols,
+           .i1 = i1,
+           .width = width,
+           .k = k,
+           .all_ties = p.reference,
+           .state = work.state,
+           .counts = p.among ? reinterpret_cast<Count*>(p.among->own) : work.state->counts,
+           .theirs = p.among ? reinterpret_cast<Count*>(p.among->all) : nullptr,
+           .rank = p.among ? p.among->rank : 0,
+           .world = p.among ? p.among->world : 1},
+          p, stream);
     const Block block{.N = work.N + index * kPacked,
                       .D = work.D + i1,
                       .T = work.T,
@@ -145,13 +152,22 @@ void run(const Obs& p, cudaStream_t stream) {
   }
 }
 
+// What a rank without rows owes the others: its counts, which stay zero.
+void take_part(const Obs& p) {
+  const int64_t step = block_columns(p);
+  for (int64_t i1 = 0; i1 < p.cols; i1 += step) {
+    if (prune_count(p, i1, i1 + step < p.cols ? i1 + step : p.cols) <= 0) continue;
+    for (int pass = 0; pass < kPasses; ++pass) exchange(p, pass);
+  }
+}
+
 }  // namespace
 
 int64_t obs_work_cuda(int64_t rows, int64_t cols) { return lay_out(nullptr, rows, cols).bytes; }
 
 void obs_cuda(const Obs& p, Stream stream) {
-  if (p.rows == 0 || p.cols == 0) return;
   const DeviceGuard guard(p.device);
+  if (p.rows == 0) return take_part(p);
   dispatch<float, f16, bf16>(p.dtype, "W", [&]<class T>() { run<T>(p, raw(stream)); });
 }
 

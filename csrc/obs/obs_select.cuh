@@ -12,8 +12,7 @@
 
 namespace distaya {
 
-inline constexpr int kBins = 2048, kPasses = 3;  // bits 30..20, 19..10, 9..0
-inline constexpr int kChunks = 1024;             // runs of rows whose ties are counted apart
+inline constexpr int kChunks = 1024;  // runs of rows whose ties are counted apart
 inline constexpr int kSelectThreads = 256;
 inline constexpr int64_t kAllTies = INT64_MAX;
 
@@ -40,6 +39,9 @@ struct SelectBlock {
   int64_t k;      // how many go, at least 1
   bool all_ties;  // every score equal to the threshold goes, as published
   SelectState* state;
+  Count* counts;        // state's, or those of this rank for the others: zeros between launches
+  const Count* theirs;  // [world][bins_of(pass)], if world > 1
+  int64_t rank, world;
 };
 
 __device__ inline uint32_t score_bits(float t, float d) {
@@ -50,9 +52,6 @@ __device__ inline uint32_t score_bits(float t, float d) {
 __device__ inline bool goes(uint32_t u, int64_t index, uint32_t threshold, int64_t cut) {
   return u < threshold || (u == threshold && index <= cut);
 }
-
-template <int pass>
-constexpr int kShift = 20 - 10 * pass;
 
 __global__ void __launch_bounds__(kSelectThreads) start_select_kernel(SelectState* state) {
   for (int i = threadIdx.x; i < kBins; i += kSelectThreads) state->counts[i] = 0;
@@ -114,9 +113,10 @@ __device__ inline void find_run(Count* runs, int total, Count wanted, const Foun
 template <int pass, class T>
 __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectBlock s) {
   constexpr int kRows = kSelectThreads / 32;  // a warp takes a row, a lane four columns of it
-  constexpr int kHere = pass == 0 ? kBins : kBins / 2, kBefore = pass ? pass - 1 : 0;
-  constexpr int kSettled = kShift<kBefore>;  // bits below those that earlier passes have fixed
-  __shared__ unsigned local[kHere];          // integer counts: order cannot change them
+  constexpr int kHere = bins_of(pass);
+  // Bits below those that earlier passes have fixed.
+  constexpr int kSettled = shift_of(pass ? pass - 1 : 0);
+  __shared__ unsigned local[kHere];  // integer counts: order cannot change them
   for (int i = threadIdx.x; i < kHere; i += kSelectThreads) local[i] = 0;
   __syncthreads();
   const uint32_t prefix = pass ? s.state->prefix[pass] : 0;
@@ -139,12 +139,13 @@ __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectB
     for (int i = 0; i < 4; ++i) {
       const uint32_t u = score_bits(x[i], d[i]);
       const bool counts = pass == 0 || u >> kSettled == prefix;
-      if (j + i < s.width && counts) atomicAdd(&local[u >> kShift<pass> & (kHere - 1)], 1u);
+      if (j + i < s.width && counts) atomicAdd(&local[u >> shift_of(pass) & (kHere - 1)], 1u);
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kHere; i += kSelectThreads)
-    if (local[i]) atomicAdd(&s.state->counts[i], static_cast<Count>(local[i]));
+    if (local[i]) atomicAdd(&s.counts[i], static_cast<Count>(local[i]));
+  if (s.world > 1) return;  // pick_kernel goes on
   if (!comes_last(s.state)) return;
   const int64_t left = pass ? s.state->left[pass] : s.k;
   find_run(s.state->counts, kHere, static_cast<Count>(left), [&](int bin, Count rest, Count size) {
@@ -154,6 +155,35 @@ __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(const SelectB
     if (pass + 1 < kPasses) return;
     s.state->search = !s.all_ties && rest < size;
     s.state->cut = kAllTies;
+  });
+}
+
+// The threshold's next digit from the counts of all ranks; after the last one, how many of this
+// rank's ties go: those of lower ranks go first.
+template <int pass>
+__global__ void __launch_bounds__(kSelectThreads) pick_kernel(const SelectBlock s) {
+  constexpr int kHere = bins_of(pass);
+  const uint32_t prefix = pass ? s.state->prefix[pass] : 0;
+  const int64_t left = pass ? s.state->left[pass] : s.k;
+  for (int i = threadIdx.x; i < kHere; i += kSelectThreads) {
+    Count sum = 0;
+    for (int64_t r = 0; r < s.world; ++r) sum += s.theirs[r * kHere + i];
+    s.state->counts[i] = sum;
+    s.counts[i] = 0;
+  }
+  __syncthreads();
+  find_run(s.state->counts, kHere, static_cast<Count>(left), [&](int bin, Count rest, Count) {
+    s.state->prefix[pass + 1] = prefix * kHere + static_cast<uint32_t>(bin);
+    if (pass + 1 == kPasses) {
+      for (int64_t r = 0; r < s.rank; ++r) {
+        const Count before = s.theirs[r * kHere + bin];
+        rest -= before < rest ? before : rest;
+      }
+      const bool all = s.all_ties || rest >= s.theirs[s.rank * kHere + bin];
+      s.state->search = !all && rest > 0;
+      s.state->cut = all ? kAllTies : -1;  // -1: none, unless it is searched for
+    }
+    s.state->left[pass + 1] = static_cast<int64_t>(rest);
   });
 }
 
@@ -194,13 +224,27 @@ __global__ void __launch_bounds__(kSelectThreads) find_cut_kernel(const SelectBl
   }
 }
 
+// Queues the exchange of a pass, if there are other ranks.
+inline void exchange(const Obs& p, int pass) {
+  if (!p.among) return;
+  p.among->exchange(bins_of(pass));
+  cuda::check_cuda(cudaSetDevice(p.device));  // the callee may have had its own
+}
+
+template <int pass, class T>
+void find_digit(const SelectBlock& s, const Obs& p, cudaStream_t stream) {
+  const unsigned blocks = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows, 8), 512);
+  cuda::launch(histogram_kernel<pass, T>, blocks, kSelectThreads, 0, stream, s);
+  exchange(p, pass);
+  if (s.world > 1) cuda::launch(pick_kernel<pass>, 1, kSelectThreads, 0, stream, s);
+}
+
 // Afterwards the threshold is state->prefix[kPasses], and T is complete.
 template <class T>
-void select_block(const SelectBlock& s, cudaStream_t stream) {
-  const unsigned blocks = cuda::grid_of(cuda::ceil_div<int64_t>(s.rows, 8), 512);
-  cuda::launch(histogram_kernel<0, T>, blocks, kSelectThreads, 0, stream, s);
-  cuda::launch(histogram_kernel<1, float>, blocks, kSelectThreads, 0, stream, s);
-  cuda::launch(histogram_kernel<2, float>, blocks, kSelectThreads, 0, stream, s);
+void select_block(const SelectBlock& s, const Obs& p, cudaStream_t stream) {
+  find_digit<0, T>(s, p, stream);
+  find_digit<1, float>(s, p, stream);
+  find_digit<2, float>(s, p, stream);
   const int64_t height = cuda::ceil_div<int64_t>(s.rows, kChunks);
   cuda::launch(find_cut_kernel, cuda::grid_of(cuda::ceil_div(s.rows, height)), kSelectThreads, 0,
                stream, s);

@@ -26,16 +26,22 @@ void* weights(const Tensor& t, const char* name, const std::array<int64_t, 2>& w
   return data;
 }
 
+int64_t rows_of_all(int64_t all_rows, int64_t rows) {
+  check(all_rows == 0 || all_rows >= rows, rows, " rows cannot be some of ", all_rows);
+  return all_rows ? all_rows : rows;
+}
+
 }  // namespace
 
 void refit(const Tensor& target, const Tensor& mask, const Tensor& H,
            const std::optional<Tensor>& start, double damp, int64_t iterations, const Tensor& out,
-           const Tensor& before, const Tensor& after, const Tensor& work) {
+           const Tensor& before, const Tensor& after, const Tensor& work, int64_t all_rows) {
   const auto [rows, cols] = out.shape<2>("W");
   check(std::isfinite(damp) && damp >= 0, "damp must be a finite number >= 0 but is ", damp);
   check(iterations >= 0, "iterations must be at least 0 but are ", iterations);
   Refit p{};
   p.rows = rows, p.cols = cols;
+  p.all_rows = rows_of_all(all_rows, rows);
   p.damp = damp, p.iterations = iterations;
   p.out = weights(out, "W", {rows, cols}, out, "W");
   p.dtype = out.dtype;
@@ -63,7 +69,7 @@ int64_t refit_work(const Tensor& out) {
 }
 
 void admm(const Tensor& G, const Tensor& X, const Tensor& mask, const Tensor& Y,
-          const Tensor& inverse, double rho, double ratio) {
+          const Tensor& inverse, double rho, double ratio, int64_t all_rows) {
   const auto [rows, cols] = G.shape<2>("G");
   check(rho > 0 && std::isfinite(rho), "rho must be a finite number > 0 but is ", rho);
   check(ratio >= 0 && std::isfinite(ratio), "ratio must be a finite number >= 0 but is ", ratio);
@@ -76,6 +82,7 @@ void admm(const Tensor& G, const Tensor& X, const Tensor& mask, const Tensor& Y,
                .inverse = operand<float, 2>(inverse, "inverse", {cols, cols}, G, "G"),
                .rho = static_cast<float>(rho),
                .ratio = static_cast<float>(ratio),
+               .all_rows = rows_of_all(all_rows, rows),
                .device = G.device};
   if (rows == 0 || cols == 0) return;
   if constexpr (has_cuda)
@@ -83,13 +90,14 @@ void admm(const Tensor& G, const Tensor& X, const Tensor& mask, const Tensor& Y,
   admm_cpu(p);
 }
 
-void multiply(const Tensor& C, const Tensor& X, const Tensor& B) {
+void multiply(const Tensor& C, const Tensor& X, const Tensor& B, int64_t all_rows) {
   const auto [rows, cols] = C.shape<2>("C");
   const Multiply p{.rows = rows,
                    .cols = cols,
                    .C = operand<float, 2>(C, "C", {rows, cols}, C, "C"),
                    .X = operand<float, 2>(X, "X", {rows, cols}, C, "C"),
                    .B = operand<float, 2>(B, "B", {cols, cols}, C, "C"),
+                   .all_rows = rows_of_all(all_rows, rows),
                    .device = C.device};
   if (rows == 0 || cols == 0) return;
   check(C.data != X.data && C.data != B.data, "C must not be the memory of X or B");

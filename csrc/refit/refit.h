@@ -61,10 +61,11 @@ struct Refit {
   int64_t iterations;
   void* out;  // [rows, cols] Q; 0 off the mask
   Dtype dtype;
-  double* before;  // [rows] L of the start
-  double* after;   // [rows] L of Q before it is rounded to dtype: before less what steps gained
-  void* work;      // refit_work_cuda() bytes, 256-aligned; not used on the CPU
-  int device;      // CUDA ordinal
+  int64_t all_rows;  // of the matrix, where these are some of its rows: sums on CUDA as for all
+  double* before;    // [rows] L of the start
+  double* after;     // [rows] L of Q before it is rounded to dtype: before less what steps gained
+  void* work;        // refit_work_cuda() bytes, 256-aligned; not used on the CPU
+  int device;        // CUDA ordinal
 };
 
 // Rows are worked on in runs, so that scratch is a few times so many elements.
@@ -120,14 +121,16 @@ struct Admm {
   const float* Y;        // [rows, cols]
   const float* inverse;  // [cols, cols] (A + rho I)^-1, symmetric
   float rho, ratio;      // ratio: the old rho over this one, 0 where there is no U yet
+  int64_t all_rows;      // as in Refit
   int device;
 };
 
 struct Multiply {  // C += X B
   int64_t rows, cols;
-  float* C;        // [rows, cols]
-  const float* X;  // [rows, cols]
-  const float* B;  // [cols, cols]
+  float* C;          // [rows, cols]
+  const float* X;    // [rows, cols]
+  const float* B;    // [cols, cols]
+  int64_t all_rows;  // as in Refit
   int device;
 };
 
@@ -141,18 +144,18 @@ void admm_cuda(const Admm& p, Stream stream);
 void multiply_cpu(const Multiply& p);
 void multiply_cuda(const Multiply& p, Stream stream);
 
-// The doors (refit.cpp): checks, then one of the above.
+// The doors (refit.cpp): checks, then one of the above. all_rows: 0 for those that are there.
 
 void refit(const Tensor& target, const Tensor& mask, const Tensor& H,
            const std::optional<Tensor>& start, double damp, int64_t iterations, const Tensor& out,
-           const Tensor& before, const Tensor& after, const Tensor& work);
+           const Tensor& before, const Tensor& after, const Tensor& work, int64_t all_rows);
 
 // Bytes of `work` that out [rows, cols] needs: 0 on the CPU.
 int64_t refit_work(const Tensor& out);
 
 void admm(const Tensor& G, const Tensor& X, const Tensor& mask, const Tensor& Y,
-          const Tensor& inverse, double rho, double ratio);
+          const Tensor& inverse, double rho, double ratio, int64_t all_rows);
 
-void multiply(const Tensor& C, const Tensor& X, const Tensor& B);
+void multiply(const Tensor& C, const Tensor& X, const Tensor& B, int64_t all_rows);
 
 }  // namespace distaya

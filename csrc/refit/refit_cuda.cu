@@ -206,9 +206,9 @@ __global__ void __launch_bounds__(kThreads) magnitude_kernel(const Admm p) {
     p.X[t] = fabsf(p.G[t]);
 }
 
-// C = X B or C += X B for rows at a distance of `pitch`.
-void product(int64_t rows, int64_t cols, int64_t pitch, const float* X, const float* B, float* C,
-             bool add, cudaStream_t stream) {
+// C = X B or C += X B for rows at a distance of `pitch`, which are some of all_rows.
+void product(int64_t rows, int64_t all_rows, int64_t cols, int64_t pitch, const float* X,
+             const float* B, float* C, bool add, cudaStream_t stream) {
   gemm({.m = rows,
         .n = cols,
         .k = cols,
@@ -221,20 +221,22 @@ void product(int64_t rows, int64_t cols, int64_t pitch, const float* X, const fl
         .b_col = 1,
         .C = C,
         .ldc = pitch,
-        .overwrite = !add},
+        .overwrite = !add,
+        .m_all = all_rows},
        stream);
 }
 
 void refit_run(const Refit& p, const Work& w, int64_t first, int64_t rows, cudaStream_t s) {
   const double unit = rounding_unit(p.cols);
   const unsigned grid = grid_of(rows);
+  const int64_t all = rows_together(p.all_rows, p.cols, kRefitRunCuda);
   dispatch<float, bf16, f16>(p.target_dtype, "target", [&]<class T>() {
     launch(begin_kernel<T>, grid, kThreads, 0, s, p, w, first, rows);
   });
-  product(rows, p.cols, w.pitch, w.p, p.H, w.y, false, s);
+  product(rows, all, p.cols, w.pitch, w.p, p.H, w.y, false, s);
   launch(first_kernel, grid, kThreads, 0, s, p, w, first, rows, unit);
   for (int64_t t = 0; t < p.iterations; ++t) {
-    product(rows, p.cols, w.pitch, w.p, p.H, w.y, false, s);
+    product(rows, all, p.cols, w.pitch, w.p, p.H, w.y, false, s);
     if (t + 1 < p.iterations) launch(advance_kernel, grid, kThreads, 0, s, p, w, first, rows, unit);
   }
   dispatch<float, bf16, f16>(p.dtype, "W", [&]<class T>() {
@@ -260,13 +262,13 @@ void admm_cuda(const Admm& p, Stream stream) {
   const cudaStream_t s = raw(stream);
   const unsigned grid = grid_of(ceil_div<int64_t>(p.rows * p.cols, 4 * kThreads));
   launch(mix_kernel, grid, kThreads, 0, s, p);
-  product(p.rows, p.cols, p.cols, p.X, p.inverse, p.G, true, s);
+  product(p.rows, p.all_rows, p.cols, p.cols, p.X, p.inverse, p.G, true, s);
   launch(magnitude_kernel, grid, kThreads, 0, s, p);
 }
 
 void multiply_cuda(const Multiply& p, Stream stream) {
   const DeviceGuard guard(p.device);
-  product(p.rows, p.cols, p.cols, p.X, p.B, p.C, true, raw(stream));
+  product(p.rows, p.all_rows, p.cols, p.cols, p.X, p.B, p.C, true, raw(stream));
 }
 
 }  // namespace distaya

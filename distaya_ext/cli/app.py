@@ -53,7 +53,6 @@ class Group(TyperGroup):
             with ranked.silence():
                 code = super().main(args=self.arguments, **extra)
         except (KeyboardInterrupt, typer.Abort):
-            self._stopped("Interrupted", self.kept or ["nothing half-written was left behind"])
             code = INTERRUPTED
         except Exception as error:
             if "--debug" in self.arguments:
@@ -61,10 +60,13 @@ class Group(TyperGroup):
             sentence, code = explain(error)
             if not ranked.quiet(error):
                 typer.echo(f"Error: {'; '.join([sentence, *notes(error)])}", err=True)
+            ranked.end(code)
         except SystemExit as stopped:  # SIGTERM, SIGHUP
             if self.kept:
                 self._stopped("Stopped", self.kept)
-            code = stopped.code
+            ranked.end(stopped.code)
+        if code == INTERRUPTED:
+            self._stopped("Interrupted", self.kept or ["nothing half-written was left behind"])
         ranked.end(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: typer.Context) -> Any:

@@ -135,6 +135,7 @@ def evaluate(
             show(found)
         if report:
             _store(model, found, broken, limits)
+    team().wait()  # an error of one rank ends all, and rank 0 still writes
     if broken is not None:
         raise broken
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from ..errors import UsageError
 from ..ranks import joined, leave
@@ -70,8 +71,8 @@ def quiet(error: BaseException) -> bool:
     return getattr(error, "quiet", not speaks())
 
 
-def end(code: int) -> None:
+def end(code: object) -> NoReturn:
     """Exit; of several ranks that failed at once, without waiting for what backends still hold."""
     if under_torchrun() and code:
-        leave(code)
+        leave(code if isinstance(code, int) else 1)
     sys.exit(code)

@@ -190,12 +190,18 @@ def _same(a: Any, b: Any, seen: dict[tuple[int, int], bool]) -> bool:
 
 
 def load_layer(
-    model_layer: nn.Module, prefix: str, checkpoint: Checkpoint, device: torch.device
+    model_layer: nn.Module,
+    prefix: str,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    shared: bool = False,
 ) -> nn.Module:
     """A living copy of one weightless decoder layer, its weights read from the shards in the run's
-    dtype.
+    dtype. shared: by all processes of the run together.
     """
-    return fill_layer(model_layer, read_layer(model_layer, prefix, checkpoint, device), device)
+    weights = read_layer(model_layer, prefix, checkpoint, device, shared=shared)
+    return fill_layer(model_layer, weights, device)
 
 
 def read_layer(

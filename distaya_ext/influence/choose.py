@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..compress.calibrate import Calibration, load_calibration
+from ..compress.shared import shared_calibration
 from ..device import find_device
 from ..errors import UsageError
 from ..models.depth import irregular
@@ -252,10 +253,13 @@ def check_scores(scores: Sequence[str]) -> list[str]:
 
 
 def given(windows: Any, checkpoint: Checkpoint, spec: CalibrationSpec | None = None) -> Calibration:
-    """Token windows (or those of a folder of texts, cut as spec says), checked against a model."""
+    """Token windows (or those of a folder of texts, cut as spec says), checked against a model.
+    Under ranks windows must be the same on all, and a folder is read by rank 0, for all that call.
+    """
     wanted = {} if spec is None else {"calibration": spec}
     asked = Recipe(model=str(checkpoint.folder), method="gptq", bits=4, **wanted)
-    return load_calibration(windows, asked, checkpoint)
+    read = shared_calibration if isinstance(windows, (str, Path)) else load_calibration
+    return read(windows, asked, checkpoint)
 
 
 def _least_run(scores: Scores, free: list[int]) -> tuple[int, ...]:

@@ -4,17 +4,15 @@ that every score has the same bits.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checkpoint import Checkpoint
 from ..compress.calibrate import Calibration
-from ..ranks import read_shared, team
+from ..ranks import team
 
 
 class Dealt:
@@ -49,17 +47,3 @@ class Dealt:
     def only_first(self, tell: Callable[[Any], None]) -> Callable[[Any], None]:
         """Progress is that of rank 0, whose share is as large as any."""
         return tell if self.team.first else lambda event: None
-
-
-def read_together(checkpoint: Checkpoint) -> Checkpoint:
-    """A copy of the checkpoint whose read() is that of all ranks together (ranks.read_shared)."""
-    shared = copy.copy(checkpoint)
-    if not team().alone:
-
-        def read(
-            names: Iterable[str], device: str | torch.device = "cpu"
-        ) -> dict[str, torch.Tensor]:
-            return {name: t.to(device) for name, t in read_shared(checkpoint, names).items()}
-
-        shared.read = read
-    return shared

@@ -9,6 +9,7 @@ forwards in all.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,10 +30,9 @@ from ..errors import InputError
 from ..finite import all_finite
 from ..models.skeleton import build_skeleton, feed_whole
 from ..ops import influence
-from ..ranks import team
 from ..search.whole import run_dtype
 from .candidate import PARTS, Candidate, silent
-from .dealt import Dealt, read_together
+from .dealt import Dealt
 from .events import Measured
 from .head import Head
 
@@ -77,7 +77,7 @@ class Walk:
         max_ram: int | None = None,
         on_event: Callable[[Any], None] | None = None,
     ):
-        self.checkpoint = read_together(checkpoint)
+        self.checkpoint = copy.copy(checkpoint)
         self.checkpoint.dtype = run_dtype(checkpoint)  # weights are read in it
         self.device = device
         self.layers = tuple(range(checkpoint.config.num_hidden_layers))
@@ -90,8 +90,6 @@ class Walk:
         self._folder: tempfile.TemporaryDirectory | None = None
         self._streams, self._scratch = streams, scratch
         self._budget = Budget(checkpoint, max_ram)
-        # Without a limit of its own a rank has its part of the memory that the host's ranks share.
-        self._sharing = team().local_world if max_ram is None else 1
         self._done = self._total = 0
 
     def __enter__(self) -> Walk:
@@ -117,14 +115,17 @@ class Walk:
         """Embedding, norm and head, read anew: they are not held while layers are."""
         skeleton = build_skeleton(self.checkpoint.config, self.checkpoint.dtype)
         feed_whole(skeleton.get_output_embeddings())
-        return Ends(skeleton, self.checkpoint, self.device)
+        shared = not self.dealt.team.alone
+        return Ends(skeleton, self.checkpoint, self.device, shared=shared)
 
     def _store(self) -> Store:
         """Where the streams wait, and the first and the last states of the dense model."""
         width = self.checkpoint.config.hidden_size * self.checkpoint.dtype.itemsize
         needed = (self._streams + 3) * sum(map(torch.numel, self.ids)) * width
-        if self._budget.spills(needed * self._sharing):
-            check_disk(self._scratch or Path(tempfile.gettempdir()), needed * team().local_world)
+        if self._budget.spills(needed):
+            check_disk(
+                self._scratch or Path(tempfile.gettempdir()), needed * self.dealt.team.local_world
+            )
             self._folder = tempfile.TemporaryDirectory(dir=self._scratch, prefix="distaya-layers-")
             return Store(Path(self._folder.name))
         away = self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0] // 2
@@ -166,7 +167,8 @@ class Walk:
 
     def _load(self, layer: int) -> nn.Module:
         prefix = f"{self.checkpoint.architecture.layers}.{layer}"
-        return load_layer(self._weightless[layer], prefix, self.checkpoint, self.device)
+        empty, shared = self._weightless[layer], not self.dealt.team.alone
+        return load_layer(empty, prefix, self.checkpoint, self.device, shared=shared)
 
     def forward(self, layer: int, module: nn.Module, chunk: int, x: torch.Tensor) -> torch.Tensor:
         """A chunk through a layer, as the model's own forward calls it."""

@@ -56,6 +56,8 @@ class Among(NamedTuple):
                 raise InputError(
                     f"exchange of int64 [{n}] among {world} ranks gave {list(theirs.shape)}"
                 )
+            if theirs.device.type == "cpu" and not torch.equal(theirs[self.rank], own[:n]):
+                raise InputError(f"exchange gave rank {self.rank} other counts than its own {n}")
             found[: world * n].view(world, n).copy_(theirs)
 
         first = sum(self.rows[: self.rank])

@@ -102,9 +102,9 @@ def inverse_(U: Tensor, out: Tensor) -> None:
 
 
 @op(mutates=("B",))
-def cholesky_solve_(B: Tensor, R: Tensor) -> None:
+def cholesky_solve_(B: Tensor, R: Tensor, all_rows: int = 0) -> None:
     """See solve_."""
-    _C.solve_(B, R)
+    _C.solve_(B, R, all_rows)
 
 
 def cholesky(H: Tensor, damp: float = 0.01, floor: float = 1e-7, overwrite: bool = False) -> Factor:
@@ -174,14 +174,15 @@ def inverse(R: Tensor) -> Tensor:
     return out
 
 
-def solve_(B: Tensor, R: Tensor) -> None:
+def solve_(B: Tensor, R: Tensor, all_rows: int = 0) -> None:
     """In place: B <- B (R Rᵀ)⁻¹ for upper triangular R. Never waits for the device.
 
     By substitution, so with a residual small beside |B (R Rᵀ)⁻¹| |R| |R|ᵀ (csrc/cholesky) however
     ill-conditioned R is; a zero on R's diagonal gives Inf or NaN. B: fp32 [rows, n]; R: fp32
     [n, n], only its upper triangle is read; both contiguous, on one device, or ValueError.
+    all_rows: of the matrix, if B has some of its rows: on CUDA their bits are those of the whole.
     """
-    cholesky_solve_(B, R)
+    cholesky_solve_(B, R, all_rows)
 
 
 def solve(B: Tensor, factor: Factor | LateFactor | Tensor) -> Tensor:

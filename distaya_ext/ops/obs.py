@@ -201,10 +201,9 @@ def sweep_(
     if mask is None and select != "none":
         mask = torch.empty_like(W, dtype=torch.bool)
     loss = W.new_zeros(W.shape[0], dtype=torch.float64)
-    n, m = nm or (0, 0)
     dynamic = quant is not None and quant.dynamic()
     tensors = (W, R, mask, codes, scales, zeros, group_of, loss)
-    how = (select, float(sparsity or 0), reference, n, m)
+    how = (select, float(sparsity or 0), reference, *(nm or (0, 0)))
     if among is None or len(among.rows) == 1:
         obs_(*tensors, *how, *options, dynamic)
     else:  # not a torch op: it calls back
@@ -275,8 +274,8 @@ def obs(
     later    is given the factor of H while it is only queued. Then nothing here waits for the
              device (but with reference=True, which looks for dead columns): W is not searched for
              NaN, see need_finite, and `floored` is -1, see the factor
-    among    W is this rank's rows of a matrix (see ``sweep_``), H is the same on all ranks; an
-             order that looks at W must come as the permutation of the whole matrix
+    among    W is this rank's rows of a matrix (see ``sweep_``), H is that of all ranks; an order
+             that looks at W must come as the permutation of the whole matrix
 
     Raises ValueError (InputError) with one sentence for bad shapes, NaN or nothing to do.
     """

@@ -45,24 +45,32 @@ def refit_(
     out: Tensor,
     before: Tensor,
     after: Tensor,
+    all_rows: int = 0,
 ) -> None:
     """The raw conjugate gradients on outputs that are already allocated (csrc/refit/refit.h)."""
     work = torch.empty(_C.refit_work(out), dtype=torch.uint8, device=out.device)
-    _C.refit(target, mask, H, start, damp, iterations, out, before, after, work)
+    _C.refit(target, mask, H, start, damp, iterations, out, before, after, work, all_rows)
 
 
 @op(mutates=("G", "X"))
 def admm_(
-    G: Tensor, X: Tensor, mask: Tensor, Y: Tensor, inverse: Tensor, rho: float, ratio: float
+    G: Tensor,
+    X: Tensor,
+    mask: Tensor,
+    Y: Tensor,
+    inverse: Tensor,
+    rho: float,
+    ratio: float,
+    all_rows: int = 0,
 ) -> None:
     """One raw iteration (csrc/refit/refit.h): G [rows, cols] becomes the next one, X = |G|."""
-    _C.admm(G, X, mask, Y, inverse, rho, ratio)
+    _C.admm(G, X, mask, Y, inverse, rho, ratio, all_rows)
 
 
 @op(mutates=("C",))
-def multiply_(C: Tensor, X: Tensor, B: Tensor) -> None:
+def multiply_(C: Tensor, X: Tensor, B: Tensor, all_rows: int = 0) -> None:
     """C += X B for fp32 C, X [rows, cols] and B [cols, cols], contiguous, C apart from both."""
-    _C.multiply(C, X, B)
+    _C.multiply(C, X, B, all_rows)
 
 
 def refitted(
@@ -74,6 +82,7 @@ def refitted(
     start: Tensor | None = None,
     damp: float = 0.01,
     iterations: int = 10,
+    all_rows: int = 0,
 ) -> Refitted:
     """``refit``, with L before and after it."""
     out = torch.empty_like(W, memory_format=torch.contiguous_format)
@@ -82,7 +91,7 @@ def refitted(
         start = start.to(torch.float32).contiguous()
     before = W.new_empty(W.shape[:1], dtype=torch.float64)
     after = torch.empty_like(before)
-    refit_(target, mask.contiguous(), H, start, damp, iterations, out, before, after)
+    refit_(target, mask.contiguous(), H, start, damp, iterations, out, before, after, all_rows)
     return Refitted(out, before, after)
 
 
@@ -95,6 +104,7 @@ def refit(
     start: Tensor | None = None,
     damp: float = 0.01,
     iterations: int = 10,
+    all_rows: int = 0,
 ) -> Tensor:
     """The kept weights that make up best for the pruned ones: least L(Q), Q supported on mask.
 
@@ -105,14 +115,15 @@ def refit(
     start    where to begin, if not at T itself (what is off the mask is ignored): [rows, cols]
     damp     share of the mean diagonal that is added to it; 1 if no column is alive
     iterations  products with H; 10 come within a few per cent of the optimum, 0 only prunes
+    all_rows of the matrix, if these are some of its rows: on CUDA their bits are those of the whole
 
     In float32 L falls with every iteration: a row ends early where rounding would decide the sign
     of a gain. In 16 bits the result is what float32 gives, rounded. Nothing waits for the device,
     and NaN is not looked for: it spreads over its row. Raises ValueError for shapes, dtypes,
     devices and options that do not fit.
     """
-    options = {"target": target, "start": start, "damp": damp, "iterations": iterations}
-    return refitted(W, mask, H, **options).W
+    return refitted(W, mask, H, target=target, start=start, damp=damp, iterations=iterations,
+                    all_rows=all_rows).W  # fmt: skip
 
 
 def _schedule(rho: tuple[float, float], iterations: int, levels: int) -> list[tuple[float, int]]:
@@ -197,14 +208,16 @@ def admm(
         raise InputError(f"start of {list(start.shape)} does not fit T of {list(T.shape)}")
     if not (math.isfinite(damp) and damp >= 0):
         raise UsageError(f"damp must be a finite number >= 0 but is {damp}")
+    all_rows = 0
     if among is not None:
         among.check(T.shape[0])
+        all_rows = among.total
     project = _selection(T.shape, sparsity, nm, along, among)
     schedule = _schedule(rho, iterations, levels)
     A, d, inverse_d = unit_columns(H)
     X = (T.float() * d).contiguous()
     Y = damp * X
-    multiply_(Y, X, A)
+    multiply_(Y, X, A, all_rows)
     G = X.clone() if start is None else (start.float() * d).contiguous()
     mask = project(G.abs())
     before = 0.0
@@ -214,7 +227,7 @@ def admm(
         inverse_factor_(factor.R, U)
         inverse_(U, factor.R)  # in the factor's memory, which is not needed any more
         for _ in range(steps):
-            admm_(G, X, mask, Y, factor.R, now, before / now)
+            admm_(G, X, mask, Y, factor.R, now, before / now, all_rows)
             mask = project(X)
             before = now
     D = torch.where(mask, G.mul_(inverse_d), 0.0)

@@ -24,7 +24,14 @@ class Process:
 
     @staticmethod
     def own() -> Process:
-        pid = os.getpid()
+        return Process._of(os.getpid())
+
+    @staticmethod
+    def parent() -> Process:
+        return Process._of(os.getppid())
+
+    @staticmethod
+    def _of(pid: int) -> Process:
         return Process(socket.gethostname(), _place(), pid, (_state(pid) or ("", ""))[1])
 
     def gone(self, place: str) -> bool:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import LostError, add_note, explain, notes, one_line
 from .board import Board, Failure
@@ -29,6 +29,7 @@ _BEAT = 1.0  # seconds between two looks
 _PAUSED = 5.0  # a look that comes so late says that this process itself was stopped
 _NEWS = 3.0  # seconds to wait for news of why a collective failed
 _CLOSING = 1.5  # seconds from losing the store to saying so; above _BEAT, see _absent
+_ENDING = 0.2  # seconds from when a process closes its connections to when it is gone
 _ANSWER = 5.0  # seconds that the store has to answer where nobody else is waiting
 _SIGNAL = signal.SIGUSR2  # what interrupts the main thread
 
@@ -44,6 +45,7 @@ class Watch:
         self.processes: list[Process] = []  # of all ranks, in order, once it has started
         self.silence = silence
         self.begun: Callable[[], int] = lambda: 0
+        self._torchrun = Process.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._main, self._talks = board, board.again()
         self._failure: Failure | None = None
         self._known, self._look, self._closed = (threading.Event() for _ in range(3))
@@ -53,6 +55,7 @@ class Watch:
         self._told = [(0, self._round)] * self.world  # by rank: signs of life, when they changed
         self._begun = [0] * self.world
         self._store_lost = False
+        self._cut_off = False  # that the store was lost is all that is known
         self._absent: set[int] = set()  # of this host, when the store was lost
         self._before: Any = None  # the handler of _SIGNAL
 
@@ -151,10 +154,13 @@ class Watch:
         return Failure(rank, self.processes[rank].host, "lost", sentence, LostError.exit_code)
 
     def _gone(self) -> Failure | None:
-        """A process of this host that is not there any more."""
+        """A rank of this host that is not there any more, or what has started this one."""
         for rank in range(len(self.processes)):
             if self._is_gone(rank):
                 return self._lost(rank, f"{self.name(rank)} was killed or lost")
+        if self._torchrun is not None and self._torchrun.gone(self._torchrun.place):
+            who = self.name(self.rank) if self.processes else f"rank {self.rank}"
+            return self._lost(self.rank, f"the torchrun of {who} was killed or lost")
         return None
 
     def _is_gone(self, rank: int) -> bool:
@@ -201,11 +207,11 @@ class Watch:
         won = self._ask(self._main.take_word)
         if won is not None:
             return won
-        if not lost:  # no store any more, and rank 0 has told it or will
-            return record.rank == self.rank
+        if not (lost or self._cut_off):  # rank 0 has told it or will
+            return record.kind == "error" and record.rank == self.rank
         here = Process.own().place
         beside = [r for r, p in enumerate(self.processes) if p.place == here and r < self.rank]
-        return set(beside) <= self._absent | {0}
+        return set(beside) <= self._absent
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The store's answer; None when it is gone or does not come."""
@@ -244,6 +250,7 @@ class Watch:
             try:
                 self._turn(count)
             except RuntimeError:
+                time.sleep(_ENDING)
                 self._absent = {r for r in range(len(self.processes)) if self._is_gone(r)}
                 if not self._closed.wait(_CLOSING):  # the store closes in a normal end, too
                     self._without_store("was killed or lost")
@@ -280,7 +287,7 @@ class Watch:
         return None
 
     def _without_store(self, how: str) -> None:
-        self._store_lost = True
+        self._store_lost = self._cut_off = True
         host = f"{self.name(0)} or the torchrun beside it {how}"
         self._learn(self._gone() or self._lost(0, host))
 
@@ -320,7 +327,7 @@ class Watch:
             raise self._error()
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End this process at once: what a backend still waits for would hold its normal end up."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
