@@ -41,6 +41,7 @@ RESULTS = ROOT / "bench" / "results" / "scaling.json"
 VOCABULARY = 8192  # that of the bundled tokenizer; the embedding is not what is measured
 SMALL = {"small": Model(1024, 3584, 16, 4, VOCABULARY), "tiny": Model(256, 512, 8, 2, VOCABULARY)}
 RANKS = 2
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _ONE, _TWO, _BOTH = "one process", "two ranks", "two runs at once that share nothing"
 
 
@@ -69,7 +70,7 @@ def started(words: list[str], ranks: int) -> subprocess.Popen:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--master-port", str(port)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DISTAYA_HISTORY": "off"}
+    quiet = {**ONE_THREAD, "DISTAYA_HISTORY": "off"}
     return subprocess.Popen(
         [*command, "-m", "distaya_ext", "compress", *words, "--quiet"],
         env={**os.environ, **quiet, "PYTHONPATH": path},
@@ -149,8 +150,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
 
 
 def planned(args: argparse.Namespace, model: Path) -> dict:
-    """What `distaya plan --ranks` says of the same runs, on one thread."""
+    """What `distaya plan --ranks` says of the same runs; its rehearsal has one thread, too."""
     from distaya_ext import Recipe, plan
+
+    os.environ.update(ONE_THREAD)  # of the process that rehearses
 
     asked = Recipe(model=str(model), **recipe(args))
     print("asking the cost model", flush=True)
