@@ -67,6 +67,7 @@ def _one_fails(who: int, how: str) -> None:
     try:
         _others(how)
     except BaseException as error:
+        time.sleep(0.6)  # what cleans up is not interrupted again
         add_note(error, "kept: 3 of 8 layers")
         raise
 
@@ -144,10 +145,11 @@ def test_a_rank_that_hangs_is_named():
 def _everyone_is_stopped() -> None:
     """As a laptop that sleeps, or a scheduler, does: nobody is lost."""
     us = team()
+    watch._PAUSED = 2.0
     pids = us.gather(os.getpid())
     if us.first:
         code = (
-            f"import os, time\nfor s in (19, 18):\n for p in {pids}: os.kill(p, s)\n time.sleep(6)"
+            f"import os, time\nfor s in (19, 18):\n for p in {pids}: os.kill(p, s)\n time.sleep(4)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, start_new_session=True)
     us.wait()
@@ -156,7 +158,7 @@ def _everyone_is_stopped() -> None:
 def test_ranks_that_were_all_stopped_for_a_while_go_on():
     for end in _ends(2, _everyone_is_stopped, **_FAST):
         assert end[0] == "", end[1]
-        assert end[5] > 6
+        assert end[5] > 4
 
 
 def _one_never_comes() -> None:

@@ -78,6 +78,10 @@ class Board:
         self._store.set(f"beat/{self.rank}", "0 0")
         self._store.set(f"hello/{self.rank}", json.dumps(record))
 
+    def complete(self) -> bool:
+        """Whether all ranks have greeted."""
+        return self._store.check([f"hello/{r}" for r in range(self.world)])
+
     def missing(self) -> list[int]:
         """Ranks that have not greeted."""
         return [r for r in range(self.world) if not self._store.check([f"hello/{r}"])]

@@ -15,7 +15,7 @@ from ..errors import LostError, UsageError
 from .board import Board
 from .process import Process
 
-_STEP = 0.05  # seconds between two looks
+_STEP = 0.1  # seconds between two looks
 _MADE_OF = "made of"
 
 
@@ -26,9 +26,10 @@ def greet(board: Board, device: torch.device) -> list[dict[str, Any]]:
     """
     board.greet(own(device))
     deadline = time.monotonic() + board.patience
-    while missing := board.missing():
+    while not board.complete():
         failure = board.failure()
         if failure is not None or time.monotonic() > deadline:
+            missing = board.missing()
             who = ", ".join(f"rank {rank}" for rank in missing)
             came = f"{board.world - len(missing)} of {board.world} ranks came"
             if failure is not None:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import LostError, UsageError, one_line
+from ..errors import DistayaError, LostError, UsageError, one_line
 from .board import Board
 from .greeting import greet, notices, processes
 from .team import Team, acting
@@ -44,10 +44,14 @@ def joined(device: str = "cpu") -> Iterator[Team]:
     if world_size() == 1:
         yield Team()
         return
-    silence, board = _seconds(SILENT, SILENCE), _board()
-    cuda = take_gpu(device)
-    watch, made = Watch(board, silence), None
     try:
+        silence, board = _seconds(SILENT, SILENCE), _board()
+        watch, made = Watch(board, silence), None
+    except DistayaError as error:  # the others cannot be asked: one of each host speaks
+        error.quiet = _number("LOCAL_RANK", 0) > 0  # type: ignore[attr-defined]
+        raise
+    try:
+        cuda = take_gpu(device)
         place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         records = greet(board, place)
         watch.start(processes(records))

@@ -50,7 +50,8 @@ class Watch:
         self._failure: Failure | None = None
         self._known, self._look, self._closed = (threading.Event() for _ in range(3))
         self._lock = threading.Lock()
-        self._ended = False  # the main thread is on its way out
+        self._raised = False  # the main thread knows of the failure
+        self._ended = False  # its command has ended
         self._round = self._turned = time.monotonic()  # when the store has last answered
         self._told = [(0, self._round)] * self.world  # by rank: signs of life, when they changed
         self._begun = [0] * self.world
@@ -71,9 +72,13 @@ class Watch:
     def close(self) -> None:
         """To be called by all ranks, whose commands have ended well."""
         self._closed.set()
-        self._look.set()
         self._ask(self._main.leave)
-        self._linger()
+        self._linger()  # nobody is gone before all know that all has ended well
+        self._stop()
+
+    def _stop(self) -> None:
+        self._closed.set()
+        self._look.set()
         if self._before is not None:
             signal.signal(_SIGNAL, self._before)
             self._before = None
@@ -83,6 +88,7 @@ class Watch:
     def check(self) -> None:
         """LostError when another rank has failed or is lost."""
         if self._known.is_set():
+            self._note_raised()
             raise self._error()
 
     def lost(self, error: Exception) -> Exception:
@@ -90,7 +96,12 @@ class Watch:
         self._look.set()
         if not self._known.wait(_NEWS):
             self._learn(self._unanswered(error))
+        self._note_raised()
         return self._error()
+
+    def _note_raised(self) -> None:
+        """The main thread is not interrupted where it cleans up."""
+        self._raised |= threading.current_thread() is threading.main_thread()
 
     def ending(self, error: BaseException) -> BaseException:
         """What this rank ends with, for an error that has left its command: that error, or a
@@ -115,7 +126,9 @@ class Watch:
                 add_note(found, note)
         found.quiet = not self._speaks(record, GRACE + 2)  # type: ignore[attr-defined]
         self._ask(self._main.leave)
-        self._linger()
+        if self._main.hosts:
+            self._linger()
+        self._stop()
         return found
 
     # ---- failures ----
@@ -133,9 +146,10 @@ class Watch:
         elif isinstance(error, Exception):
             kind, (sentence, code) = "error", explain(error)
         else:
-            code = error.code if isinstance(getattr(error, "code", None), int) else 1
+            code = getattr(error, "code", 1) or 0
+            code = code if isinstance(code, int) else 1
             kind, sentence = "stopped", f"was stopped (exit code {code})"
-            if code > 128:
+            if code - 128 in iter(signal.Signals):
                 sentence = f"was told to stop ({signal.Signals(code - 128).name})"
         return Failure(self.rank, Process.own().host, kind, sentence, code)
 
@@ -153,10 +167,12 @@ class Watch:
     def _lost(self, rank: int, sentence: str) -> Failure:
         return Failure(rank, self.processes[rank].host, "lost", sentence, LostError.exit_code)
 
-    def _gone(self) -> Failure | None:
-        """A rank of this host that is not there any more, or what has started this one."""
+    def _gone(self, left: Callable[[int], bool] = lambda rank: False) -> Failure | None:
+        """A rank of this host that is not there any more, or what has started this one. left():
+        whether a rank had ended its command.
+        """
         for rank in range(len(self.processes)):
-            if self._is_gone(rank):
+            if self._is_gone(rank) and not left(rank):
                 return self._lost(rank, f"{self.name(rank)} was killed or lost")
         if self._torchrun is not None and self._torchrun.gone(self._torchrun.place):
             who = self.name(self.rank) if self.processes else f"rank {self.rank}"
@@ -231,9 +247,7 @@ class Watch:
         return answers[0] if answers else None
 
     def _linger(self) -> None:
-        """The process that keeps the store ends when all others have seen why."""
-        if not self._main.hosts:
-            return
+        """Wait a moment for all others to leave, as who keeps the store does for them."""
         deadline = time.monotonic() + _ANSWER
         for rank in range(self.world):
             while time.monotonic() < deadline and not self._is_gone(rank):
@@ -261,7 +275,7 @@ class Watch:
     def _turn(self, count: int) -> None:
         board = self._talks
         board.beat(count, self.begun())
-        gone, silent = self._gone(), self._silent(board.beats())
+        gone, silent = self._gone(board.left), self._silent(board.beats())
         # Behind those looks: a rank publishes before it ends.
         failure = board.failure()
         if failure is None and (found := self._failure or gone or silent):
@@ -318,12 +332,14 @@ class Watch:
             return
         if self._speaks(record, 2.0):
             os.write(2, f"Error: {self._error(record)}\n".encode())
-        self._linger()
+        if self._main.hosts:
+            self._linger()
         os._exit(record.code)
 
     def _interrupted(self, number: int, frame: Any) -> None:
         """In the main thread."""
-        if self._failure is not None and not self._ended:
+        if self._failure is not None and not (self._raised or self._ended):
+            self._raised = True
             raise self._error()
 
 
