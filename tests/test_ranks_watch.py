@@ -16,6 +16,7 @@ from ranked import Ranks, run_ranks
 import distaya_ext
 from distaya_ext.errors import InputError, UsageError, add_note, notes
 from distaya_ext.ranks import joined, same_folder, team, watch
+from distaya_ext.ranks.board import Board
 from distaya_ext.ranks.greeting import notices, refuse_others
 from distaya_ext.ranks.process import Process
 
@@ -180,6 +181,31 @@ def test_a_rank_that_never_starts_is_named():
     ends = _ends(1, _compute, **variables)
     assert ends[0][:4] == ("LostError", ends[0][1], 7, False)
     assert ends[0][1] == "1 of 3 ranks came within 2 s; rank 1, rank 2 did not"
+
+
+def _keeper() -> None:
+    """Keeps the store for ranks that come, and is killed before they do."""
+    board = Board(0, 2, 60.0, host=True)
+    while board.missing() != [0]:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _alone_with_a_keeper() -> tuple | None:
+    if os.environ["RANK"] == "0":
+        _keeper()
+    return _end(_compute)
+
+
+def test_the_end_of_the_store_while_ranks_come_together_is_told():
+    gone, (_, end) = Ranks(2, _alone_with_a_keeper, join=False).ends(60)
+    assert gone == (False, ("gone", -signal.SIGKILL, ""))
+    assert end[:4] == (
+        "LostError",
+        "rank 0 of 2 or the torchrun beside it was killed or lost",
+        7,
+        False,
+    )
 
 
 def _told_to_stop(kills: bool) -> None:

@@ -115,8 +115,9 @@ def test_a_run_that_is_ended_says_why_and_what_is_kept(how, what):
         time.sleep(0.05)
     assert time.monotonic() - start < SOON
     assert run.returncode != 0 and out == ""
+    assert len(errors(err)) == 1, err
     (told,) = errors(err)
-    assert told.startswith(said)
+    assert told.startswith(said) and "kept in" in told, err
     assert told.rstrip(".").endswith("kept in .out.compress: 3 of 8 layers")
     if what == "torchrun":
         assert "torchrun" in told and "killed or lost" in told

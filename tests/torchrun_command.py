@@ -19,6 +19,7 @@ def wait(
     how: str, quiet: Annotated[bool, typer.Option("--quiet")] = False, device: str = "cpu"
 ) -> None:
     us = team()
+    us.wait()  # all have come
     typer.echo(json.dumps([watched.pid for watched in us.watch.processes]))
     with contextlib.ExitStack() as stack:
         stack.push(_note)

@@ -51,12 +51,7 @@ def joined(device: str = "cpu") -> Iterator[Team]:
         error.quiet = _number("LOCAL_RANK", 0) > 0  # type: ignore[attr-defined]
         raise
     try:
-        cuda = take_gpu(device)
-        place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        records = greet(board, place)
-        watch.start(processes(records))
-        made = _team(board, cuda, watch)
-        made.notices = notices(records, place.type)
+        made = _come_together(device, board, watch)
         with acting(made):
             yield made
             made.wait()
@@ -112,6 +107,19 @@ def _board() -> Board:
         raise LostError(
             f"rank {rank} of {world} has no store at {where}: {one_line(error)}"
         ) from None
+
+
+def _come_together(device: str, board: Board, watch: Watch) -> Team:
+    cuda = take_gpu(device)
+    place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    try:
+        records = greet(board, place)
+        watch.start(processes(records))
+        made = _team(board, cuda, watch)
+    except RuntimeError as error:  # of the store or a backend
+        raise watch.lost(error) from None
+    made.notices = notices(records, place.type)
+    return made
 
 
 def _team(board: Board, cuda: bool, watch: Watch) -> Team:

@@ -27,8 +27,8 @@ SILENCE = 18.0  # seconds without a sign of life after which a rank counts as lo
 GRACE = 8.0  # seconds that the main thread has to end by itself
 _BEAT = 1.0  # seconds between two looks
 _PAUSED = 5.0  # a look that comes so late says that this process itself was stopped
-_NEWS = 3.0  # seconds to wait for news of why a collective failed
-_CLOSING = 1.5  # seconds from losing the store to saying so; above _BEAT, see _absent
+_NEWS = 4.0  # seconds to wait for news of why a collective failed; above _CLOSING
+_CLOSING = 2.5  # seconds from losing the store to saying so; above _BEAT, see _absent
 _ENDING = 0.2  # seconds from when a process closes its connections to when it is gone
 _ANSWER = 5.0  # seconds that the store has to answer where nobody else is waiting
 _SIGNAL = signal.SIGUSR2  # what interrupts the main thread
@@ -94,7 +94,9 @@ class Watch:
     def lost(self, error: Exception) -> Exception:
         """What to raise for a backend's error about another rank. Waits a moment for news of it."""
         self._look.set()
-        if not self._known.wait(_NEWS):
+        if not self.processes:  # nobody looks yet
+            self._without_store("was killed or lost")
+        elif not self._known.wait(_NEWS):
             self._learn(self._unanswered(error))
         self._note_raised()
         return self._error()
@@ -134,6 +136,8 @@ class Watch:
     # ---- failures ----
 
     def name(self, rank: int) -> str:
+        if not self.processes:
+            return f"rank {rank} of {self.world}"
         process = self.processes[rank]
         return f"rank {rank} of {self.world} (process {process.pid} on {process.host})"
 
@@ -165,18 +169,19 @@ class Watch:
         return found
 
     def _lost(self, rank: int, sentence: str) -> Failure:
-        return Failure(rank, self.processes[rank].host, "lost", sentence, LostError.exit_code)
+        host = self.processes[rank].host if self.processes else Process.own().host
+        return Failure(rank, host, "lost", sentence, LostError.exit_code)
 
     def _gone(self, left: Callable[[int], bool] = lambda rank: False) -> Failure | None:
         """A rank of this host that is not there any more, or what has started this one. left():
-        whether a rank had ended its command.
+        ranks that do not count.
         """
         for rank in range(len(self.processes)):
             if self._is_gone(rank) and not left(rank):
                 return self._lost(rank, f"{self.name(rank)} was killed or lost")
         if self._torchrun is not None and self._torchrun.gone(self._torchrun.place):
-            who = self.name(self.rank) if self.processes else f"rank {self.rank}"
-            return self._lost(self.rank, f"the torchrun of {who} was killed or lost")
+            said = f"the torchrun of {self.name(self.rank)} was killed or lost"
+            return self._lost(self.rank, said)
         return None
 
     def _is_gone(self, rank: int) -> bool:
@@ -225,6 +230,8 @@ class Watch:
             return won
         if not (lost or self._cut_off):  # rank 0 has told it or will
             return record.kind == "error" and record.rank == self.rank
+        if not self.processes:  # one of each host where rank 0 lives, too
+            return self._torchrun is None or os.environ.get("LOCAL_RANK", "0") == "0"
         here = Process.own().place
         beside = [r for r, p in enumerate(self.processes) if p.place == here and r < self.rank]
         return set(beside) <= self._absent
@@ -303,7 +310,7 @@ class Watch:
     def _without_store(self, how: str) -> None:
         self._store_lost = self._cut_off = True
         host = f"{self.name(0)} or the torchrun beside it {how}"
-        self._learn(self._gone() or self._lost(0, host))
+        self._learn(self._gone(lambda rank: rank not in self._absent) or self._lost(0, host))
 
     # ---- the thread that minds the others ----
 
