@@ -19,6 +19,7 @@ from .folder import read_json
 if TYPE_CHECKING:
     from .reader import Checkpoint
 
+_GENERATION = "generation_config.json"
 _AT_ONCE = 32  # tensors read before they are given their dtype
 
 
@@ -88,12 +89,9 @@ def _generation(folder: Path) -> Any:
     """The folder's generation settings, or those in an old config.json, as from_pretrained does."""
     from transformers import GenerationConfig
 
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            folder, "config.json", local_files_only=True, _from_model_config=True
-        )
+    if (folder / _GENERATION).is_file():
+        return GenerationConfig.from_dict(read_json(folder, _GENERATION))
+    return GenerationConfig.from_model_config(read_json(folder, "config.json"))
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ class Kept:
         device, before = replay.mixture.shares.device, replay.calibration.first_chunk
         for name, store in _streams(replay).items():
             facts = self._state["streams"].get(name, [])
-            for chunk in range(len(replay.calls)):
-                shape, dtype = facts[before + chunk]
+            own = facts[before : before + len(replay.calls)]  # none where no layer is left to do
+            for chunk, (shape, dtype) in enumerate(own):
                 path = self.work.root / _stream_file(name, self.first - 1, before + chunk)
                 store.load(("hidden", chunk), path, shape, getattr(torch, dtype), device)
         replay.mixture.restore(self._state["mixture"])
