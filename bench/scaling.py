@@ -1,6 +1,6 @@
 """One host's two cores as two ranks of one compression, beside one process on one core.
 
-    python bench/scaling.py [--readme] [--docs] [--out FILE]     # a quarter of an hour, two cores
+    python bench/scaling.py [--readme] [--docs] [--out FILE]     # twenty minutes, two quiet cores
     python bench/scaling.py --arithmetic [--docs]                # 8 GPUs, computed: seconds
 
 A random model with layers of Aya-8B's shape is compressed by one process with one thread and by
@@ -18,6 +18,7 @@ import datetime
 import hashlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -37,6 +38,7 @@ if __name__ == "__main__":
 from distaya_ext.measure.shapes import MODELS, Model  # noqa: E402
 
 TEXTS = ROOT / "distaya_ext" / "assets" / "texts" / "calibration"
+SPACED = ("de", "en", "es", "fr", "it", "pl", "pt", "tr")  # languages whose words are shuffled
 RESULTS = ROOT / "bench" / "results" / "scaling.json"
 VOCABULARY = 8192  # that of the bundled tokenizer; the embedding is not what is measured
 SMALL = {"small": Model(1024, 3584, 16, 4, VOCABULARY), "tiny": Model(256, 512, 8, 2, VOCABULARY)}
@@ -51,9 +53,21 @@ def sizes_of(name: str) -> Model:
     return Model(found.hidden, found.ff, found.heads, found.kv_heads, VOCABULARY)
 
 
-def recipe(args: argparse.Namespace, parts: int | None = None) -> dict[str, Any]:
+def texts(folder: Path, tokens: int) -> Path:
+    """More text than is bundled: its words, shuffled. The weights are random, too."""
+    every = [word for name in SPACED for word in (TEXTS / f"{name}.txt").read_text().split()]
+    rng, lines, length = random.Random(0), [], 0
+    while length < 8 * tokens:  # characters
+        lines.append(" ".join(rng.choices(every, k=400)))
+        length += len(lines[-1])
+    folder.mkdir()
+    (folder / "en.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def recipe(args: argparse.Namespace, folder: Path, parts: int | None = None) -> dict[str, Any]:
     """As a YAML file holds it; JSON is YAML."""
-    calibration = {"path": str(TEXTS), "tokens": args.tokens, "window": args.window}
+    calibration = {"path": str(folder), "tokens": args.tokens, "window": args.window}
     if parts is not None:
         calibration["parts"] = parts
     fields = {"method": "sparsegpt", "nm": "2:4", "bits": 4, "quality": args.quality}
@@ -121,11 +135,12 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     from bench.whole_model import make
 
     model, out, files = work / "model", work / "out", {}
+    calib = texts(work / "texts", args.tokens)
     print("writing the model", flush=True)
     make(model, sizes_of(args.model), args.layers)
     for parts in (None, RANKS):
         files[parts] = work / f"recipe-{parts}.yaml"
-        files[parts].write_text(json.dumps({"model": str(model), **recipe(args, parts)}))
+        files[parts].write_text(json.dumps({"model": str(model), **recipe(args, calib, parts)}))
     rows = []
     both = []
     for turn in range(max(args.repeats, args.pairs)):
@@ -139,23 +154,23 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": harness.machine(),
         "model": {"name": args.model, "layers": args.layers, **vars(sizes_of(args.model))},
-        "recipe": {k: v for k, v in recipe(args).items() if k != "calibration"},
+        "recipe": {k: v for k, v in recipe(args, calib).items() if k != "calibration"},
         "tokens": rows[0]["tokens"],
         "window": args.window,
         "rows": rows,
         "parts": alike,
         "both": both,
-        "plan": planned(args, model),
+        "plan": planned(args, model, calib),
     }
 
 
-def planned(args: argparse.Namespace, model: Path) -> dict:
+def planned(args: argparse.Namespace, model: Path, calib: Path) -> dict:
     """What `distaya plan --ranks` says of the same runs; its rehearsal has one thread, too."""
     from distaya_ext import Recipe, plan
 
     os.environ.update(ONE_THREAD)  # of the process that rehearses
 
-    asked = Recipe(model=str(model), **recipe(args))
+    asked = Recipe(model=str(model), **recipe(args, calib))
     print("asking the cost model", flush=True)
     return plan(model, asked, ranks=[1, RANKS]).scaling.to_dict()
 
@@ -166,11 +181,11 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="aya-8b", choices=[*MODELS, *SMALL])
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=11776)
+    parser.add_argument("--tokens", type=int, default=65536, help="as many as a recipe's own")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--quality", default="plain", choices=["plain", "default", "high"])
     parser.add_argument("--repeats", type=int, default=3, help="of one process and of two ranks")
-    parser.add_argument("--pairs", type=int, default=2, help="of two runs at once")
+    parser.add_argument("--pairs", type=int, default=1, help="of two runs at once")
     parser.add_argument("--folder", type=Path, help="where model and output are for a while")
     parser.add_argument("--out", type=Path, help="where the figures go; --readme: the usual place")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")

@@ -133,5 +133,5 @@ def test_the_recipe_is_one_that_compress_takes():
     from distaya_ext import Recipe
 
     parsed = scaling.argparse.Namespace(tokens=5888, window=128, quality="plain")
-    assert Recipe(model="m", **scaling.recipe(parsed, 2)).calibration.parts == 2
+    assert Recipe(model="m", **scaling.recipe(parsed, scaling.TEXTS, 2)).calibration.parts == 2
     assert scaling.sizes_of("aya-8b").ff == 14336 and scaling.sizes_of("aya-8b").vocab == 8192
