@@ -27,6 +27,9 @@ from .settings import Settings
 _ADMM = {"rho": (0.1, 1.0), "levels": 10}
 
 
+COUPLED = ("group", "block")  # orders of the columns that all rows have a say in
+
+
 def pattern(settings: Settings, mask: torch.Tensor | None = None) -> dict[str, Any]:
     """What of the settings says which weights go, and in which order, as obs takes it. mask: what
     is kept, where that is known.
@@ -72,7 +75,7 @@ def refined(
     """
     prunes = settings.sparsity is not None or settings.nm is not None
     # One order for both sweeps: the second has a mask, from which none could be made.
-    coupled = rows is not None and settings.order in ("group", "block")
+    coupled = rows is not None and settings.order in COUPLED
     every = rows.whole(T) if coupled else T
     perm = visits(settings, every, H)
     order = {"order": perm, "damp": settings.damp}

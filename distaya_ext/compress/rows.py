@@ -50,6 +50,17 @@ class Rows:
         """This process's rows of a tensor [count, ...]."""
         return tensor[self.own] if self.shared else tensor
 
+    def stacked(self, matrices: Sequence[Tensor]) -> Tensor:
+        """This process's rows of a stack of matrices."""
+        if not self.shared:
+            return torch.cat(list(matrices))
+        parts, row = [], 0
+        for W in matrices:
+            first, last = max(self.own.start - row, 0), max(self.own.stop - row, 0)
+            parts.append(W[first:last])
+            row += len(W)
+        return torch.cat(parts)
+
     def whole(self, part: Tensor | None) -> Tensor | None:
         """[count, ...] on every process, from each one's rows."""
         if part is None or not self.shared:

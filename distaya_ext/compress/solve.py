@@ -19,7 +19,7 @@ from ..ranks import Sum
 from .aim import Aim
 from .bias import Means
 from .ferry import Checks
-from .refine import pattern, refined, rounding, visits
+from .refine import COUPLED, pattern, refined, rounding, visits
 from .rows import Rows
 from .settings import Settings
 
@@ -185,13 +185,18 @@ def solve(
     if settings.statistic == "hessian":
         sizes = [len(W) for W in weights]
         mask = None if masks is None else torch.cat(masks)
-        solution = _sweep(torch.cat(weights), settings, statistic, sizes, checks, mask)
+        return _sweep(weights, settings, statistic, sizes, checks, mask)
     elif settings.method == "dense":
         solution = Solution(torch.cat(weights), Figures())
     else:
         solution = _by_matrix(weights, settings, statistic, checks, masks)
-    solution.figures.zeros = (solution.W == 0).sum(dim=1)
+    solution.figures.zeros = _zeros(solution.W)
     return solution
+
+
+def _zeros(W: torch.Tensor) -> torch.Tensor:
+    """int64 [rows]."""
+    return (W == 0).sum(dim=1)
 
 
 def _by_matrix(
@@ -221,32 +226,29 @@ def _grid(
 
 
 def _sweep(
-    W: torch.Tensor,
+    weights: list[torch.Tensor],
     settings: Settings,
     statistic: Statistic,
     sizes: list[int],
     checks: Checks,
     mask: torch.Tensor | None,
 ) -> Solution:
-    """One OBS sweep over the stack; in activation order the busiest inputs come first. mask: what
-    is kept; None: the sweep chooses.
+    """One OBS sweep over the stack of matrices; in activation order the busiest inputs come first.
+    mask: what is kept; None: the sweep chooses.
 
     Every process of the run factorises H, which is ready for all of them at once and takes no bytes
     to tell, and sweeps its own rows.
     """
     if mask is None:
-        _check_pattern(W, settings)
-    rows, H = Rows(len(W)), statistic.matrix()
-    shape = rows.part(W).shape
+        _check_pattern(weights[0], settings)
+    rows, H = Rows(sum(sizes)), statistic.matrix()
+    W = rows.stacked(weights)
+    shape = W.shape
     if checks.late:
-        checks.expect(
-            lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(rows.part(W))
-        )
+        checks.expect(lambda *facts: obs_op.judge_finite(*facts, shape), *obs_op.finite_facts(W))
     else:
-        obs_op.need_finite(rows.part(W))
-    figures = Figures(
-        energy=output_energy(rows.part(W), H, sizes, rows.own), dead=(H.diagonal() == 0).sum()
-    )
+        obs_op.need_finite(W)
+    figures = Figures(energy=output_energy(W, H, sizes, rows.own), dead=(H.diagonal() == 0).sum())
 
     def judge(factor: LateFactor) -> None:
         figures.floored = factor.info[0]
@@ -257,22 +259,22 @@ def _sweep(
     if settings.quality == "plain":
         how = pattern(settings, kept)
         if rows.shared:
-            how["order"] = visits(settings, W, H)
-        found = obs_op.obs(rows.part(W), H, **how, **rounding(settings), overwrite_H=True,
+            every = torch.cat(weights) if settings.order in COUPLED else W
+            how["order"] = visits(settings, every, H)
+        found = obs_op.obs(W, H, **how, **rounding(settings), overwrite_H=True,
                            later=judge, among=rows.among)  # fmt: skip
     else:
         factor = cholesky_late(H, settings.damp)
         judge(factor)
-        part = rows.part(W)
-        T = statistic.wanted(part, H, factor, rows)
-        found = refined(part, T, H, factor, settings, kept, rows)
+        T = statistic.wanted(W, H, factor, rows)
+        found = refined(W, T, H, factor, settings, kept, rows)
     return _whole(found, figures, settings, rows)
 
 
 def _whole(found: obs_op.ObsResult, figures: Figures, settings: Settings, rows: Rows) -> Solution:
     """What all processes have found, on each of them."""
     figures.loss, grid = rows.whole(found.loss), None
-    figures.energy = rows.whole(figures.energy)
+    figures.energy, figures.zeros = map(rows.whole, (figures.energy, _zeros(found.W)))
     if found.codes is not None and (found.perm is None or settings.static or not settings.group):
         parts = (found.codes, found.scales, found.zeros)
         grid = _grid(*map(rows.whole, parts), settings)

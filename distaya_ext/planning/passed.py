@@ -10,6 +10,7 @@ from ..compress.calibrate import Calibration
 from ..compress.phases import Job
 from ..compress.plan import groups
 from ..compress.reconstruct import EPOCHS, HELD_OUT, Course
+from ..compress.refine import COUPLED
 from ..compress.rows import UNIT
 from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
@@ -19,11 +20,10 @@ from .factors import factorisations
 from .traffic import Traffic, read_shared, spread, summed
 
 KINDS = ("weights", "moments", "inverses", "rows", "gradients")
-_FIGURES = 8 + 8  # of a row: loss, energy
+_FIGURES = 3 * 8  # of a row: loss, energy, zeros
 _COUNTS = 8 * (2048 + 1024 + 1024)  # bytes of the tables that find one threshold
 _BLOCK = 128  # columns that a sweep chooses among at once
 _PROJECTED = 31 * 4 * 8 * 257  # of ADMM: projections, tables, bytes of a table
-_COUPLED = ("group", "block")  # orders of columns that all rows have a say in
 
 
 def in_parts(job: Job, world: int, count: int | None) -> tuple[Job, Parts]:
@@ -108,7 +108,7 @@ def row_bytes(job: Job, settings: Settings, columns: int) -> int:
         found += columns + 2 * 4 * _groups(settings, columns)  # scales and zeros in fp32
     if settings.pattern is not None and settings.quality == "high":
         found += columns
-    if settings.order in _COUPLED and settings.quality != "plain":
+    if settings.order in COUPLED and settings.quality != "plain":
         found += 4 * columns  # what is aimed at
     return found
 
