@@ -94,30 +94,34 @@ def started(words: list[str], ranks: int) -> subprocess.Popen:
     )
 
 
-def finished(child: subprocess.Popen, what: str) -> float:
-    """Seconds of processor time it took, those it started included."""
+def finished(child: subprocess.Popen, what: str) -> tuple[float, int]:
+    """Seconds of processor time it took, those it started included; bytes that the largest of them
+    had in memory at most.
+    """
     told = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{what} ended with code {child.returncode}: {told.strip()[-800:]}")
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
 
 
 def run(model: Path, file: Path, out: Path, name: str, ranks: int = 1, times: int = 1) -> dict:
     """One measurement: `times` runs of `ranks` processes each, all at once. wall: of the command;
-    run: what results.json says, the mean of them; cpu: of all processes.
+    run: what results.json says, the mean of them; cpu: of all processes; peak: of the largest one.
     """
     outs = [out.with_name(f"{out.name}-{i}") for i in range(times)]
     for each in outs:
         shutil.rmtree(each, ignore_errors=True)
     start = time.perf_counter()
     at_work = [started([str(model), "--recipe", str(file), "--out", str(o)], ranks) for o in outs]
-    cpu = sum(finished(child, name) for child in at_work)
+    spent = [finished(child, name) for child in at_work]
+    cpu, peak = sum(each for each, _ in spent), max(most for _, most in spent)
     wall = time.perf_counter() - start
     told = [json.loads((each / "results.json").read_text(encoding="utf-8")) for each in outs]
     seconds = sum(each["totals"]["seconds"] for each in told) / times
-    found = {"name": name, "wall": wall, "run": seconds, "cpu": cpu, "weights": weights(outs[0])}
+    found = {"name": name, "wall": wall, "run": seconds, "cpu": cpu, "peak": peak}
+    found["weights"] = weights(outs[0])
     print(f"{name:42} {wall:7.1f} s, run {seconds:7.1f} s, processor {cpu:7.1f} s", flush=True)
     return {**found, "tokens": told[0]["calibration"]["tokens"], "ranks": told[0]["ranks"]}
 

@@ -66,10 +66,12 @@ def _bytes(found: dict[str, Any], plan: dict[str, Any]) -> str:
     runs = [row for row in found["rows"] if row["name"] == _HEADS[1]]
     sent, read = (max(rank[what] for rank in runs[0]["ranks"]) for what in ("sent", "read"))
     waited = statistics.median(max(rank["waited"] for rank in row["ranks"]) for row in runs)
+    peak = {name: max(r["peak"] for r in found["rows"] if r["name"] == name) for name in _HEADS[:2]}
     return (
         f"A rank sent {sent / 2**20:.1f} MiB ({plan['sent'] / 2**20:.1f} expected), read "
         f"{read / 2**20:.1f} MiB of weights ({plan['read'] / 2**20:.1f} expected) and waited "
-        f"{waited:.1f} s for the other or for the wire."
+        f"{waited:.1f} s for the other or for the wire. It held at most "
+        f"{peak[_HEADS[1]] / 2**20:.0f} MiB, one process {peak[_HEADS[0]] / 2**20:.0f} MiB."
     )
 
 

@@ -19,6 +19,7 @@ def _row(name: str, wall: float, weights: str = "a") -> dict:
         for rank in range(2 * (name == "two ranks"))
     ]
     run = {"name": name, "wall": wall, "run": wall - 4, "cpu": wall, "weights": weights}
+    run["peak"] = (6 if ranks else 7) << 30
     return {**run, "tokens": 11776, "ranks": ranks}
 
 
@@ -62,6 +63,7 @@ def test_what_follows_from_the_measurements():
     assert "| efficiency of two ranks, T1 / (2 T2) | 0.88 | 0.95 |" in text
     assert "expected | 0.90 | 0.91 (of the layers) |" in text
     assert "the same bits" in text and "sent 3.0 MiB (4.0 expected)" in text
+    assert "It held at most 6144 MiB, one process 7168 MiB." in text
     assert "waited 1.5 s" in text and "A processor, 2026-01-02; medians of 3" in text
     assert "NOT the same bits" in scaling_report.text(scaling_report.judged(_measured("other")))
     parts = scaling_report.parts(found)
