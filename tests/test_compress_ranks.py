@@ -1,15 +1,18 @@
 """compress() by several processes: the same bits as by one that sums in as many parts."""
 
 import hashlib
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from ranked import run_ranks
 
 from distaya_ext.compress import compress
+from distaya_ext.compress.ferry import Ferry
 
 RECIPES: dict[str, dict[str, Any]] = {
     "plain 2:4": {"nm": "2:4", "quality": "plain"},
@@ -94,3 +97,23 @@ def test_parts_change_last_bits(tmp_path: Path) -> None:
     for parts in (1, 2):
         run_ranks(1, many, source, tmp_path / str(parts), case, parts)
     assert len({weights(tmp_path / str(parts) / "2:4+int4") for parts in (1, 2)}) == 2
+
+
+def test_what_is_written_behind_goes_by_another_thread_in_order() -> None:
+    """Rank 0's way of writing: the main thread is at the next layer while a job is at work."""
+    started, told = threading.Event(), []
+
+    def job(number: int) -> tuple[int, int]:
+        started.wait(10)
+        return number, threading.get_ident()
+
+    with Ferry(torch.device("cpu"), behind=True) as way:
+        assert not way.late
+        for number in range(3):
+            way.do(lambda n=number: job(n), told.append)
+        way.turn()  # of the layer before, of which there is nothing
+        assert not told
+        started.set()
+        way.land()
+    assert [number for number, _ in told] == [0, 1, 2]
+    assert {thread for _, thread in told}.isdisjoint({threading.get_ident()})
