@@ -185,7 +185,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="aya-8b", choices=[*MODELS, *SMALL])
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=65536, help="as many as a recipe's own")
+    parser.add_argument("--tokens", type=int, default=81920)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--quality", default="plain", choices=["plain", "default", "high"])
     parser.add_argument("--repeats", type=int, default=3, help="of one process and of two ranks")
