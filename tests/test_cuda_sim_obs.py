@@ -7,8 +7,7 @@ blocks, 300 columns are three blocks of the sweep, the last one ragged.
 
 import pytest
 import torch
-from cuda_sim import build
-from cuda_sim.simulator import Simulator
+from cuda_sim.simulator import altered, early_tiles
 from fake_ranks import RanksByTurns, check_sweep
 from test_obs import (
     MODES,
@@ -59,11 +58,8 @@ def test_one_row_and_several_blocks(simulator, shape, mode):
 
 def test_panels_that_do_not_fit_at_once(simulator):
     """64 MB of panels are all of them up to 4096 columns; here they hold two of three or four."""
-    path = "csrc/obs/obs_cuda.cu"
-    text = (build.ROOT / path).read_text()
     plain = "(int64_t{1} << 24) / (cols * kB)"
-    assert text.count(plain) == 1
-    few = Simulator(build.build({path: text.replace(plain, "2 + 0 * cols")}))
+    few = altered("csrc/obs/obs_cuda.cu", plain, "2 + 0 * cols")
     for mode in ("half", "2:3", "2:4 int4"):
         W0, H = problem(5, 400)
         R, results = factor(damped(H)), []
@@ -130,11 +126,7 @@ def test_ranks_under_every_schedule(simulator):
 
 def test_rows_sum_as_in_the_whole_product(simulator):
     """The tile of a product, and with it the order of its sums, follows from all rows."""
-    path = "csrc/core/gemm_cuda.cu"
-    text = (build.ROOT / path).read_text()
-    plain = "large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)"
-    assert text.count(plain) == 1
-    early = Simulator(build.build({path: text.replace(plain, "(g.m_all ? g.m_all : g.m) > 30")}))
+    early = early_tiles()
     W, H = problem(40, 300)
     R = factor(damped(H))
     with early.use():

@@ -5,8 +5,7 @@ import pytest
 import test_refit as refits
 import test_refit_admm as admms
 import torch
-from cuda_sim import build
-from cuda_sim.simulator import Simulator
+from cuda_sim.simulator import altered, early_tiles
 from fake_ranks import RanksByTurns, check_admm
 from test_obs import problem
 from test_refit import DTYPES, hessian, loss, masked
@@ -71,11 +70,8 @@ def test_special_matrices(simulator):
 
 def test_several_runs_of_rows():
     """Rows are taken 2^26 elements at a time; here 90: three runs of three rows, and one row."""
-    path = "csrc/refit/refit.h"
-    text = (build.ROOT / path).read_text()
     plain = "kRefitRunCuda = int64_t{1} << 26"
-    assert text.count(plain) == 1
-    few = Simulator(build.build({path: text.replace(plain, "kRefitRunCuda = 90")}))
+    few = altered("csrc/refit/refit.h", plain, "kRefitRunCuda = 90")
     T, mask, H = problem(10, 30)[0], masked(10, 30, "half"), hessian(30)
     with few.use():
         together = refitted(T, mask, H, iterations=3)
@@ -124,11 +120,7 @@ def test_admm_of_several_ranks(simulator):
 
 
 def test_rows_sum_as_in_the_whole_product(simulator):
-    path = "csrc/core/gemm_cuda.cu"
-    text = (build.ROOT / path).read_text()
-    plain = "large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)"
-    assert text.count(plain) == 1
-    early = Simulator(build.build({path: text.replace(plain, "(g.m_all ? g.m_all : g.m) > 30")}))
+    early = early_tiles()
     W, H = problem(40, 64)
     H, mask = H.float(), masked(40, 64, "half")
     with early.use():

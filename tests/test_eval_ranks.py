@@ -14,8 +14,7 @@ from speaking import SENTENCES, save_model, save_texts, tokenizer
 
 from distaya_ext.errors import DistayaError, UsageError
 from distaya_ext.evaluate import cut_windows, evaluate, evaluate_loaded, load
-from distaya_ext.evaluate.dealt import deal
-from distaya_ext.ranks import Team
+from distaya_ext.ranks import Team, jobs_of
 from distaya_ext.ranks.team import acting
 from distaya_ext.tasks.run import run_tasks
 
@@ -131,7 +130,7 @@ def test_work_is_dealt_out_evenly_and_all_of_it():
     for world in (1, 2, 3, 8):
         for count in (0, 1, 2, 7, 100):
             costs = rng.integers(1, 1000, count).tolist()
-            dealt = deal(costs, world)
+            dealt = jobs_of(costs, world)
             assert sorted(job for jobs in dealt for job in jobs) == list(range(count))
             assert all(jobs == sorted(jobs) for jobs in dealt)
             loads = [sum(costs[job] for job in jobs) for jobs in dealt]

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import Calibration
-from distaya_ext.ranks import team
+from distaya_ext.ranks import least_loaded, team
 from distaya_ext.recipe import CalibrationSpec
 from distaya_ext.search import Options, prepare, run, search, sensitivity, variants, whole
-from distaya_ext.search.deal import Dealt, least_loaded
+from distaya_ext.search.deal import Dealt
 
 # ---- who does what ----
 

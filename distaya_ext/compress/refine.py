@@ -17,7 +17,7 @@ import torch
 
 from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor
-from ..ops.order import permutation
+from ..ops.order import COUPLED, permutation
 from ..ops.refit import admm, refit
 from .rows import Rows
 from .settings import Settings
@@ -25,9 +25,6 @@ from .settings import Settings
 # Held-out layer error after the refit over that of the sweep, on a trained 8-layer Cohere model:
 # 0.78 (2:4) and 0.72 (50 %) with these; 0.82 and 0.75 with (0.03, 3) in six levels.
 _ADMM = {"rho": (0.1, 1.0), "levels": 10}
-
-
-COUPLED = ("group", "block")  # orders of the columns that all rows have a say in
 
 
 def pattern(settings: Settings, mask: torch.Tensor | None = None) -> dict[str, Any]:

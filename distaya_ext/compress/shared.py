@@ -11,8 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from ..ranks import team
@@ -32,11 +30,8 @@ def shared_calibration(texts: Any, recipe: Recipe, checkpoint: Checkpoint) -> Ca
     told = None
     if found is not None:
         told = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in _NOT_TOLD}
-        told["shape"] = list(found.ids.shape)
     told = us.tell(told)
-    shape = told.pop("shape")
-    ids = torch.empty(shape, dtype=torch.int64) if found is None else found.ids
-    return Calibration(us.broadcast_(ids), **told)
+    return Calibration(us.from_first(None if found is None else found.ids), **told)
 
 
 def parts_of(before: Mapping[str, Any] | None) -> int | None:

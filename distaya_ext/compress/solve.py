@@ -15,11 +15,12 @@ from ..ops import obs as obs_op
 from ..ops.cholesky import LateFactor, cholesky_late
 from ..ops.cholesky import judge as judge_factor
 from ..ops.hessian import Hessian, column_sq_, symmetrize_
+from ..ops.order import COUPLED
 from ..ranks import Sum
 from .aim import Aim
 from .bias import Means
 from .ferry import Checks
-from .refine import COUPLED, pattern, refined, rounding, visits
+from .refine import pattern, refined, rounding, visits
 from .rows import Rows
 from .settings import Settings
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
-from ..ranks import team
+from ..ranks import jobs_of, team
 from ..tokenizer import check_rows, encode
-from .dealt import Meter, deal
+from .dealt import Meter
 from .load import Loaded
 from .scripts import Letters, letters, scripts_of
 from .statistics import difference_interval
@@ -113,7 +113,7 @@ def speak(
     """
     us, cut = team(), list(_batches(prompts))
     # A step reads all weights, however few prompts run together.
-    dealt = deal([_ROWS + len(batch) for batch in cut], us.world)
+    dealt = jobs_of([_ROWS + len(batch) for batch in cut], us.world)
     own = [cut[number] for number in dealt[us.rank]]
     meter = Meter(len(prompts), sum(map(len, own)), on_done)
     texts: list[tuple[int, str]] = []

@@ -13,21 +13,9 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..ranks import Team, team
+from ..ranks import Team, jobs_of, team
 from .samples import Samples
 from .score import Part, Scores, batches, measure, put_together, scored
-
-
-def deal(costs: Sequence[float], world: int) -> list[list[int]]:
-    """Which jobs each rank does, in their order: the dearest first, each to who has least so far.
-    Every rank finds the same; rank 0 has work where there is any.
-    """
-    loads, own = [0.0] * world, [[] for _ in range(world)]
-    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        rank = min(range(world), key=lambda r: (loads[r], r))
-        loads[rank] += costs[job]
-        own[rank].append(job)
-    return [sorted(jobs) for jobs in own]
 
 
 class Meter:
@@ -79,7 +67,7 @@ def score_all(
     us, first = team(), groups[0][0]
     cut = [list(batches(s.rows, first.config.vocab_size)) for s in samples]
     jobs = [_Job(s, at, rows) for at, s in enumerate(samples) for rows in cut[at]]
-    dealt = deal([job.cost for job in jobs], us.world)
+    dealt = jobs_of([job.cost for job in jobs], us.world)
     own = [jobs[number] for number in dealt[us.rank]]
     meter = Meter(sum(j.tokens for j in jobs), sum(j.tokens for j in own), tell)
     device = next(first.parameters()).device
@@ -154,8 +142,7 @@ def from_first(make: Callable[[], list[Samples]]) -> list[Samples]:
         return make()
     samples = make() if us.first else []
     heads = us.tell([(s.language, s.bytes_per_token, list(map(len, s.rows))) for s in samples])
-    count = sum(sum(lengths) for _, _, lengths in heads)
     rows = [row for s in samples for row in s.rows]
-    flat = torch.cat(rows) if us.first else torch.empty(count, dtype=torch.int64)
-    each = iter(us.broadcast_(flat).split([n for _, _, lengths in heads for n in lengths]))
+    flat = us.from_first(torch.cat(rows) if us.first else None)
+    each = iter(flat.split([n for _, _, lengths in heads for n in lengths]))
     return [Samples(lang, [next(each) for _ in lengths], per) for lang, per, lengths in heads]

@@ -17,6 +17,7 @@ from distaya_ext.ops.among import Among
 from distaya_ext.ops.hessian import column_sq_
 
 BLOCK = 128  # columns of a block of the sweep (csrc/obs/obs.h)
+COUPLED = ("group", "block")  # orders that all rows have a say in
 ORDERS = ("natural", "activation", "group", "block")
 
 
@@ -50,7 +51,7 @@ def check_order(
         raise InputError("order='group' moves whole N:M groups, so it needs nm")
     elif order == "block" and not sparsity:
         raise InputError("order='block' is for a share of the weights, so it needs a sparsity > 0")
-    elif order in ("group", "block") and among is not None and len(among.rows) > 1:
+    elif order in COUPLED and among is not None and len(among.rows) > 1:
         raise InputError(
             f"order={order!r} looks at all rows, and this rank has {W.shape[0]} of {among.total}: "
             "give the permutation of the whole matrix"

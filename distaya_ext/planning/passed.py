@@ -10,11 +10,11 @@ from ..compress.calibrate import Calibration
 from ..compress.phases import Job
 from ..compress.plan import groups
 from ..compress.reconstruct import EPOCHS, HELD_OUT, Course
-from ..compress.refine import COUPLED
 from ..compress.rows import UNIT
 from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
 from ..models import Stage
+from ..ops.order import COUPLED
 from ..ranks import Parts, Team
 from .factors import factorisations
 from .traffic import Traffic, read_shared, spread, summed

@@ -6,10 +6,12 @@ and the few ways in which processes tell each other something. Without torchrun 
 """
 
 from .folder import same_folder
+from .jobs import jobs_of, least_loaded
 from .join import joined, world_size
 from .reading import read_shared
 from .sums import Parts, PartSums, Sum
 from .team import Team, team
+from .together import by_all, by_first
 from .watch import leave
 
 __all__ = [
@@ -17,7 +19,11 @@ __all__ = [
     "Parts",
     "Sum",
     "Team",
+    "by_all",
+    "by_first",
+    "jobs_of",
     "joined",
+    "least_loaded",
     "leave",
     "read_shared",
     "same_folder",

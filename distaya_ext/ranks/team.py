@@ -102,6 +102,15 @@ class Team:
             self._together(dist.broadcast, plain, source, group=group)
         return tensor
 
+    def from_first(self, tensor: Tensor | None) -> Tensor:
+        """The tensor of rank 0 on every rank, on the CPU; the others need not know its shape."""
+        if self.alone:
+            return tensor
+        about = self.tell([list(tensor.shape), str(tensor.dtype)[6:]] if self.first else None)
+        if not self.first:
+            tensor = torch.empty(about[0], dtype=getattr(torch, about[1]))
+        return self.broadcast_(tensor)
+
     def spread_(self, tensor: Tensor, shares: list[slice], group: Any = None) -> Tensor:
         """Rows shares[r] of the contiguous tensor, which rank r has, in place on every rank."""
         for rank, rows in enumerate(shares):

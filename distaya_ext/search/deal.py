@@ -5,7 +5,6 @@ that all of them have.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,19 +12,7 @@ import numpy as np
 import torch
 
 from ..ranks import team
-
-_PANEL = 1 << 24  # elements of a triangle that are under way at once
-
-
-def least_loaded(costs: Sequence[int], world: int) -> list[int]:
-    """A rank for each of these jobs: the costliest first, each to the rank with least to do so far
-    (of equals the first).
-    """
-    load, found = [0] * world, [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        found[job] = load.index(min(load))
-        load[found[job]] += costs[job]
-    return found
+from ..ranks.sums import panels
 
 
 @dataclass(frozen=True)
@@ -76,9 +63,7 @@ class Dealt:
 
 def broadcast_upper(square: torch.Tensor, source: int) -> None:
     """The upper triangle of rank `source`'s [n, n], in place on every rank, in panels of rows."""
-    us, start, n = team(), 0, len(square)
-    while start < n and not us.alone:
-        stop = min(n, start + max(1, _PANEL // (n - start)))
+    us = team()
+    for start, stop in () if us.alone else panels(len(square)):
         panel = square[start:stop, start:].contiguous()
         square[start:stop, start:] = us.broadcast_(panel, source)
-        start = stop

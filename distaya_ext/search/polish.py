@@ -20,19 +20,17 @@ from .sensitivity import Sensitivities
 _DRAWN = 24
 
 
+Measure = Callable[[Candidate], np.ndarray]
+
+
 def polish_together(
     space: Space,
-    found: Sensitivities,
-    start: Candidate,
-    start_kl: np.ndarray,
-    budget: int,
-    alpha: float,
-    steps: int,
-    seed: int,
-    judge: Callable[[Candidate], np.ndarray],
-    on_step: Callable[[int, int, float], None],
+    judge: Measure,
+    polished: Callable[[Measure], tuple[Candidate, np.ndarray, int]],
 ) -> tuple[Candidate, np.ndarray, int]:
-    """polish() by rank 0; all ranks judge its candidates with it, and return what it returns."""
+    """polished(judge), which is polish(), by rank 0; all ranks judge its candidates with it, and
+    return what it returns.
+    """
     us = team()
 
     def asked(candidate: Candidate) -> np.ndarray:
@@ -41,9 +39,7 @@ def polish_together(
 
     end = None
     if us.first:
-        best, kl, accepted = polish(
-            space, found, start, start_kl, budget, alpha, steps, seed, asked, on_step
-        )
+        best, kl, accepted = polished(asked)
         us.tell(None)
         end = [best.picks, sorted(best.dropped), kl.tolist(), accepted]
     else:
@@ -66,7 +62,7 @@ def polish(
     alpha: float,
     steps: int,
     seed: int,
-    judge: Callable[[Candidate], np.ndarray],
+    judge: Measure,
     on_step: Callable[[int, int, float], None],
 ) -> tuple[Candidate, np.ndarray, int]:
     """The best candidate after so many measurements, its KL per language, how many were accepted.

@@ -44,13 +44,9 @@ def cut(texts: Any, options: Options, checkpoint: Checkpoint) -> Sets:
     if us.alone:
         return own
     sets = own and [(own.hessian, []), own.decide, own.report]
-    told = us.tell(sets and [[list(ids.shape), languages] for ids, languages in sets])
-    if sets:
-        come = [ids for ids, _ in sets]
-    else:
-        come = [torch.empty(shape, dtype=torch.int64) for shape, _ in told]
-    hessian, decide, report = (us.broadcast_(ids) for ids in come)
-    return Sets(hessian, (decide, told[1][1]), (report, told[2][1]))
+    languages = us.tell(sets and [of_set for _, of_set in sets])
+    hessian, decide, report = (us.from_first(sets and sets[i][0]) for i in range(3))
+    return Sets(hessian, (decide, languages[1]), (report, languages[2]))
 
 
 def cut_here(texts: Any, options: Options, checkpoint: Checkpoint) -> Sets:

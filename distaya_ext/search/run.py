@@ -24,7 +24,7 @@ from .candidate import Candidate, Judge, Space
 from .choices import Choice, Costs, parse_choices, untouched
 from .objective import best_allocation, parse_weights, parts_of, weighted
 from .options import Options
-from .polish import polish_together
+from .polish import Measure, polish, polish_together
 from .prepare import Sets, cut, make_units, plan_memory
 from .result import Found, Row, row, same_size
 from .rules import to_recipe
@@ -205,17 +205,16 @@ class _Task:
         kl = self.judge.languages(candidate, self.decide)
         start, accepted = self.seconds.since("verify", start), 0
         if self.options.polish:
+            steps, seed = self.options.polish, self.options.calibration.seed
+
+            def polished(judge: Measure) -> tuple[Candidate, np.ndarray, int]:
+                return polish(
+                    self.space, found, candidate, kl, self.budget, self.alpha, steps, seed, judge,
+                    lambda done, of, best: on_progress(done, of, f"swaps, objective {best:.4f}"),
+                )  # fmt: skip
+
             candidate, kl, accepted = polish_together(
-                self.space,
-                found,
-                candidate,
-                kl,
-                self.budget,
-                self.alpha,
-                self.options.polish,
-                self.options.calibration.seed,
-                lambda other: self.judge.languages(other, self.decide),
-                lambda done, total, best: on_progress(done, total, f"swaps, objective {best:.4f}"),
+                self.space, lambda other: self.judge.languages(other, self.decide), polished
             )
             self.seconds.since("polish", start)
         return candidate, weighted(kl, self.alpha), accepted

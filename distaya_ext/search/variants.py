@@ -15,9 +15,9 @@ from ..formats.grid import groups
 from ..models import Stage
 from ..ops import obs as obs_op
 from ..ops.cholesky import Factor, cholesky
-from ..ranks import team
+from ..ranks import least_loaded, team
 from .choices import Choice, Costs
-from .deal import broadcast_upper, least_loaded
+from .deal import broadcast_upper
 from .whole import Whole
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

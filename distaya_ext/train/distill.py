@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import open_checkpoint
 from ..device import find_device
 from ..errors import UsageError
-from ..ranks import team
+from ..ranks import by_all, by_first, team
 from ..texts import check_window
 from ..tokenizer import check_rows, load_tokenizer
 from . import pairing
@@ -34,7 +34,6 @@ from .sharding import shard, wanted
 from .spans import SpanObjective
 from .spec import TrainSpec
 from .teacher import Cached, Online, Teacher
-from .together import by_all, by_first
 
 
 def distill(

@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.whole import quiet_transformers
 from ..compress.budget import check_disk
 from ..errors import InputError, UsageError
-from ..ranks import team, world_size
+from ..ranks import by_first, team, world_size
 from ..resume.held import Held
 from ..resume.identity import difference
 from . import saved
@@ -26,7 +26,6 @@ from .notes import notes
 from .objective import Objective
 from .sharding import shard
 from .spec import TrainSpec
-from .together import by_first
 from .trainer import run_steps, told_to_stop
 
 # Copies of what learns on the disk at once: two checkpoints and a third being written, with two

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, UsageError
-from ..ranks import team
+from ..ranks import by_first, team
 from ..runtime.modules import Packed, PackedHead, PackedLinear
 from ..runtime.swap import trainable
 from . import masters, scales
@@ -39,7 +39,6 @@ from .choose import (
 from .learned import Learned
 from .sharding import gathered
 from .spec import TrainSpec
-from .together import by_first
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

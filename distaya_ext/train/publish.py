@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import check_output
 from ..errors import DistayaError
-from ..ranks import team
+from ..ranks import by_first, team
 from ..versions import versions
 from .data import TrainingData
 from .events import Event
 from .fit import Course, fit
 from .objective import Objective
 from .spec import TrainSpec
-from .together import by_first
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

@@ -29,9 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from ..durable import sync, write_whole
 from ..errors import InputError
-from ..ranks import team
+from ..ranks import by_first, team
 from .sharding import gathered, shared_out
-from .together import by_first
 
 _PREFIX, _PARTIAL = "checkpoint-", ".partial-"
 _KEPT = 2

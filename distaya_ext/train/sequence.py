@@ -21,13 +21,12 @@ import torch
 from ..compress.events import Notice
 from ..documents import open_texts
 from ..errors import InputError, UsageError
-from ..ranks import team
+from ..ranks import by_all, by_first, team
 from ..texts import windows
 from ..tokenizer import encode
 from .chat import chat_files
 from .data import IGNORED, Texts, TrainingData, _split
 from .spec import TrainSpec
-from .together import by_all, by_first
 
 BATCH = 16  # prompts continued at once
 _BROKEN = "\ufffd"  # what half a character is decoded as

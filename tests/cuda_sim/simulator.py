@@ -119,3 +119,19 @@ def obtain() -> Simulator:
         return Simulator(build.build())
     except build.BuildError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+def altered(path: str, plain: str, other: str) -> Simulator:
+    """A simulator of the kernels with one place of a source file, which must be there once, written
+    otherwise.
+    """
+    text = (build.ROOT / path).read_text()
+    assert text.count(plain) == 1
+    return Simulator(build.build({path: text.replace(plain, other)}))
+
+
+def early_tiles() -> Simulator:
+    """Products take the large tile from 31 rows on, so that small matrices see both."""
+    rows = "(g.m_all ? g.m_all : g.m)"
+    plain = "large_tiles(g.m_all ? g.m_all : g.m, g.n, g.upper_only)"
+    return altered("csrc/core/gemm_cuda.cu", plain, f"{rows} > 30")

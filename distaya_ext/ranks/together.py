@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import errors
-from ..ranks import team
+from .team import team
 
 
 def by_first(act: Callable[[], Any]) -> Any:
