@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from fitting import Scripted, data, spec, state, tiny_model
 from ranked import Ranks, run_ranks
 from tiny import windows
 
+from distaya_ext.errors import LostError, notes
 from distaya_ext.ranks import Parts, Team, team
 from distaya_ext.ranks.team import acting
-from distaya_ext.train import plot
+from distaya_ext.train import plot, publish
 from distaya_ext.train.data import IGNORED, TrainingData
 from distaya_ext.train.dealing import deal
 from distaya_ext.train.events import Evaluated, TrainStep
@@ -379,3 +381,22 @@ def test_a_sharded_run_goes_on_in_one_process(tmp_path):
     assert rest["said"][1] == "there is one process, so nothing is sharded"
     ends = [{n: torch.from_numpy(v) for n, v in e["state"].items()} for e in (rest, whole)]
     assert _off(*ends, state(tiny_model())) < 1e-6
+
+
+def test_a_lost_rank_stays_that_and_tells_what_is_kept(tmp_path, monkeypatch):
+    lost = LostError("rank 1 of 2 was killed or lost")
+    lost.exit_code = 3  # of the rank that failed
+
+    def fails(*args, **more):
+        (tmp_path / "work" / "checkpoint-7").mkdir(parents=True)
+        raise lost
+
+    monkeypatch.setattr(publish, "fit", fails)
+    monkeypatch.setattr(publish, "check_place", lambda *args: None)
+    given = SimpleNamespace(folder=tmp_path), SimpleNamespace(model=None)
+    with pytest.raises(LostError) as raised:
+        publish.train_and_publish(
+            *given, None, None, None, None, tmp_path / "out", about={}, work=tmp_path / "work"
+        )
+    assert raised.value is lost and lost.exit_code == 3
+    assert notes(lost) == [f"what was trained is kept in {tmp_path / 'work'}"]

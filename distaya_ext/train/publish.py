@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import check_output
-from ..errors import DistayaError
+from ..errors import DistayaError, LostError, add_note
 from ..ranks import by_first, team
 from ..versions import versions
 from .data import TrainingData
@@ -96,8 +96,11 @@ def train_and_publish(
         merged = parts.write(checkpoint, out, overwrite=overwrite, extra=add)
     except DistayaError as error:
         if any(folder.glob("checkpoint-*")) and str(folder) not in str(error):
-            note = f"{error} (what was trained is kept in {folder})"
-            raise type(error)(note) from error
+            kept = f"what was trained is kept in {folder}"
+            if isinstance(error, LostError):  # it holds which rank failed, and with what code
+                add_note(error, kept)
+                raise
+            raise type(error)(f"{error} ({kept})") from error
         raise
     if team().first:
         shutil.rmtree(folder)
