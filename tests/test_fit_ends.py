@@ -3,13 +3,14 @@
 import multiprocessing
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fitting import Scripted, data, same, spec, state, tiny_model
 
-from distaya_ext.errors import InputError, ResourceError, UsageError
-from distaya_ext.train import events, plot
+from distaya_ext.errors import InputError, LostError, ResourceError, UsageError, notes
+from distaya_ext.train import events, plot, publish
 from distaya_ext.train.data import IGNORED, TrainingData
 from distaya_ext.train.finetune import CrossEntropy
 from distaya_ext.train.fit import TrainingError, fit
@@ -188,3 +189,22 @@ def test_what_cannot_be_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs accelerate and matplotlib: pip install"):
         fit(tiny_model(), training, held_out, CrossEntropy(), spec(), tmp_path)
+
+
+def test_a_lost_rank_stays_that_and_tells_what_is_kept(tmp_path, monkeypatch):
+    lost = LostError("rank 1 of 2 was killed or lost")
+    lost.exit_code = 3  # of the rank that failed
+
+    def fails(*args, **more):
+        (tmp_path / "work" / "checkpoint-7").mkdir(parents=True)
+        raise lost
+
+    monkeypatch.setattr(publish, "fit", fails)
+    monkeypatch.setattr(publish, "check_place", lambda *args: None)
+    given = SimpleNamespace(folder=tmp_path), SimpleNamespace(model=None)
+    with pytest.raises(LostError) as raised:
+        publish.train_and_publish(
+            *given, None, None, None, None, tmp_path / "out", about={}, work=tmp_path / "work"
+        )
+    assert raised.value is lost and lost.exit_code == 3
+    assert notes(lost) == [f"what was trained is kept in {tmp_path / 'work'}"]
