@@ -28,6 +28,7 @@ def killed(source: Path, out: Path, victim: int, layer: int, when: str) -> None:
         if at == layer and when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    keep.SHARE = 1e9  # every layer is kept, however long that takes
     if team().rank == victim:
         holder.save = save
     run(source, out, FIELDS, None)
