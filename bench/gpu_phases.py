@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from distaya_ext.compress import aim, layers, packing, solve, twin, walk
+from distaya_ext.compress import aim, layers, packing, statistic, twin, walk
 from distaya_ext.ops import cholesky, obs, refit
 
 # What is timed inside a layer; what is called inside another phase counts only for itself.
 PHASES = (
     (walk.LayerWalk, "_run", "forward"),
     (twin.Twin, "_run", "dense forward"),
-    (solve.Statistic, "add", "hessian"),
+    (statistic.Statistic, "add", "hessian"),
     (aim.Aim, "add", "cross moment"),
     (cholesky, "cholesky_", "factor"),
     (aim.Aim, "weights", "aim"),

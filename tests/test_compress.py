@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import budget, calibrate, compress, events
 from distaya_ext.compress.settings import from_recipe
-from distaya_ext.compress.solve import Statistic, solve
+from distaya_ext.compress.solve import solve
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.errors import InputError, UsageError
 from distaya_ext.models import describe
 

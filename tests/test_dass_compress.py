@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distaya_ext.compress import compress, glu
 from distaya_ext.compress.ferry import Checks
 from distaya_ext.compress.settings import from_recipe
-from distaya_ext.compress.solve import Statistic
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.errors import InputError, UsageError
 from distaya_ext.models import Architecture, Stage, describe
 from distaya_ext.ops import dass

@@ -17,7 +17,7 @@ from distaya_ext.compress.languages import (
     compared,
     raised,
 )
-from distaya_ext.compress.solve import Statistic
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.errors import InputError
 
 LENGTH = 8

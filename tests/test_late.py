@@ -17,7 +17,8 @@ from transformers import CohereConfig
 from distaya_ext.compress import at_work, calibrate, compress, driver, events, ferry, layers
 from distaya_ext.compress.ferry import Checks, Ferry
 from distaya_ext.compress.settings import Settings
-from distaya_ext.compress.solve import Statistic, solve
+from distaya_ext.compress.solve import solve
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.compress.store import Store
 from distaya_ext.errors import InputError
 from distaya_ext.formats import Grid, ModuleScheme, bitmask, late

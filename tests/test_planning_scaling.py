@@ -147,6 +147,7 @@ def test_factorisations_are_those_of_the_code(source, monkeypatch, fields, expec
     """Counted while one stack is solved."""
     from distaya_ext.compress import solve
     from distaya_ext.compress.settings import from_recipe
+    from distaya_ext.compress.statistic import Statistic
     from distaya_ext.ops import cholesky, refit
 
     settings = from_recipe(tiny.recipe(**fields))
@@ -166,7 +167,7 @@ def test_factorisations_are_those_of_the_code(source, monkeypatch, fields, expec
     for module in (cholesky, solve):  # not that of refit, which is counted as an inverse
         monkeypatch.setattr(module, "cholesky_late", late)
     monkeypatch.setattr(refit, "inverse_", count("inverses", refit.inverse_))
-    statistic = solve.Statistic("hessian", 64, torch.device("cpu"))
+    statistic = Statistic("hessian", 64, torch.device("cpu"))
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     statistic.add(x)
     statistic.count(len(x))

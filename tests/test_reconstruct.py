@@ -15,7 +15,8 @@ from distaya_ext.compress.capture import Call
 from distaya_ext.compress.languages import Mixture
 from distaya_ext.compress.reconstruct import HELD_OUT, Course, reconstruct
 from distaya_ext.compress.settings import from_recipe
-from distaya_ext.compress.solve import Figures, Statistic, solve
+from distaya_ext.compress.solve import Figures, solve
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.compress.store import Store
 from distaya_ext.models import describe
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from distaya_ext.checkpoint import open_checkpoint
 from distaya_ext.compress import budget, calibrate, compress
 from distaya_ext.compress.plan import groups, make_plan, shares_statistics
-from distaya_ext.compress.solve import Statistic, solve
+from distaya_ext.compress.solve import solve
+from distaya_ext.compress.statistic import Statistic
 from distaya_ext.errors import UsageError
 from distaya_ext.models import describe
 from distaya_ext.recipe import Recipe, Rule

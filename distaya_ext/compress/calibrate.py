@@ -26,6 +26,7 @@ from .ferry import Checks
 # them to be busy.
 CHUNK_TOKENS = 4096
 CUDA_CHUNK_TOKENS = 16384
+_TOKENS_PER_COLUMN = 4  # fewer calibration tokens per column of a Hessian are worth a warning
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,24 @@ class Calibration:
     def tokens(self) -> int:
         return self.ids.numel()
 
-    def odd_documents(self) -> list[str]:
-        """What is to be told of documents that cannot teach much, with counts per language."""
-        told = {
+    def notices(self, columns: int = 0) -> list[str]:
+        """What is to be told of it before it is used, for Hessians of so many columns (0: none)."""
+        odd = {
             "documents that repeat an earlier one": self.duplicates,
             "documents without any text, left out": self.empty,
             "documents of a single token": self.one_token,
         }
-        return [f"{what}: {counts(found, int)}" for what, found in told.items() if found]
+        told = [f"{what}: {counts(found, int)}" for what, found in odd.items() if found]
+        if self.limited_by is not None:
+            told.append(f"the texts in {self.limited_by} ran out before the tokens asked for")
+        if self.left_out:
+            told.append("no calibration tokens are left for " + ", ".join(sorted(self.left_out)))
+        if self.tokens < _TOKENS_PER_COLUMN * columns:
+            told.append(
+                f"{self.tokens} calibration tokens are few for Hessians of {columns} columns; "
+                f"{_TOKENS_PER_COLUMN * columns} or more are advised"
+            )
+        return told
 
     @property
     def own_tokens(self) -> int:

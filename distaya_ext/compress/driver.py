@@ -14,7 +14,6 @@ from .. import __version__
 from ..checkpoint import (
     MARKER,
     Checkpoint,
-    ShardWriter,
     check_companions,
     check_output,
     copy_companions,
@@ -30,7 +29,7 @@ from ..recipe import Recipe
 from ..resume import Guest, Work
 from ..resume import place as work_place
 from . import events, glu
-from .at_work import Replay
+from .beside import Beside
 from .blocks import give_back
 from .budget import Budget, activation_bytes, check_disk, needs_of, waits_on_host
 from .calibrate import CUDA_CHUNK_TOKENS, Calibration
@@ -46,6 +45,7 @@ from .left_out import LeftOut
 from .packing import Packing
 from .plan import make_plan
 from .proof import PROOF_WINDOWS, prove
+from .replay import Replay
 from .report import Report, dump_report, restore_report
 from .settings import Settings, from_recipe
 from .shared import (
@@ -57,8 +57,6 @@ from .shared import (
     told_of_ranks,
 )
 from .store import Store
-
-_TOKENS_PER_COLUMN = 4  # fewer calibration tokens than this per Hessian column are worth a warning
 
 OnEvent = Callable[[events.Event], None]
 
@@ -155,6 +153,7 @@ class _Run:
         self.report.format, self.report.quality = self.packing.format, settings.quality
         self.report.dropped_layers = list(recipe.drop_layers)
         self.report.source_layers = self.checkpoint.source_layers
+        self.beside = Beside(self.checkpoint, self.packing, self.report, device)
 
     def cut(self, texts: Any, before: Mapping[str, Any] | None) -> None:
         """Calibration windows, in as many parts as the recipe says, or the run that was stopped
@@ -184,23 +183,7 @@ class _Run:
         pattern = irregular(self.source.config, self.checkpoint.source_layers)
         if pattern is not None:
             self._notice(pattern)
-        tokens = self.calibration.own_tokens if self.calibration is not None else 0
-        waiting = activation_bytes(self.checkpoint, tokens, self.needs)
-        if self.device.type == "cuda":
-            self.away = waits_on_host(
-                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
-            )
-        self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
-            waiting
-        )
-        if self.report.spilled:
-            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
-        planned = self.packing.predicted()
-        every = self.calibration.tokens if self.calibration is not None else 0
-        beside = most_bytes(self.checkpoint, every, self.needs, self.budget.shard_bytes, planned)
-        if team().first:
-            least = planned + beside + waiting * self.report.spilled - work.nbytes
-            check_disk(work.root, max(0, least))
+        planned = self._find_room(work)
         if self.packing.format != "dense":
             self.on_event(events.Planned(self.packing.format, planned))
         notices = glu.notices(self.recipe, self.plan, self.checkpoint)
@@ -220,9 +203,10 @@ class _Run:
             elif keeper.first:
                 keeper.tensors()
             elif self.architecture.embed in self.packing.ends:
-                self._end(writer, self.architecture.embed)  # the device rounds it, before the rest
+                # The device rounds it, before the rest.
+                self.beside.end(writer, self.architecture.embed)
             else:
-                way.do(lambda: self._end(writer, self.architecture.embed))
+                way.do(lambda: self.beside.end(writer, self.architecture.embed))
             weightless = skeleton.get_submodule(self.architecture.layers)
             layers.run(weightless, self.replay, way, writer, keeper)
         self.report.ranks = told_of_ranks(self.calibration)
@@ -233,13 +217,34 @@ class _Run:
             restore_report(self.report, told)
         return self.report
 
+    def _find_room(self, work: Work | Guest) -> int:
+        """Decide where activations wait, and check that the disk has room. Returns the bytes that
+        the output is expected to have.
+        """
+        tokens = self.calibration.own_tokens if self.calibration is not None else 0
+        waiting = activation_bytes(self.checkpoint, tokens, self.needs)
+        if self.device.type == "cuda":
+            self.away = waits_on_host(
+                self.checkpoint, tokens, self.device, self.needs, self.recipe.max_vram_bytes
+            )
+        self.report.spilled = (self.away or self.device.type == "cpu") and self.budget.spills(
+            waiting
+        )
+        if self.report.spilled:
+            self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
+        planned = self.packing.predicted()
+        every = self.calibration.tokens if self.calibration is not None else 0
+        beside = most_bytes(self.checkpoint, every, self.needs, self.budget.shard_bytes, planned)
+        if team().first:
+            least = planned + beside + waiting * self.report.spilled - work.nbytes
+            check_disk(work.root, max(0, least))
+        return planned
+
     def _finish(self, work: Work, keeper: Keeper) -> None:
         """Write what is not in layers, and put the output in its place."""
         writer = keeper.writer
-        ends = (self.architecture.embed + ".", self.architecture.head + ".")
-        between = (*ends, self.architecture.layers + ".")
-        self._copy(writer, lambda name: not name.startswith(between))
-        self._end(writer, self.architecture.head)
+        self.beside.rest(writer)
+        self.beside.end(writer, self.architecture.head)
         shards = writer.finish()
         self.report.predicted_bytes = self.packing.predicted()
         self.report.file_bytes = sum(path.stat().st_size for path in shards)
@@ -279,17 +284,9 @@ class _Run:
                 report.tokens, report.window, report.tokens_per_language, calibration.fertility
             )
         )
-        for message in calibration.odd_documents():
+        columns = self._widest() if self.settings.statistic == "hessian" else 0
+        for message in calibration.notices(columns):
             self._notice(message)
-        if calibration.limited_by is not None:
-            self._notice(
-                f"the texts in {calibration.limited_by} ran out before the tokens asked for"
-            )
-        if calibration.left_out:
-            self._notice(
-                "no calibration tokens are left for " + ", ".join(sorted(calibration.left_out))
-            )
-        self._warn_few_tokens()
         if not going_on and team().first:
             self._prove()
         mixture = Mixture(calibration, self.recipe.calibration.weights, self.device)
@@ -347,43 +344,15 @@ class _Run:
             for store in streams:
                 store.put(("hidden", chunk), hidden)
 
-    def _warn_few_tokens(self) -> None:
-        if self.settings.statistic != "hessian":
-            return
+    def _widest(self) -> int:
+        """Columns of the widest Linear of a layer."""
         prefix = f"{self.architecture.layers}.0"
-        entries = self.checkpoint.entries
-        columns = max(
-            entries[f"{prefix}.{name}.weight"].shape[1] for name in self.architecture.linears()
-        )
-        if self.calibration.tokens < _TOKENS_PER_COLUMN * columns:
-            self._notice(
-                f"{self.calibration.tokens} calibration tokens are few for Hessians of "
-                f"{columns} columns; "
-                f"{_TOKENS_PER_COLUMN * columns} or more are advised"
-            )
+        names = (f"{prefix}.{name}.weight" for name in self.architecture.linears())
+        return max(self.checkpoint.entries[name].shape[1] for name in names)
 
     def _notice(self, message: str) -> None:
         self.report.notices.append(message)
         self.on_event(events.Notice(message))
-
-    def _copy(self, writer: ShardWriter, wanted: Callable[[str], bool]) -> None:
-        """Copy tensors unchanged, in the dtype they were stored in."""
-        for name in filter(wanted, self.checkpoint.entries):
-            writer.add(name, self.checkpoint.read([name])[name])
-
-    def _end(self, writer: ShardWriter, name: str) -> None:
-        """Write embedding or head, rounded to 8 bits where the recipe says so."""
-        if name not in self.packing.ends:
-            self._copy(writer, lambda tensor: tensor.startswith(name + "."))
-            entry = self.checkpoint.entries.get(f"{name}.weight")
-            if entry is not None:
-                bits = 8 * entry.dtype.itemsize
-                self.report.account_end(name, *entry.shape, bits, entry.nbytes)
-            return
-        grid = self.packing.embedding(name, self.device)
-        size = writer.add_all(name, self.packing.encode(name, grid))
-        self.report.account_end(name, grid.rows, grid.cols, grid.bits, size)
-        self._copy(writer, lambda tensor: tensor == f"{name}.bias")
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

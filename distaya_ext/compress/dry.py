@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..checkpoint import Checkpoint
 from ..models import Stage
 from ..models.skeleton import build_skeleton
-from .at_work import AtWork, Replay, Stack
+from .at_work import AtWork, Stack
 from .blocks import threshold
 from .calibrate import Calibration
 from .capture import Ends, fill_layer
@@ -31,6 +31,7 @@ from .languages import Mixture
 from .left_out import LeftOut
 from .packing import Packing
 from .plan import Plan
+from .replay import Replay
 from .report import Report
 from .store import Store
 from .twin import Twin

@@ -27,7 +27,7 @@ from ..runtime.glu import activation
 from .ferry import Checks
 from .rows import Rows
 from .settings import Settings
-from .solve import Statistic
+from .statistic import Statistic
 
 _BALANCED = DassSpec(direction="inputs", update=True, permute=True)  # and nothing of DaSS
 

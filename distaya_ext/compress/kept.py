@@ -15,8 +15,8 @@ from ..resume import Guest, Work
 from .report import restore_report
 
 if TYPE_CHECKING:
-    from .at_work import Replay
     from .packing import Packing
+    from .replay import Replay
     from .report import Report
 
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from ..checkpoint import Checkpoint, ShardWriter
 from . import events, ferry
-from .at_work import AtWork, Replay
+from .at_work import AtWork
 from .capture import fill_layer, read_layer
 from .keep import Keeper, after_layer
 from .languages import Account
 from .packing import Packing
 from .plan import Plan
+from .replay import Replay
 from .report import Report
 from .twin import Twin
 from .walk import LayerWalk

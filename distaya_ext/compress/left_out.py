@@ -27,7 +27,7 @@ from .fallbacks import Fallback
 from .report import Report
 
 if TYPE_CHECKING:
-    from .at_work import Replay
+    from .replay import Replay
     from .walk import LayerWalk
 
 SHARE = 100  # one window of so many may be left out, or one where there are fewer

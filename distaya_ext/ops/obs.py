@@ -20,7 +20,7 @@ from torch import Tensor
 from distaya_ext import _C
 from distaya_ext._op import op
 from distaya_ext.errors import InputError
-from distaya_ext.finite import all_finite
+from distaya_ext.finite import need_finite
 from distaya_ext.ops.among import Among
 from distaya_ext.ops.order import check_order, permutation
 from distaya_ext.quant import Quant
@@ -222,27 +222,6 @@ def _check(W: Tensor, H: Tensor | None, factor: object) -> None:
         )
 
 
-def need_finite(W: Tensor) -> None:
-    """Raise InputError naming the first element of W [rows, cols] that is NaN or infinite."""
-    if not all_finite(W):
-        judge_finite(*finite_facts(W), W.shape)
-
-
-def finite_facts(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat index and value [1] of the first element that is not finite (or just of the first);
-    nothing waits for the device. judge_finite reads them.
-    """
-    place = (~torch.isfinite(W)).view(torch.uint8).flatten().argmax().view(1)
-    return place, W.flatten().index_select(0, place)
-
-
-def judge_finite(place: Tensor, value: Tensor, shape: torch.Size) -> None:
-    """Raise InputError when finite_facts of a W of that shape say so."""
-    if not all_finite(value):
-        row, col = divmod(int(place), shape[1])
-        raise InputError(f"W[{row}, {col}] of {list(shape)} is {value.item()}, not finite")
-
-
 def obs(
     W: Tensor,
     H: Tensor | None = None,
@@ -273,7 +252,7 @@ def obs(
     overwrite_H  H may be destroyed, which saves a copy of it
     later    is given the factor of H while it is only queued. Then nothing here waits for the
              device (but with reference=True, which looks for dead columns): W is not searched for
-             NaN, see need_finite, and `floored` is -1, see the factor
+             NaN, see finite.need_finite, and `floored` is -1, see the factor
     among    W is this rank's rows of a matrix (see ``sweep_``), H is that of all ranks; an order
              that looks at W must come as the permutation of the whole matrix
 

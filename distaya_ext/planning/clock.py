@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..compress.at_work import AtWork, Replay, Stack
+from ..compress.at_work import AtWork, Stack
 from ..compress.calibrate import Calibration
 from ..compress.capture import Ends, fill_layer, read_layer
 from ..compress.ferry import Checks, Ferry
@@ -28,6 +28,7 @@ from ..compress.left_out import LeftOut
 from ..compress.packing import Packing
 from ..compress.plan import Plan, make_plan
 from ..compress.proof import PROOF_WINDOWS, prove, truncated_depth
+from ..compress.replay import Replay
 from ..compress.report import Report
 from ..compress.store import Store
 from ..compress.twin import Twin

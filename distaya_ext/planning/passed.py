@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compress.at_work import Replay
 from ..compress.calibrate import Calibration
 from ..compress.phases import Job
 from ..compress.plan import groups
 from ..compress.reconstruct import EPOCHS, HELD_OUT, Course
+from ..compress.replay import Replay
 from ..compress.rows import UNIT
 from ..compress.settings import Settings
 from ..formats.grid import groups as groups_of
