@@ -237,6 +237,23 @@ def test_who_is_told_to_stop_for_no_reason_ends_as_alone():
         assert end[5] < SOON
 
 
+def _interrupted_while_busy() -> None:
+    """Ctrl-C on all; what rank 0 does about it takes longer than the news that rank 1 has ended."""
+    us = team()
+    us.wait()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        time.sleep(4 if us.first else 0)
+        add_note(error, "kept: 3 of 8 layers")
+        raise
+
+
+def test_who_cleans_up_for_a_reason_of_its_own_is_not_interrupted():
+    for rank, end in enumerate(_ends(2, _interrupted_while_busy)):
+        assert (end[0], end[3], end[4]) == ("KeyboardInterrupt", rank > 0, ["kept: 3 of 8 layers"])
+
+
 def _deep_in_a_library(told: Path) -> None:
     """Rank 0 hears no signal."""
     us = team()

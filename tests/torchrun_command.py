@@ -20,9 +20,9 @@ def wait(
 ) -> None:
     us = team()
     us.wait()  # all have come
-    typer.echo(json.dumps([watched.pid for watched in us.watch.processes]))
     with contextlib.ExitStack() as stack:
         stack.push(_note)
+        typer.echo(json.dumps([watched.pid for watched in us.watch.processes]))  # now it may end
         if how == "collective" and not us.first:
             time.sleep(600)
         x = torch.ones(64, 64)

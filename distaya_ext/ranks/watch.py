@@ -59,6 +59,7 @@ class Watch:
         self._cut_off = False  # that the store was lost is all that is known
         self._absent: set[int] = set()  # of this host, when the store was lost
         self._before: Any = None  # the handler of _SIGNAL
+        self._around: Any = None  # the exception in whose handling the run takes place, if any
 
     def start(self, processes: list[Process]) -> None:
         self.processes = processes
@@ -66,11 +67,13 @@ class Watch:
         self._told = [(0, self._round)] * self.world
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(_SIGNAL, self._interrupted)
+            self._around = sys.exc_info()[1]
         for target in (self._talk, self._mind):
             threading.Thread(target=target, daemon=True, name=f"distaya{target.__name__}").start()
 
     def close(self) -> None:
         """To be called by all ranks, whose commands have ended well."""
+        self._ended = True
         self._closed.set()
         self._ask(self._main.leave)
         self._linger()  # nobody is gone before all know that all has ended well
@@ -79,9 +82,10 @@ class Watch:
     def _stop(self) -> None:
         self._closed.set()
         self._look.set()
-        if self._before is not None:
-            signal.signal(_SIGNAL, self._before)
-            self._before = None
+        with self._lock:  # or a signal comes when nobody hears it any more
+            if self._before is not None:
+                signal.signal(_SIGNAL, self._before)
+                self._before = None
 
     # ---- what the main thread asks ----
 
@@ -328,11 +332,12 @@ class Watch:
                 return
 
     def _end_main(self) -> None:
-        if not self._ended and self._before is not None:
-            signal.pthread_kill(threading.main_thread().ident, _SIGNAL)
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
-            if self._ended or self._closed.wait(0.1):
+            with self._lock:
+                if self._before is not None and not (self._raised or self._ended):
+                    signal.pthread_kill(threading.main_thread().ident, _SIGNAL)
+            if self._closed.wait(0.5) or self._ended:
                 return
         record = self._failure
         if record is None or self._ended:
@@ -344,8 +349,11 @@ class Watch:
         os._exit(record.code)
 
     def _interrupted(self, number: int, frame: Any) -> None:
-        """In the main thread."""
-        if self._failure is not None and not (self._raised or self._ended):
+        """In the main thread. Where that cleans up, since it fails itself or was told to stop, it
+        ends by itself, too.
+        """
+        cleans_up = sys.exc_info()[1] is not self._around
+        if self._failure is not None and not (self._raised or self._ended or cleans_up):
             self._raised = True
             raise self._error()
 
