@@ -22,8 +22,10 @@ def need_finite(W: torch.Tensor) -> None:
 
 def finite_facts(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat index and value [1] of the first element that is not finite (or just of the first);
-    nothing waits for the device. judge_finite reads them.
+    nothing waits for the device. judge_finite reads them. W may be empty.
     """
+    if not W.numel():
+        return W.new_zeros(1, dtype=torch.int64), W.new_zeros(1)
     place = (~torch.isfinite(W)).view(torch.uint8).flatten().argmax().view(1)
     return place, W.flatten().index_select(0, place)
 

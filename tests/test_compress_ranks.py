@@ -11,7 +11,7 @@ import tiny
 import torch
 from ranked import run_ranks
 
-from distaya_ext.compress import compress
+from distaya_ext.compress import compress, ferry
 from distaya_ext.compress.ferry import Ferry
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -62,11 +62,19 @@ def many(source: Path, out: Path, cases: dict[str, dict[str, Any]], parts: int |
 FEW = ("half", "2:4+int4, high", "dass")  # of every family, and dealt out unevenly
 
 
-def compared(source: Path, folder: Path, names: Iterable[str], world: int, parts: int) -> None:
-    """So many ranks, in so many parts, beside one process in as many."""
+def late(*args: Any) -> list:
+    """many() as on a GPU, whose results are looked at late."""
+    ferry.runs_late = lambda device: True
+    return many(*args)
+
+
+def compared(
+    source: Path, folder: Path, names: Iterable[str], world: int, parts: int, work: Any = many
+) -> None:
+    """So many ranks at `work`, in so many parts, beside one process in as many."""
     cases = {name: RECIPES[name] for name in names}
     run_ranks(1, many, source, folder / "one", cases, parts)
-    told = run_ranks(world, many, source, folder / "more", cases, None if world == parts else parts)
+    told = run_ranks(world, work, source, folder / "more", cases, None if world == parts else parts)
     for name in cases:
         assert weights(folder / "more" / name) == weights(folder / "one" / name), name
     assert all(found == told[0] for found in told)
@@ -81,6 +89,18 @@ def test_two_ranks_write_what_one_process_writes(tmp_path: Path) -> None:
 def test_three_ranks_write_what_one_process_writes(family: str, tmp_path: Path) -> None:
     source = tiny.make(tmp_path / "model", tiny.FAMILIES[family])
     compared(source, tmp_path, FEW, 3, 3)
+
+
+@pytest.mark.parametrize("work", [many, late])
+def test_a_rank_without_rows(work: Any, tmp_path: Path) -> None:
+    """o_proj and down_proj have 64 rows, which are four times 16."""
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere"])
+    compared(source, tmp_path, FEW, 5, 5, work)
+
+
+def test_ranks_whose_results_are_looked_at_late(tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "model", tiny.FAMILIES["cohere2"])
+    compared(source, tmp_path, RECIPES, 2, 2, late)
 
 
 @pytest.mark.parametrize(("world", "parts"), [(2, 5), (3, 2)])

@@ -234,9 +234,9 @@ class _Run:
             self._notice(f"activations wait on disk, about {waiting / (1 << 30):.2f} GiB")
         planned = self.packing.predicted()
         every = self.calibration.tokens if self.calibration is not None else 0
-        beside = most_bytes(self.checkpoint, every, self.needs, self.budget.shard_bytes, planned)
+        kept = most_bytes(self.checkpoint, every, self.needs, self.budget.shard_bytes, planned)
         if team().first:
-            least = planned + beside + waiting * self.report.spilled - work.nbytes
+            least = planned + kept + waiting * self.report.spilled - work.nbytes
             check_disk(work.root, max(0, least))
         return planned
 
